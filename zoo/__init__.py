@@ -1,0 +1,27 @@
+"""Vision techniques as plain LightningModules, each true to its paper.
+
+``zoo.ViTClassifier`` and its siblings are imported when first touched, so that ``import zoo`` costs nothing and the
+command line answers at once.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from zoo.vit import ViTClassifier
+
+__version__ = "0.1.0"
+__all__ = ["ViTClassifier"]
+
+# The registry: exported name -> submodule. `zoo list` prints it, `zoo.cli` imports it.
+_EXPORTS = {"ViTClassifier": "vit"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'zoo' has no attribute {name!r}")
+    return getattr(import_module(f"zoo.{_EXPORTS[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_EXPORTS])

@@ -1,0 +1,395 @@
+"""Order, seeding, workers and the hop to the device: the one place for all four.
+
+    samples(split) -> SeededBatches, read in BatchOrder by a plain DataLoader -> uint8 on the device
+                   -> on_after_batch_transfer: float32, flip, affine, erase, normalise, per sample
+
+A data set's own file only says what a sample is. The order is a pure function of seed and epoch, and so is every random
+choice: a sample's from (seed, epoch, index), whatever the number of workers; the device's from (seed, epoch, batch,
+rank). A run can therefore be continued anywhere without asking a loader for its state.
+"""
+
+import math
+import os
+import random
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, SequentialSampler, default_collate
+
+from datamodules import transforms
+from datamodules._lightning import LightningDataModule, rank_zero_warn
+
+Split = Literal["train", "val", "test", "predict"]
+Key = tuple[int, int, int]
+"""(epoch, copy, index) of one sample: all that its random choices depend on besides the seed."""
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Samples(Protocol):
+    """What a data set's file provides: ``samples[index]`` is an image, or ``(image, label)``, or None if unreadable.
+
+    Images are uint8 tensors (C, H, W), labels integers from 0. Optional attributes:
+    ``names``, what each sample is called (a file name); ``unreadable``, a shared uint8 tensor that marks samples which
+    could not be read; ``random = False`` when making a sample involves no chance, so that seeding can be left out.
+    """
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Any: ...
+
+
+def mix(*values: int) -> int:
+    """A 63-bit seed from a few integers; every bit of each matters (the finaliser of SplitMix64, Steele et al. 2014)."""
+    state = 0
+    for value in values:
+        state = (state + value + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state >> 1
+
+
+def seed_all(seed: int) -> None:
+    """Seeds the three generators that transforms draw from: torch's (CPU), Python's and NumPy's."""
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed also visits every accelerator: 85 µs against 1
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+
+
+@contextmanager
+def isolated_randomness() -> Iterator[None]:
+    """Gives the generators back as they were: in the main process, loading must not disturb the model's randomness."""
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        random.setstate(states[1])
+        np.random.set_state(states[2])
+
+
+class BatchOrder(DistributedSampler[Any], SequentialSampler):
+    """Which samples make which batch: yields this rank's batches, each a list of keys (epoch, copy, index).
+
+    Training: a permutation by (seed, epoch) is cut into global batches of ``batch_size * world_size``; rank r takes
+    every ``world_size``-th sample of each. Evaluation: the samples in their order, cut into as few global batches as
+    the batch size allows, of nearly equal size; each sample comes once, and every rank gets the same number of batches,
+    so that nothing is counted twice and no rank waits for another.
+
+    It is a DistributedSampler so that Lightning leaves it in place under distributed strategies, and a
+    SequentialSampler so that ``overfit_batches`` does.
+
+    Args:
+        size: Number of samples.
+        batch_size: Samples per batch on one rank, at most.
+        rank, world_size: This process and how many there are.
+        seed: Seed of the order.
+        shuffle: Whether to permute, anew in each epoch.
+        drop_last: Leave out the samples that do not fill the last global batch. Without it, samples are spread as in
+            evaluation, and batches may be smaller than ``batch_size``.
+        repeats: Each sample comes this often in a row, spread over ranks, the epoch's length unchanged: an epoch then
+            sees ``size / repeats`` samples (repeated augmentation, Hoffer et al. 2020, as used by DeiT).
+    """
+
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        shuffle: bool = False,
+        drop_last: bool = False,
+        repeats: int = 1,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}: expected at least 1")
+        if repeats < 1:
+            raise ValueError(f"repeats is {repeats}: expected at least 1")
+        total = batch_size * world_size
+        self.size, self.batch_size, self.repeats = size, batch_size, repeats
+        self.rank, self.world_size, self.seed, self.shuffle = rank, world_size, seed, shuffle
+        self.batches = size // total if drop_last else math.ceil(size / total)
+        self.used = self.batches * total if drop_last else size
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def order(self, epoch: int) -> np.ndarray:
+        """The samples of one epoch in their global order, over all ranks: (used,) int64."""
+        if not self.shuffle:
+            return np.arange(self.used) // self.repeats
+        generator = torch.Generator().manual_seed(mix(self.seed, epoch))
+        permutation = torch.randperm(self.size, generator=generator).numpy()
+        return permutation[np.arange(self.used) // self.repeats]
+
+    def positions(self, batch: int) -> range:
+        """Where in the global order this rank's share of a batch lies."""
+        shorter, longer = divmod(self.used, self.batches)  # the first `longer` batches have one sample more
+        start = batch * shorter + min(batch, longer)
+        return range(start + self.rank, start + shorter + (batch < longer), self.world_size)
+
+    def batch_indices(self, batch: int, epoch: int | None = None) -> list[int]:
+        """This rank's sample indices of one batch; of the current epoch if none is given."""
+        order = self.order(self.epoch if epoch is None else epoch)
+        return [int(order[position]) for position in self.positions(batch)]
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        epoch, order = self.epoch, self.order(self.epoch)
+        for batch in range(self.batches):
+            yield [(epoch, position % self.repeats, int(order[position])) for position in self.positions(batch)]
+
+
+class SeededBatches(Dataset[list[Any]]):
+    """Makes a batch's samples, each under its own seed, so that the number of workers changes nothing.
+
+    A sample that cannot be read (None) is left out of the batch; in training another one takes its place, so that the
+    batch keeps its size.
+
+    Args:
+        samples: The data set.
+        seed: Seed of the samples' random choices.
+        substitute: Whether another sample takes the place of one that cannot be read.
+    """
+
+    attempts = 100  # a data set in which a hundred samples in a row cannot be read has no use for a hundred and first
+
+    def __init__(self, samples: Samples, seed: int, substitute: bool = False) -> None:
+        self.samples, self.seed, self.substitute = samples, seed, substitute
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, keys: list[Key]) -> list[Any]:
+        if not getattr(self.samples, "random", True):
+            made = [self._make(key) for key in keys]
+        else:
+            with isolated_randomness():
+                made = [self._make(key) for key in keys]
+        kept = [sample for sample in made if sample is not None]
+        if not kept:
+            raise ValueError(f"none of a batch's {len(keys)} images can be read, {self.name(keys[0][2])} the first")
+        return kept
+
+    def _make(self, key: Key) -> Any:
+        epoch, copy, index = key
+        for attempt in range(self.attempts if self.substitute else 1):
+            seed = mix(self.seed, epoch, copy, index, attempt)
+            if getattr(self.samples, "random", True):
+                seed_all(seed)
+            sample = self.samples[index if attempt == 0 else seed % len(self)]
+            if sample is not None:
+                return sample
+        return None
+
+    def name(self, index: int) -> str:
+        """What a sample is called: its file, or its number."""
+        names = getattr(self.samples, "names", None)
+        return str(index) if names is None else str(names[index])
+
+    def present(self, indices: Sequence[int]) -> list[tuple[int, str]]:
+        """(index, name) of those samples of a loaded batch that could be read, in the batch's order."""
+        unreadable = getattr(self.samples, "unreadable", None)
+        return [(i, self.name(i)) for i in indices if unreadable is None or not unreadable[i]]
+
+
+def default_workers(processes: int = 1) -> int:
+    """Loader workers for one process: its share of the cores this program may use, at most 8, one core left free."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(0, min(8, cores // max(1, processes) - 1))
+
+
+class ImageDataModule(LightningDataModule):
+    """Loaders and the hop to the device, for every image data set here. Subclasses say what a sample is.
+
+    Images travel as uint8 and become normalised float32 on the device, in :meth:`on_after_batch_transfer`, where the
+    augmentations that need no decoding are drawn for each sample anew. Float images, from samples of another kind, are
+    passed on as they are.
+
+    Args:
+        batch_size: Samples per process and step.
+        num_workers: Loader processes for each process. None: by the cores at hand (:func:`default_workers`), or 0 for
+            data that is already in memory.
+        seed: Seed of order and augmentation. The model's seed is another (``seed_everything``).
+        mean, std: Per channel, of images in [0, 1]. One value serves all channels.
+        hflip: Probability of a horizontal flip.
+        degrees, translate, zoom, shear: Random affine map: rotation up to ±degrees, shift up to ±translate of the side,
+            scale in [1 - zoom, 1 + zoom], shear up to ±shear degrees.
+        erase: Probability of random erasing (Zhong et al. 2017).
+        drop_last: Leave out the last training samples if they do not fill a batch.
+        repeats: Repeated augmentation: how often a sample comes in a row (see :class:`BatchOrder`).
+    """
+
+    in_memory = False
+    """Whether samples lie decoded in memory, so that workers would only cost."""
+
+    def __init__(
+        self,
+        batch_size: int = 64,
+        num_workers: int | None = None,
+        seed: int = 0,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        hflip: float = 0.0,
+        degrees: float = 0.0,
+        translate: float = 0.0,
+        zoom: float = 0.0,
+        shear: float = 0.0,
+        erase: float = 0.0,
+        drop_last: bool = True,
+        repeats: int = 1,
+    ) -> None:
+        super().__init__()
+        for name, probability in (("hflip", hflip), ("erase", erase)):
+            if not 0 <= probability <= 1:
+                raise ValueError(f"{name} is {probability}: expected a probability in [0, 1]")
+        if min(std) <= 0:
+            raise ValueError(f"std is {tuple(std)}: expected positive numbers")
+        if num_workers is not None and num_workers < 0:
+            raise ValueError(f"num_workers is {num_workers}: expected 0 or more, or null to choose by the cores at hand")
+        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.hflip, self.erase = hflip, erase
+        self.degrees, self.translate, self.zoom, self.shear = degrees, translate, zoom, shear
+        self.drop_last, self.repeats = drop_last, repeats
+        self.classes: list[str] | None = None
+
+    # What a subclass says.
+
+    def samples(self, split: Split) -> Samples | None:
+        """The samples of one split, or None if there is no such split."""
+        raise NotImplementedError
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes. Unlabelled data has no such attribute."""
+        if self.classes is None:
+            raise AttributeError(f"{type(self).__name__} has no classes: its images carry no labels")
+        return len(self.classes)
+
+    # Order and workers.
+
+    def _loader(self, split: Split) -> DataLoader[Any] | None:
+        samples = self.samples(split)
+        if samples is None:
+            return None
+        trainer, training = self.trainer, split == "train"
+        rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        order = BatchOrder(
+            len(samples),
+            self.batch_size,
+            rank,
+            world_size,
+            self.seed,
+            shuffle=training and not (trainer and trainer.overfit_batches),
+            drop_last=training and self.drop_last,
+            repeats=self.repeats if training else 1,
+        )
+        if len(order) == 0 or len(samples) < world_size:
+            raise ValueError(
+                f"{len(samples)} {split} samples do not fill one batch of {self.batch_size} on {world_size} process(es): "
+                f"set batch_size to {max(1, len(samples) // world_size)} or less"
+            )
+        workers = self.num_workers
+        if workers is None:
+            workers = 0 if self.in_memory else default_workers(trainer.num_devices if trainer else 1)
+        if self.in_memory:
+            warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # here they would not help
+        return DataLoader(
+            SeededBatches(samples, self.seed, substitute=training),
+            batch_size=None,  # the order yields whole batches
+            sampler=order,
+            collate_fn=default_collate,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=torch.accelerator.is_available(),
+            generator=torch.Generator().manual_seed(self.seed),  # the loader's own draw then leaves the global one alone
+        )
+
+    def train_dataloader(self) -> Any:
+        loader = self._loader("train")
+        if loader is None:
+            raise ValueError(f"{type(self).__name__} has no training samples")
+        return loader
+
+    def val_dataloader(self) -> Any:
+        return self._loader("val") or []
+
+    def test_dataloader(self) -> Any:
+        loader = self._loader("test")
+        if loader is None:
+            raise ValueError(f"{type(self).__name__} has no test samples")
+        return loader
+
+    def predict_dataloader(self) -> Any:
+        loader = self._loader("predict") or self._loader("test")
+        if loader is None:
+            raise ValueError(f"{type(self).__name__} has nothing to predict: set predict_root to a folder of images")
+        return loader
+
+    # The hop to the device.
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """uint8 images (B, C, H, W) become augmented (in training) and normalised float32; the rest stays as it is."""
+        training = bool(self.trainer and self.trainer.training)
+        return _map_images(batch, lambda images: self._to_float(images, training))
+
+    def _to_float(self, images: Tensor, training: bool) -> Tensor:
+        images = transforms.to_float(images)
+        if not training:
+            return transforms.normalize(images, self.mean, self.std)
+        generator = self._device_generator(images.device)
+        if self.hflip:
+            images = transforms.flip(images, self.hflip, generator)
+        if self.degrees or self.translate or self.zoom or self.shear:
+            scale = (1 - self.zoom, 1 + self.zoom)
+            images = transforms.affine(images, self.degrees, self.translate, scale, self.shear, generator)
+        images = transforms.normalize(images, self.mean, self.std)
+        return transforms.erase(images, self.erase, generator) if self.erase else images
+
+    def _device_generator(self, device: torch.device) -> torch.Generator:
+        """A generator whose state depends on seed, epoch, batch and rank only, so that a resumed run draws the same."""
+        loop = self.trainer.fit_loop  # type: ignore[union-attr]  # only asked for while a Trainer trains
+        batch = loop.epoch_loop.batch_progress.current.ready
+        seed = mix(self.seed, self.trainer.current_epoch, batch, self.trainer.global_rank)  # type: ignore[union-attr]
+        return torch.Generator(device).manual_seed(seed)
+
+    # What a checkpoint keeps: the class names, so that predictions can be named where the training data is not.
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"classes": self.classes}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self.classes is None:
+            self.classes = state_dict.get("classes")
+
+    def report_unreadable(self, samples: Samples) -> None:
+        """Says how many images could not be read so far, and which."""
+        unreadable = getattr(samples, "unreadable", None)
+        if unreadable is None or not unreadable.any():
+            return
+        indices = unreadable.nonzero().flatten().tolist()
+        names = getattr(samples, "names", indices)
+        some = ", ".join(str(names[i]) for i in indices[:5]) + (", ..." if len(indices) > 5 else "")
+        rank_zero_warn(f"{len(indices)} of {len(samples)} images could not be read and were skipped: {some}")
+
+
+def _map_images(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Applies a function to the uint8 image tensors (4 dimensions) of a batch of any usual form."""
+    if isinstance(batch, Tensor):
+        return function(batch) if batch.dtype == torch.uint8 and batch.ndim == 4 else batch
+    if isinstance(batch, Mapping):
+        return {key: _map_images(value, function) for key, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        return type(batch)(_map_images(part, function) for part in batch)
+    return batch

@@ -1,0 +1,197 @@
+"""What classifiers share: losses, metrics, pictures, and the steps between a network and a Trainer."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from timm.data import Mixup
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric, MetricCollection
+from torchmetrics.classification import (
+    MulticlassAccuracy,
+    MulticlassF1Score,
+    MultilabelAccuracy,
+    MultilabelAveragePrecision,
+    MultilabelF1Score,
+)
+
+from zoo import batch as batches
+from zoo import optim, pictures
+from zoo._lightning import LightningModule
+from zoo.log import StepLog
+from zoo.seeding import differ_between_ranks
+
+Loss = Literal["cross_entropy", "bce", "sigmoid"]
+
+
+def classification_loss(logits: Tensor, targets: Tensor, kind: Loss, smoothing: float = 0.0) -> Tensor:
+    """The mean loss of a batch, in float32 whatever the precision.
+
+    Args:
+        logits: (B, classes).
+        targets: int64 (B,), or a distribution over classes (B, classes), as mixup makes it, or 0 and 1 for each of
+            several labels (B, classes).
+        kind: "cross_entropy" over the softmax; "bce", binary cross-entropy averaged over classes, in which every class
+            of a mixed image counts as present (DeiT III, Touvron et al. 2022, section 3); "sigmoid", binary
+            cross-entropy summed over classes on targets as they are (Beyer et al. 2020, "Are we done with ImageNet?").
+        smoothing: Label smoothing (Szegedy et al. 2016), for targets that are class indices.
+    """
+    logits = logits.float()
+    classes = logits.shape[1]
+    if kind == "cross_entropy":
+        return F.cross_entropy(logits, targets, label_smoothing=0.0 if targets.ndim > 1 else smoothing)
+    if targets.ndim == 1:
+        targets = F.one_hot(targets, classes) * (1 - smoothing) + smoothing / classes
+    elif kind == "bce":
+        targets = targets > 0
+    losses = F.binary_cross_entropy_with_logits(logits, targets.float(), reduction="none")
+    return losses.mean() if kind == "bce" else losses.sum(1).mean()
+
+
+def classification_metrics(num_classes: int, multi_label: bool, prefix: str) -> MetricCollection:
+    """Top-1 and top-5 accuracy and macro F1; for several labels: accuracy, macro F1 and mean average precision.
+
+    torchmetrics adds up their counts over ranks, so that they are exact under DDP. Average precision keeps all scores.
+    """
+    metrics: dict[str, Metric | MetricCollection]
+    if multi_label:
+        metrics = {
+            "acc": MultilabelAccuracy(num_classes, average="micro"),
+            "f1": MultilabelF1Score(num_classes, average="macro"),
+            "ap": MultilabelAveragePrecision(num_classes, average="macro"),
+        }
+    else:
+        metrics = {
+            "acc": MulticlassAccuracy(num_classes, average="micro"),
+            "f1": MulticlassF1Score(num_classes, average="macro"),
+        }
+        if num_classes > 5:
+            metrics["acc5"] = MulticlassAccuracy(num_classes, average="micro", top_k=5)
+    return MetricCollection(metrics, prefix=prefix)
+
+
+def check_labels(labels: Tensor, num_classes: int, batch_idx: int) -> None:
+    """Raises ValueError for a label that the head has no output for, or of a shape that means something else.
+
+    The values are read on the CPU, and on an accelerator in the first batch only: each look makes the host wait.
+    """
+    if labels.ndim == 2 and labels.shape[1] != num_classes:
+        raise ValueError(f"labels are {tuple(labels.shape)} for {num_classes} classes: expected (B, {num_classes})")
+    if labels.ndim == 1 and (labels.device.type == "cpu" or batch_idx == 0) and labels.numel():
+        low, high = labels.min().item(), labels.max().item()
+        if low < 0 or high >= num_classes:
+            wrong = low if low < 0 else high
+            raise ValueError(f"label {wrong} is out of range: num_classes is {num_classes}, labels run from 0")
+
+
+class Classifier(LightningModule):
+    """The steps of an image classifier. It has no constructor: a technique builds ``backbone`` and ``head`` itself.
+
+    A subclass sets, in its constructor: ``hparams`` with ``num_classes``, ``multi_label``, ``loss``,
+    ``label_smoothing``, ``mixup``, ``cutmix``, ``optimizer``, ``lr``, ``weight_decay``, ``betas``, ``layer_decay``,
+    ``warmup_epochs``, ``min_lr``; the modules ``backbone`` (images to (B, D) features) and ``head``; and calls
+    :meth:`make_metrics`.
+    """
+
+    backbone: nn.Module
+    head: nn.Module
+
+    def make_metrics(self) -> None:
+        """Checks the choices about labels, and makes what counts and mixes them."""
+        hp = self.hparams
+        if hp.num_classes < 1:
+            raise ValueError(f"num_classes is {hp.num_classes}: expected at least 1")
+        if hp.loss not in Loss.__args__:
+            raise ValueError(f"unknown loss {hp.loss!r}: expected one of {', '.join(Loss.__args__)}")
+        if hp.multi_label and hp.loss == "cross_entropy":
+            raise ValueError("multi_label needs loss 'bce' or 'sigmoid': cross_entropy expects one label an image")
+        if hp.multi_label and (hp.mixup or hp.cutmix or hp.label_smoothing):
+            raise ValueError("mixup, cutmix and label_smoothing are for one label an image, not for multi_label")
+        if hp.loss == "bce" and hp.label_smoothing and (hp.mixup or hp.cutmix):
+            raise ValueError("loss 'bce' counts every class of a mixed image as present: it goes with label_smoothing 0")
+        self.step_log = StepLog()
+        self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
+        self.val_metrics = classification_metrics(hp.num_classes, hp.multi_label, "val/")
+        self.test_metrics = classification_metrics(hp.num_classes, hp.multi_label, "test/")
+        self.mix = (
+            Mixup(hp.mixup, hp.cutmix, label_smoothing=hp.label_smoothing, num_classes=hp.num_classes)
+            if hp.mixup or hp.cutmix
+            else None
+        )
+
+    def features(self, images: Tensor) -> Tensor:
+        """Pooled embeddings (B, D) of images (B, C, H, W)."""
+        return self.backbone(images)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, classes) of images (B, C, H, W)."""
+        return self.head(self.features(images))
+
+    def probabilities(self, images: Tensor) -> Tensor:
+        """Class probabilities (B, classes), float32: softmax, or a sigmoid for each of several labels."""
+        logits = self(images).float()
+        return logits.sigmoid() if self.hparams.multi_label else logits.softmax(1)
+
+    @torch.no_grad()
+    def pictures(self, batch: Any) -> dict[str, Tensor]:
+        """Images (B, 3, h, w) in [0, 1] with the predicted class below them: green if right, red if wrong."""
+        images = batches.images(batch)
+        classes = getattr(getattr(self._trainer, "datamodule", None), "classes", None)
+        probability, predicted = self.probabilities(images).max(1)
+        captions = [
+            f"{_class_name(classes, index)} {100 * value:.0f}%"
+            for index, value in zip(predicted.tolist(), probability.tolist(), strict=True)
+        ]
+        right: Sequence[bool | None] = [None] * len(images)
+        if isinstance(batch, list | tuple | dict) and not self.hparams.multi_label:
+            labels = batches.images_and_labels(batch)[1]
+            right = (predicted == labels).tolist()
+            captions = [
+                text if is_right else f"{text}, is {_class_name(classes, label)}"
+                for text, is_right, label in zip(captions, right, labels.tolist(), strict=True)
+            ]
+        return {"predictions": pictures.captioned(images, captions, right)}
+
+    def on_fit_start(self) -> None:
+        differ_between_ranks(self)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        images, labels = batches.images_and_labels(batch)
+        check_labels(labels, self.hparams.num_classes, batch_idx)
+        if self.mix is not None:
+            if len(images) % 2:
+                raise ValueError(f"mixup pairs images: a batch of {len(images)} is odd, set an even batch_size")
+            images, labels = self.mix(images, labels)
+        loss = classification_loss(self(images), labels, self.hparams.loss, self.hparams.label_smoothing)
+        self.step_log(self, {"train/loss": loss.detach()}, prog_bar=("train/loss",))
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self._evaluate(batch, batch_idx, "val", self.val_loss, self.val_metrics)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self._evaluate(batch, batch_idx, "test", self.test_loss, self.test_metrics)
+
+    def _evaluate(self, batch: Any, batch_idx: int, stage: str, mean_loss: MeanMetric, metrics: MetricCollection) -> None:
+        images, labels = batches.images_and_labels(batch)
+        check_labels(labels, self.hparams.num_classes, batch_idx)
+        logits = self(images).float()
+        mean_loss.update(classification_loss(logits, labels, self.hparams.loss), weight=len(images))
+        metrics.update(logits, labels.int() if self.hparams.multi_label else labels)
+        self.log(f"{stage}/loss", mean_loss, on_step=False, on_epoch=True)
+        self.log_dict(metrics, on_step=False, on_epoch=True)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.probabilities(batches.images(batch))
+
+    def configure_optimizers(self) -> Any:
+        hp = self.hparams
+        optimizer = optim.create_optimizer(
+            self, hp.optimizer, hp.lr, hp.weight_decay, layer_decay=hp.layer_decay, betas=hp.betas
+        )
+        return optim.lightning_schedule(self, optimizer, hp.warmup_epochs, hp.min_lr)
+
+
+def _class_name(classes: Sequence[str] | None, index: int) -> str:
+    return str(index) if classes is None else classes[index]

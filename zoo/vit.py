@@ -1,0 +1,252 @@
+"""Vision transformer classifier: from scratch, fine-tuned, or as a linear probe.
+
+Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021, arXiv 2010.11929. The network is timm's
+``VisionTransformer`` with its own parameter names; here is what one trains it with.
+
+Deviations: none in the network. Mixup and cutmix draw one ratio a batch, as timm does. The attention of a network
+without class token is shown as the mean over its queries, which neither paper on attention maps defines.
+"""
+
+from difflib import get_close_matches
+from typing import Any, Literal
+
+import timm
+import torch
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from zoo import batch as batches
+from zoo import pictures
+from zoo._lightning import rank_zero_info
+from zoo.classification import Classifier, Loss
+from zoo.weights import load as load_weights
+
+Pool = Literal["token", "avg", "map"]
+Schedule = Literal["linear", "uniform"]
+
+
+class ViTClassifier(Classifier):
+    """Vision transformer classifier.
+
+    Batch: ``(images (B, C, H, W), labels (B,))``, or labels (B, classes) of 0 and 1 with ``multi_label``. Logs
+    ``train/loss``, ``val/loss``, ``val/acc``, ``val/acc5``, ``val/f1`` (macro) and the same for ``test``. Predicts
+    class probabilities (B, classes).
+
+    Args:
+        backbone: A timm ViT by name, or an ``nn.Module`` from images (B, C, H, W) to features (B, D) that states D as
+            ``num_features`` (any timm model made with ``num_classes=0``).
+        num_classes: Number of classes.
+        image_size: Side in pixels, or (height, width). None: the backbone's own.
+        patch_size: Side of a patch in pixels. None: the backbone's own.
+        in_channels: Channels of the images.
+        weights: Weights to start from: see :func:`zoo.weights.load`.
+        width, depth, heads: Size of the transformer, if not the backbone's own.
+        pool: What the head reads: the class "token", the "avg" of the patch tokens, or attention pooling ("map").
+            None: the backbone's own.
+        reg_tokens: Register tokens (Darcet et al. 2024). 0: the backbone's own number.
+        drop_path: Stochastic depth, the largest probability to drop a residual branch.
+        drop_path_schedule: "linear" from 0 in the first block, or "uniform" over depth (DeiT III).
+        layer_scale: Initial LayerScale value (Touvron et al. 2021). None: the backbone's own, usually no LayerScale.
+        dropout: Dropout before the head.
+        patch_drop: Share of patch tokens dropped in training (Liu et al. 2023, FLIP).
+        grad_checkpointing: Recompute blocks in the backward pass: less memory, about a third more time.
+        linear_probe: Train the head alone: the backbone is frozen and in evaluation mode, and the head is BatchNorm
+            without affine parameters followed by a linear layer (He et al. 2022, appendix A.1).
+        multi_label: Several labels an image.
+        loss: See :func:`zoo.classification.classification_loss`.
+        label_smoothing: In [0, 1).
+        mixup, cutmix: Alpha of each; 0 is off (Zhang et al. 2018, Yun et al. 2019).
+        head_std, head_bias: Initial weights (truncated normal) and bias of the head.
+        optimizer: Name of an optimizer of timm.
+        lr: Learning rate, as it is used: nothing is scaled by batch size.
+        weight_decay: Not applied to norms, biases, position embeddings and tokens.
+        betas: Of the optimizer. None: its own.
+        layer_decay: Each block's learning rate is this times the next one's (Clark et al. 2020, BEiT, MAE).
+        warmup_epochs: Linear warm-up, in epochs; a half-cosine follows.
+        min_lr: Where the half-cosine ends.
+        compile: Compile the backbone in place.
+
+    Raises:
+        ValueError: For an unknown name or choice, with what there is to choose from; for an image that patches do not
+            fill; for an option that a given module cannot take; for weights that do not fit.
+    """
+
+    def __init__(
+        self,
+        backbone: str | nn.Module = "vit_base_patch16_224",
+        num_classes: int = 1000,
+        image_size: int | tuple[int, int] | None = None,
+        patch_size: int | None = None,
+        in_channels: int = 3,
+        weights: str | None = None,
+        width: int | None = None,
+        depth: int | None = None,
+        heads: int | None = None,
+        pool: Pool | None = None,
+        reg_tokens: int = 0,
+        drop_path: float = 0.0,
+        drop_path_schedule: Schedule = "linear",
+        layer_scale: float | None = None,
+        dropout: float = 0.0,
+        patch_drop: float = 0.0,
+        grad_checkpointing: bool = False,
+        linear_probe: bool = False,
+        multi_label: bool = False,
+        loss: Loss = "cross_entropy",
+        label_smoothing: float = 0.0,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        head_std: float = 0.02,
+        head_bias: float = 0.0,
+        optimizer: str = "adamw",
+        lr: float = 1e-3,
+        weight_decay: float = 0.05,
+        betas: tuple[float, float] | None = None,
+        layer_decay: float = 1.0,
+        warmup_epochs: float = 5.0,
+        min_lr: float = 0.0,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore=["backbone", "weights"])
+        self.hparams["backbone"] = name_of(backbone)
+        self.make_metrics()
+        self.backbone = create_backbone(
+            backbone,
+            img_size=image_size,
+            patch_size=patch_size,
+            in_chans=None if isinstance(backbone, nn.Module) and in_channels == 3 else in_channels,
+            embed_dim=width,
+            depth=depth,
+            num_heads=heads,
+            global_pool=pool,
+            reg_tokens=reg_tokens or None,
+            drop_path_rate=drop_path or None,
+            init_values=layer_scale,
+            drop_rate=dropout or None,
+            patch_drop_rate=patch_drop or None,
+        )
+        if drop_path_schedule not in Schedule.__args__:
+            raise ValueError(f"unknown drop_path_schedule {drop_path_schedule!r}: expected linear or uniform")
+        if drop_path_schedule == "uniform":
+            drop_uniformly(self.backbone, drop_path)
+        if grad_checkpointing:
+            self.backbone.set_grad_checkpointing(True)
+        self.head: nn.Module = nn.Linear(self.backbone.num_features, num_classes)
+        nn.init.trunc_normal_(self.head.weight, std=head_std) if head_std else nn.init.zeros_(self.head.weight)
+        nn.init.constant_(self.head.bias, head_bias)
+        if linear_probe:
+            self.backbone.requires_grad_(False)
+            self.head = nn.Sequential(nn.BatchNorm1d(self.backbone.num_features, eps=1e-6, affine=False), self.head)
+        if weights is not None:
+            rank_zero_info(str(load_weights(self, weights)))
+        if compile:
+            self.backbone.compile()
+
+    def train(self, mode: bool = True) -> "ViTClassifier":
+        super().train(mode)
+        if self.hparams.linear_probe:
+            self.backbone.eval()
+        return self
+
+    @torch.no_grad()
+    def attention_maps(self, images: Tensor) -> dict[str, Tensor]:
+        """Where the network looks, for each patch: non-negative maps (B, h, w) that sum to 1.
+
+        "last" is the last block's attention from the class token, the mean over heads. "rollout" follows it through all
+        blocks: heads averaged, half of it the residual branch's identity, multiplied up (Abnar and Zuidema 2020).
+        """
+        attentions = [attention.mean(1) for attention in block_attentions(self.backbone, images)]
+        rollout = torch.eye(attentions[0].shape[-1], device=images.device)
+        for attention in attentions:
+            rollout = (0.5 * attention + 0.5 * torch.eye(attention.shape[-1], device=images.device)) @ rollout
+        height, width = self.backbone.patch_embed.dynamic_feat_size(images.shape[-2:])
+        prefix, has_token = self.backbone.num_prefix_tokens, self.backbone.cls_token is not None
+
+        def on_patches(attention: Tensor) -> Tensor:
+            row = attention[:, 0] if has_token else attention.mean(1)
+            row = row[:, prefix:]
+            return (row / row.sum(1, keepdim=True)).unflatten(1, (height, width))
+
+        return {"last": on_patches(attentions[-1]), "rollout": on_patches(rollout)}
+
+    def pictures(self, batch: Any) -> dict[str, Tensor]:
+        """Predictions, and attention maps where the backbone has them: images (B, 3, h, w) in [0, 1]."""
+        drawn = super().pictures(batch)
+        if hasattr(self.backbone, "blocks"):
+            images = batches.images(batch)
+            for name, heat in self.attention_maps(images).items():
+                drawn[f"attention_{name}"] = pictures.heated(images, heat)
+        return drawn
+
+
+def create_backbone(backbone: str | nn.Module, **options: Any) -> nn.Module:
+    """A timm model without its head, or the module that was given. Options that are None are left to the backbone.
+
+    Raises:
+        ValueError: For a name that timm does not know, an option that the model cannot take, or options for a module.
+    """
+    options = {name: value for name, value in options.items() if value is not None}
+    if isinstance(backbone, nn.Module):
+        if options:
+            raise ValueError(f"{', '.join(options)} cannot be set on a backbone that is given as a module: build it so")
+        if not isinstance(getattr(backbone, "num_features", None), int):
+            raise ValueError(f"{type(backbone).__name__} does not state how many features it gives: set num_features")
+        if hasattr(backbone, "reset_classifier"):
+            backbone.reset_classifier(0)
+        return backbone
+    architecture = backbone.split(".")[0]
+    if not timm.is_model(architecture):
+        near = get_close_matches(architecture, timm.list_models(), n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "a module of your own is passed as an object"
+        raise ValueError(f"timm has no model {backbone!r}: {hint}")
+    size, patch = options.get("img_size"), options.get("patch_size")
+    try:
+        model = timm.create_model(backbone, pretrained=False, num_classes=0, **options)
+    except TypeError as error:
+        raise ValueError(f"{backbone} cannot take one of {', '.join(sorted(options))}: {error}") from error
+    except AssertionError as error:
+        raise ValueError(f"{backbone} cannot be built with image_size {size} and patch_size {patch}: {error}") from error
+    if hasattr(model, "patch_embed"):
+        (height, width), (patch_h, patch_w) = model.patch_embed.img_size, model.patch_embed.patch_size
+        if height % patch_h or width % patch_w:
+            raise ValueError(f"image_size {height}x{width} is not divisible by the patch size {patch_h}x{patch_w}")
+    return model
+
+
+def drop_uniformly(backbone: nn.Module, rate: float) -> None:
+    """Gives every block the same drop path probability (DeiT III); timm's own rises linearly with depth."""
+    for block in backbone.blocks:
+        for name in ("drop_path1", "drop_path2"):
+            setattr(block, name, DropPath(rate) if rate else nn.Identity())
+
+
+def block_attentions(backbone: nn.Module, images: Tensor) -> list[Tensor]:
+    """The attention weights (B, heads, N, N) of every block, for N tokens.
+
+    Fused attention never forms them, so they are computed once more from each block's input.
+    """
+    attentions: list[Tensor] = []
+
+    def compute(attention: Any, args: tuple[Tensor, ...]) -> None:
+        tokens = args[0]
+        qkv = attention.qkv(tokens).unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        query, key = attention.q_norm(qkv[0]), attention.k_norm(qkv[1])
+        attentions.append((query @ key.transpose(-2, -1) * attention.scale).float().softmax(-1))
+
+    hooks = [block.attn.register_forward_pre_hook(compute) for block in backbone.blocks]
+    training = backbone.training
+    try:
+        backbone.eval().forward_features(images)  # not __call__: a compiled network would be compiled again
+    finally:
+        backbone.train(training)
+        for hook in hooks:
+            hook.remove()
+    return attentions
+
+
+def name_of(backbone: str | nn.Module) -> str:
+    """What a checkpoint remembers of the backbone: timm's name, or the module's class."""
+    if isinstance(backbone, str):
+        return backbone
+    return f"{type(backbone).__module__}.{type(backbone).__qualname__}"

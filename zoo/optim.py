@@ -1,0 +1,244 @@
+"""Optimizers and schedules: who decays, who learns how fast, and when.
+
+Layer decay is part of each parameter group's own learning rate. timm keeps it beside, as ``lr_scale``, which only its
+own schedulers read: under a scheduler of torch every layer would silently learn at the same rate.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from difflib import get_close_matches
+from fnmatch import fnmatch
+from typing import Any, cast
+
+from timm.models._manipulate import MATCH_PREV_GROUP, group_with_matcher
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from zoo._lightning import LightningModule
+
+# The last part of a parameter's name that says it is a token or a position, not a weight.
+_NOT_WEIGHTS = ("*token", "*tokens", "*pos_embed", "*pos_embedding")
+
+
+def parameter_groups(
+    module: nn.Module, lr: float, weight_decay: float, layer_decay: float = 1.0
+) -> list[dict[str, Any]]:
+    """The trainable parameters of a module in groups, as torch's optimizers take them.
+
+    No weight decay for norms, biases and whatever else has one dimension, for position embeddings, for class, register
+    and mask tokens, and for what a part of the module names in ``no_weight_decay()``, as timm's models do.
+
+    With ``layer_decay`` the learning rate of layer i of n is ``lr * layer_decay**(n - i)``: for a ViT of depth d the
+    embeddings are layer 0, block k is layer k + 1, and n = d + 1 is everything else: final norm, ``fc_norm``, attention
+    pooling, and what is outside of the backbone (He et al. 2022, "Masked Autoencoders", appendix A.1; as in BEiT, Bao
+    et al. 2021). timm itself gives a final ``norm`` to the last block instead.
+
+    Args:
+        module: Its encoder is ``module.backbone``, or the module itself where there is none.
+        lr: Learning rate of layer n.
+        weight_decay: For those that decay.
+        layer_decay: In (0, 1]. Other than 1 needs a backbone with timm's ``group_matcher``.
+
+    Returns:
+        Groups of ``params``, ``param_names``, ``lr`` and ``weight_decay``, the first layer first.
+
+    Raises:
+        ValueError: If nothing is trainable, ``layer_decay`` is out of range, or the backbone's layers are unknown.
+    """
+    if not 0 < layer_decay <= 1:
+        raise ValueError(f"layer_decay is {layer_decay}: expected a number above 0 and at most 1")
+    last, layers = _layers(module) if layer_decay != 1 else (0, {})
+    undecayed = [
+        f"{prefix}.{pattern}" if prefix else pattern
+        for prefix, part in module.named_modules()
+        if callable(getattr(part, "no_weight_decay", None))
+        for pattern in part.no_weight_decay()
+    ]
+    groups: dict[tuple[int, float], dict[str, Any]] = {}
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        tail = name.rpartition(".")[2]
+        plain = parameter.ndim > 1 and tail != "bias" and not any(fnmatch(tail, pattern) for pattern in _NOT_WEIGHTS)
+        decay = weight_decay if plain and not any(fnmatch(name, pattern) for pattern in undecayed) else 0.0
+        layer = layers.get(name, last)
+        empty = {"params": [], "param_names": [], "lr": lr * layer_decay ** (last - layer), "weight_decay": decay}
+        group = groups.setdefault((layer, decay), empty)
+        group["params"].append(parameter)
+        group["param_names"].append(name)
+    if not groups:
+        raise ValueError(f"{type(module).__name__} has no trainable parameters: unfreeze some before training")
+    return [groups[key] for key in sorted(groups)]
+
+
+def _layers(module: nn.Module) -> tuple[int, dict[str, int]]:
+    """The last layer's number, and the layer of every parameter of the backbone, by name in the whole module."""
+    backbone, prefix = getattr(module, "backbone", None), "backbone."
+    if not isinstance(backbone, nn.Module):
+        backbone, prefix = module, ""
+    if not callable(getattr(backbone, "group_matcher", None)):
+        raise ValueError(
+            f"layer_decay needs to know the layers of {type(backbone).__name__}, which has no group_matcher() "
+            "as timm's models do: give it one, or set layer_decay to 1"
+        )
+    matcher = cast(Any, backbone).group_matcher(coarse=False)
+    if isinstance(matcher, dict):
+        matcher = {name: _without_final_norms(spec) for name, spec in matcher.items()}
+    # No pattern matches the empty name: it stands for the head, and falls in with the rest that no layer claims.
+    names = [*(name for name, _ in backbone.named_parameters()), ""]
+    layers = group_with_matcher(((name, None) for name in names), matcher, reverse=True)
+    last = layers.pop("")
+    if not last:  # as under torch.compile(backbone), which renames everything; backbone.compile() does not
+        raise ValueError(f"layer_decay: group_matcher() of {type(backbone).__name__} matches none of its parameters")
+    return last, {prefix + name: layer for name, layer in layers.items()}
+
+
+def _without_final_norms(spec: Any) -> Any:
+    """Drops timm's rules that put what follows all blocks into the last one; those within a stage carry its number."""
+    if not isinstance(spec, list | tuple):
+        return spec
+    return [rule for rule in spec if rule[1] != MATCH_PREV_GROUP or re.compile(rule[0]).groups]
+
+
+def create_optimizer(
+    module: nn.Module,
+    optimizer: str,
+    lr: float,
+    weight_decay: float,
+    *,
+    layer_decay: float = 1.0,
+    betas: tuple[float, ...] | None = None,
+    momentum: float | None = None,
+    eps: float | None = None,
+) -> Optimizer:
+    """One of timm's optimizers on :func:`parameter_groups`.
+
+    When a checkpoint is loaded into it, the moments come from the checkpoint, while learning rate (times what a
+    schedule has made of it so far), weight decay, betas, momentum and eps stay as they are written here.
+
+    Args:
+        module, lr, weight_decay, layer_decay: See :func:`parameter_groups`.
+        optimizer: A name out of ``timm.optim.list_optimizers()``: "adamw", "sgd" (Nesterov), "lamb", "rmsproptf", ...
+        betas, momentum, eps: None: timm's default of that optimizer.
+
+    Raises:
+        ValueError: For an unknown optimizer, one that cannot run here, a setting that it does not have, and as
+            :func:`parameter_groups`.
+    """
+    known = cast(list[str], list_optimizers())
+    if optimizer not in known:
+        near = get_close_matches(optimizer.lower(), known, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"expected one of {', '.join(known)}"
+        raise ValueError(f"unknown optimizer {optimizer!r}: {hint}")
+    settings: dict[str, Any] = {"betas": betas and tuple(betas), "momentum": momentum, "eps": eps}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    for name in settings:
+        if not getattr(get_optimizer_info(optimizer), f"has_{name}"):
+            raise ValueError(f"optimizer {optimizer!r} has no {name}: leave it out")
+    groups = parameter_groups(module, lr, weight_decay, layer_decay)
+    try:
+        # torch's default, foreach, is kept: Lightning refuses to clip gradients for a fused AdamW in mixed precision.
+        created = create_optimizer_v2(groups, optimizer, lr=lr, weight_decay=weight_decay, **settings)
+    except (AssertionError, ImportError) as error:  # what timm's wrappers of apex and bitsandbytes raise
+        raise ValueError(f"optimizer {optimizer!r} cannot run here: {error}") from error
+    created.register_load_state_dict_post_hook(_keep_settings(created))
+    return created
+
+
+def _keep_settings(optimizer: Optimizer) -> Callable[[Optimizer], None]:
+    """A hook that puts an optimizer's present settings back in place of those a checkpoint brings."""
+    names = ("lr", "weight_decay", "betas", "momentum", "eps")
+    written = [{name: group[name] for name in names if name in group} for group in optimizer.param_groups]
+
+    def restore(optimizer: Optimizer) -> None:
+        for group, ours in zip(optimizer.param_groups, written, strict=True):
+            base = group.get("initial_lr", group["lr"])  # a scheduler's note of the rate that it started from
+            group.update(ours, lr=group["lr"] * (ours["lr"] / base) if base else ours["lr"])
+            if "initial_lr" in group:
+                group["initial_lr"] = ours["lr"]
+
+    return restore
+
+
+def warmup_cosine_factor(step: int, warmup_steps: int, total_steps: int, min_lr_ratio: float = 0.0) -> float:
+    """What the learning rate is multiplied by at a step, counted from 0.
+
+    It rises in a straight line from 0 at step 0 to 1 at ``warmup_steps``, then falls along half a cosine to
+    ``min_lr_ratio`` at ``total_steps``, where training ends, so that the last step taken is just above. The very first
+    step of a warm-up thus only fills the optimizer's moments, as in He et al. 2022.
+    """
+    if step < warmup_steps:
+        return step / warmup_steps
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    return min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class _WarmupCosine(LambdaLR):
+    """A LambdaLR without the base learning rates in its state, so that a new one wins over a checkpoint's."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in super().state_dict().items() if name != "base_lrs"}
+
+
+def warmup_cosine(optimizer: Optimizer, warmup_steps: int, total_steps: int, min_lr_ratio: float = 0.0) -> LambdaLR:
+    """A scheduler to be stepped after each step of the optimizer, by :func:`warmup_cosine_factor`.
+
+    It multiplies each group's own learning rate, so that warm-up, decay and floor all keep the layer decay.
+
+    Raises:
+        ValueError: If the warm-up is longer than the run, or the floor is not in [0, 1].
+    """
+    if not 0 <= warmup_steps <= total_steps:
+        raise ValueError(f"a warm-up of {warmup_steps} steps does not fit in a run of {total_steps} steps")
+    if not 0 <= min_lr_ratio <= 1:
+        raise ValueError(f"min_lr_ratio is {min_lr_ratio}: expected a number from 0 to 1")
+    return _WarmupCosine(optimizer, lambda step: warmup_cosine_factor(step, warmup_steps, total_steps, min_lr_ratio))
+
+
+def lightning_schedule(
+    module: LightningModule, optimizer: Optimizer, warmup_epochs: float, min_lr: float = 0.0
+) -> dict[str, Any]:
+    """What ``configure_optimizers`` returns for warm-up and half-cosine over the length of the Trainer's run.
+
+    Args:
+        module: Attached to a Trainer, which knows how many steps of the optimizer there will be.
+        optimizer: Its ``lr`` is that of the layers without layer decay.
+        warmup_epochs: Length of the warm-up in epochs; fractions count. ``fast_dev_run`` cuts it to the run.
+        min_lr: Where the cosine ends; layers with layer decay end proportionally lower.
+
+    Raises:
+        ValueError: If the run has no end, the warm-up is longer than the run or not countable, or ``min_lr`` is not
+            between 0 and the learning rate.
+    """
+    trainer: Any = module.trainer  # Any: the Trainer sets some of its attributes out of mypy's sight
+    lr = float(optimizer.defaults["lr"])
+    if warmup_epochs < 0:
+        raise ValueError(f"warmup_epochs is {warmup_epochs}: expected 0 or more")
+    if not 0 <= min_lr <= lr:
+        raise ValueError(f"min_lr is {min_lr}: expected a number from 0 to lr, which is {lr}")
+    total = trainer.estimated_stepping_batches
+    if total < 0 or math.isinf(total):
+        raise ValueError("a learning rate schedule needs a run with an end: set the Trainer's max_epochs or max_steps")
+    warmup_steps = 0
+    if warmup_epochs:
+        if trainer.train_dataloader is None:  # with max_steps alone the Trainer has not counted batches yet
+            trainer.fit_loop.setup_data()
+        if math.isinf(trainer.num_training_batches):
+            raise ValueError(
+                f"warmup_epochs={warmup_epochs} needs epochs of known length, and the training data has none: "
+                "set warmup_epochs to 0, or the Trainer's limit_train_batches"
+            )
+        epoch_steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+        warmup_steps = round(warmup_epochs * epoch_steps)
+        if trainer.fast_dev_run:
+            warmup_steps = min(warmup_steps, int(total))
+        if warmup_steps > total:
+            raise ValueError(
+                f"warmup_epochs={warmup_epochs} is longer than the run: {warmup_steps} of {int(total)} steps. "
+                "Set fewer warmup_epochs, or train longer"
+            )
+    scheduler = warmup_cosine(optimizer, warmup_steps, int(total), min_lr / lr if lr else 0.0)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -50,6 +50,13 @@ def images_and_labels(batch: Any) -> tuple[Tensor, Tensor]:
     return images(batch), found if found.ndim > 1 else found.to(torch.int64)
 
 
+def has_labels(batch: Any) -> bool:
+    """Whether a batch carries labels beside its images."""
+    if isinstance(batch, Mapping):
+        return any(key in batch for key in LABEL_KEYS)
+    return isinstance(batch, list | tuple) and len(batch) > 1
+
+
 def _first(batch: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
     for key in keys:
         if key in batch:

@@ -144,7 +144,7 @@ class Classifier(LightningModule):
             for index, value in zip(predicted.tolist(), probability.tolist(), strict=True)
         ]
         right: Sequence[bool | None] = [None] * len(images)
-        if isinstance(batch, list | tuple | dict) and not self.hparams.multi_label:
+        if batches.has_labels(batch) and not self.hparams.multi_label:
             labels = batches.images_and_labels(batch)[1]
             right = (predicted == labels).tolist()
             captions = [

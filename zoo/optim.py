@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from zoo._lightning import LightningModule
+from zoo._lightning import LightningModule, rank_zero_warn
 
 # The last part of a parameter's name that says it is a token or a position, not a weight.
 _NOT_WEIGHTS = ("*token", "*tokens", "*pos_embed", "*pos_embedding")
@@ -189,10 +189,10 @@ def warmup_cosine(optimizer: Optimizer, warmup_steps: int, total_steps: int, min
     It multiplies each group's own learning rate, so that warm-up, decay and floor all keep the layer decay.
 
     Raises:
-        ValueError: If the warm-up is longer than the run, or the floor is not in [0, 1].
+        ValueError: If the warm-up is negative, or the floor is not in [0, 1].
     """
-    if not 0 <= warmup_steps <= total_steps:
-        raise ValueError(f"a warm-up of {warmup_steps} steps does not fit in a run of {total_steps} steps")
+    if warmup_steps < 0:
+        raise ValueError(f"warmup_steps is {warmup_steps}: expected 0 or more")
     if not 0 <= min_lr_ratio <= 1:
         raise ValueError(f"min_lr_ratio is {min_lr_ratio}: expected a number from 0 to 1")
     return _WarmupCosine(optimizer, lambda step: warmup_cosine_factor(step, warmup_steps, total_steps, min_lr_ratio))
@@ -206,12 +206,12 @@ def lightning_schedule(
     Args:
         module: Attached to a Trainer, which knows how many steps of the optimizer there will be.
         optimizer: Its ``lr`` is that of the layers without layer decay.
-        warmup_epochs: Length of the warm-up in epochs; fractions count. ``fast_dev_run`` cuts it to the run.
+        warmup_epochs: Length of the warm-up in epochs; fractions count. A shorter run ends on the way up, and says so.
         min_lr: Where the cosine ends; layers with layer decay end proportionally lower.
 
     Raises:
-        ValueError: If the run has no end, the warm-up is longer than the run or not countable, or ``min_lr`` is not
-            between 0 and the learning rate.
+        ValueError: If the run has no end, the warm-up cannot be counted, or ``min_lr`` is not between 0 and the
+            learning rate.
     """
     trainer: Any = module.trainer  # Any: the Trainer sets some of its attributes out of mypy's sight
     lr = float(optimizer.defaults["lr"])
@@ -233,12 +233,10 @@ def lightning_schedule(
             )
         epoch_steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
         warmup_steps = round(warmup_epochs * epoch_steps)
-        if trainer.fast_dev_run:
-            warmup_steps = min(warmup_steps, int(total))
-        if warmup_steps > total:
-            raise ValueError(
-                f"warmup_epochs={warmup_epochs} is longer than the run: {warmup_steps} of {int(total)} steps. "
-                "Set fewer warmup_epochs, or train longer"
+        if warmup_steps > total and not trainer.fast_dev_run:
+            rank_zero_warn(
+                f"warmup_epochs={warmup_epochs} is {warmup_steps} steps, and the run ends after {int(total)}: "
+                f"the learning rate only rises, to {lr * total / warmup_steps:.2g} of {lr:.2g}"
             )
     scheduler = warmup_cosine(optimizer, warmup_steps, int(total), min_lr / lr if lr else 0.0)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -103,7 +103,7 @@ class ViTClassifier(Classifier):
         weight_decay: float = 0.05,
         betas: tuple[float, float] | None = None,
         layer_decay: float = 1.0,
-        warmup_epochs: float = 5.0,
+        warmup_epochs: float = 0.0,
         min_lr: float = 0.0,
         compile: bool = False,
     ) -> None:
@@ -195,9 +195,10 @@ def create_backbone(backbone: str | nn.Module, **options: Any) -> nn.Module:
         if hasattr(backbone, "reset_classifier"):
             backbone.reset_classifier(0)
         return backbone
-    architecture = backbone.split(".")[0]
-    if not timm.is_model(architecture):
-        near = get_close_matches(architecture, timm.list_models(), n=3)
+    architecture, _, tag = backbone.partition(".")
+    if not timm.is_model(architecture) or (tag and not timm.is_model_pretrained(backbone)):
+        known = timm.list_pretrained(f"{architecture}.*") if timm.is_model(architecture) else timm.list_models()
+        near = get_close_matches(backbone, known, n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else "a module of your own is passed as an object"
         raise ValueError(f"timm has no model {backbone!r}: {hint}")
     size, patch = options.get("img_size"), options.get("patch_size")

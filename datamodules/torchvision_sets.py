@@ -1,0 +1,245 @@
+"""The classification data sets of torchvision under one class, by name.
+
+Official splits are kept. Where a set has no validation split, a stratified share of its training images is held out,
+fixed by ``split_seed``; EuroSAT, which has no split at all, gives a share for testing in the same way. ImageNet's test
+labels are not public: its validation images serve as both.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from torch import Tensor
+from torchvision import datasets
+
+from datamodules import transforms
+from datamodules.base import IMAGENET_MEAN, IMAGENET_STD, ImageDataModule, Samples, Split
+from datamodules.folder import ImageFiles, stratified_split
+from datamodules.images import UnreadableImageError, convert
+
+Name = Literal[
+    "CIFAR10",
+    "CIFAR100",
+    "MNIST",
+    "FashionMNIST",
+    "Flowers102",
+    "OxfordIIITPet",
+    "Food101",
+    "EuroSAT",
+    "STL10",
+    "ImageNet",
+]
+
+
+@dataclass(frozen=True)
+class Source:
+    """What torchvision calls a set's splits, and what is known of its images without looking."""
+
+    classes: int
+    image_size: int
+    train: dict[str, Any] = field(default_factory=dict)
+    val: dict[str, Any] | None = None
+    test: dict[str, Any] | None = None
+    channels: int = 3
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    downloads: bool = True
+
+
+_TRAIN_FLAG: dict[str, Any] = {"train": {"train": True}, "test": {"train": False}}
+_TRAIN_SPLIT: dict[str, Any] = {"train": {"split": "train"}, "test": {"split": "test"}}
+
+# Means and deviations of the training pixels; where none is given, those of ImageNet serve.
+SOURCES: dict[str, Source] = {
+    "CIFAR10": Source(10, 32, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616), **_TRAIN_FLAG),
+    "CIFAR100": Source(100, 32, mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762), **_TRAIN_FLAG),
+    "MNIST": Source(10, 28, channels=1, mean=(0.1307,), std=(0.3081,), **_TRAIN_FLAG),
+    "FashionMNIST": Source(10, 28, channels=1, mean=(0.2860,), std=(0.3530,), **_TRAIN_FLAG),
+    "Flowers102": Source(102, 224, val={"split": "val"}, **_TRAIN_SPLIT),
+    "OxfordIIITPet": Source(37, 224, train={"split": "trainval"}, test={"split": "test"}),
+    "Food101": Source(101, 224, **_TRAIN_SPLIT),
+    "EuroSAT": Source(10, 64),
+    "STL10": Source(10, 96, **_TRAIN_SPLIT),
+    "ImageNet": Source(
+        1000, 224, train={"split": "train"}, val={"split": "val"}, test={"split": "val"}, downloads=False
+    ),
+}
+
+
+class TorchvisionSamples:
+    """Some samples of a torchvision data set, as (uint8 image (C, H, W), label)."""
+
+    def __init__(
+        self, source: Any, name: str, indices: np.ndarray, transform: Callable[[Any], Tensor], channels: int
+    ) -> None:
+        self.source, self.indices, self.transform, self.channels = source, indices, transform, channels
+        self.names = [f"{name}/{index}" for index in indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        try:
+            image, label = self.source[int(self.indices[index])]
+        except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for some broken PNG files
+            raise UnreadableImageError(f"{self.names[index]} cannot be read: {error}") from error
+        return self.transform(convert(image, self.channels)), int(label)
+
+
+class TorchvisionDataModule(ImageDataModule):
+    """CIFAR10, CIFAR100, MNIST, FashionMNIST, Flowers102, OxfordIIITPet, Food101, EuroSAT, STL10 or ImageNet.
+
+    Batches ``(images (B, C, H, W), labels (B,))``. Downloads in ``prepare_data`` only, where the set can be downloaded.
+
+    Args:
+        dataset: The set's name.
+        root: Where it lies, or is downloaded to.
+        image_size: Side in pixels, or (height, width). None: 32 for CIFAR, 28 for MNIST and FashionMNIST, 64 for
+            EuroSAT, 96 for STL10, 224 for the others.
+        channels: 1 or 3. None: what the set has.
+        download: Whether ``prepare_data`` may download.
+        val_fraction: Share of the training images that is held out where the set has no validation split; 0: none.
+        test_fraction: The same for testing.
+        split_seed: Seed of these shares.
+        predict_root: For prediction, a folder of images (or one image) instead of the test split.
+        scale, ratio: Area and aspect of the random resized crop. ``scale`` None: no such crop.
+        padding: Pixels of padding before a random crop, where there is no random resized one.
+        auto_augment, color_jitter, interpolation: See :func:`datamodules.transforms.train_transform`.
+        crop_ratio: Share of the image that evaluation keeps: it is resized to image_size / crop_ratio and cropped.
+        batch_size, num_workers, seed, mean, std, hflip, degrees, translate, zoom, shear, erase, drop_last, repeats:
+            See :class:`datamodules.base.ImageDataModule`. ``mean`` and ``std`` None: the set's.
+
+    Raises:
+        ValueError: For an unknown name.
+        FileNotFoundError: If the set is not under ``root`` and cannot be downloaded.
+    """
+
+    def __init__(
+        self,
+        dataset: Name = "CIFAR10",
+        root: str = "data",
+        image_size: int | tuple[int, int] | None = None,
+        channels: int | None = None,
+        download: bool = True,
+        val_fraction: float = 0.1,
+        test_fraction: float = 0.1,
+        split_seed: int = 0,
+        predict_root: str | None = None,
+        scale: tuple[float, float] | None = None,
+        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        padding: int = 0,
+        auto_augment: str | None = None,
+        color_jitter: float = 0.0,
+        interpolation: str = "bicubic",
+        crop_ratio: float = 1.0,
+        batch_size: int = 64,
+        num_workers: int | None = None,
+        seed: int = 0,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        hflip: float = 0.0,
+        degrees: float = 0.0,
+        translate: float = 0.0,
+        zoom: float = 0.0,
+        shear: float = 0.0,
+        erase: float = 0.0,
+        drop_last: bool = True,
+        repeats: int = 1,
+    ) -> None:
+        if dataset not in SOURCES:
+            raise ValueError(f"unknown dataset {dataset!r}: expected one of {', '.join(SOURCES)}")
+        self.source = SOURCES[dataset]
+        super().__init__(
+            batch_size=batch_size,
+            num_workers=num_workers,
+            seed=seed,
+            mean=mean or self.source.mean,
+            std=std or self.source.std,
+            hflip=hflip,
+            degrees=degrees,
+            translate=translate,
+            zoom=zoom,
+            shear=shear,
+            erase=erase,
+            drop_last=drop_last,
+            repeats=repeats,
+        )
+        for option, fraction in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
+            if not 0 <= fraction < 1:
+                raise ValueError(f"{option} is {fraction}: expected a share in [0, 1)")
+        self.dataset, self.root, self.download = dataset, root, download
+        self.channels = channels or self.source.channels
+        self.val_fraction, self.test_fraction, self.split_seed = val_fraction, test_fraction, split_seed
+        self.predict_root = predict_root
+        size = image_size or self.source.image_size
+        self.train_transform = transforms.train_transform(
+            size,
+            scale=scale,
+            ratio=ratio,
+            interpolation=interpolation,
+            auto_augment=auto_augment,
+            color_jitter=color_jitter,
+            padding=padding,
+        )
+        self.eval_transform = transforms.eval_transform(size, crop_ratio, interpolation)
+
+    @property
+    def num_classes(self) -> int:
+        return self.source.classes
+
+    def prepare_data(self) -> None:
+        splits = [options for options in (self.source.train, self.source.val, self.source.test) if options is not None]
+        if not self.source.downloads:  # ImageNet's archives are unpacked here, by one process
+            splits = [options for options in splits if not (Path(self.root) / options["split"]).is_dir()]
+        elif not self.download:
+            return
+        for options in splits:
+            self._open(options, download=True)
+
+    def samples(self, split: Split) -> Samples | None:
+        if split == "predict":
+            if self.predict_root is None:
+                return None
+            return ImageFiles.under(self.predict_root, self.eval_transform, self.channels)
+        official = getattr(self.source, split)
+        source = self._open(self.source.train if official is None else official)
+        indices = np.arange(len(source))
+        if self.source.test is None:
+            kept, held_out = stratified_split(_labels(source), self.test_fraction, self.split_seed)
+            indices = held_out if split == "test" else kept
+        if self.source.val is None and split != "test":
+            kept, held_out = stratified_split(_labels(source)[indices], self.val_fraction, self.split_seed)
+            indices = indices[held_out if split == "val" else kept]
+        if len(indices) == 0:
+            return None
+        transform = self.train_transform if split == "train" else self.eval_transform
+        return TorchvisionSamples(source, f"{self.dataset}/{split}", indices, transform, self.channels)
+
+    def _open(self, options: dict[str, Any], download: bool = False) -> Any:
+        kwargs = options | ({"download": download} if self.source.downloads else {})
+        try:
+            source = getattr(datasets, self.dataset)(self.root, **kwargs)
+        except (RuntimeError, OSError) as error:
+            found = Path(self.root).resolve()
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            hint = "download=true fetches it" if self.source.downloads and not download else "put its archives there"
+            raise FileNotFoundError(f"{self.dataset} cannot be read from {found}: {reason} ({hint})") from error
+        self.classes = _class_names(source) or self.classes
+        return source
+
+
+def _labels(source: Any) -> np.ndarray:
+    """A label for each sample; torchvision calls them differently from set to set."""
+    for attribute in ("targets", "labels", "_labels"):
+        if hasattr(source, attribute):
+            return np.asarray(getattr(source, attribute))
+    raise AttributeError(f"{type(source).__name__} has no list of labels")
+
+
+def _class_names(source: Any) -> list[str] | None:
+    classes = getattr(source, "classes", None)
+    if classes is None:
+        return None
+    return [name if isinstance(name, str) else name[0] for name in classes]  # ImageNet's are tuples of synonyms

@@ -1,0 +1,286 @@
+"""Every set is read from files in its own format, tiny ones that these tests write.
+
+An image's brightness tells its label (10 + 20 x label), so that a mix-up of images and labels cannot go unseen.
+Checksums of the real archives are replaced by those of the tiny ones; everything else is torchvision's real code.
+"""
+
+import gzip
+import hashlib
+import io
+import json
+import pickle
+import struct
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import datasets
+
+from datamodules import TorchvisionDataModule
+from datamodules._lightning import Trainer
+from datamodules.torchvision_sets import SOURCES
+from zoo import ViTClassifier
+
+PER_SPLIT = 20
+LABELS = np.arange(PER_SPLIT) % 2
+
+
+def shade(label: int) -> int:
+    return 10 + 20 * int(label)
+
+
+def md5(path: Path) -> str:
+    return hashlib.md5(path.read_bytes()).hexdigest()
+
+
+def jpeg(label: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (20, 16), (shade(label),) * 3).save(buffer, "jpeg", quality=95)
+    return buffer.getvalue()
+
+
+def pack(path: Path, files: dict[str, bytes]) -> None:
+    """A tar archive, gzipped by its name, or a zip archive."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, content in files.items():
+                archive.writestr(name, content)
+        return
+    with tarfile.open(path, "w:gz" if path.suffix in {".gz", ".tgz"} else "w") as archive:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+
+
+def write_cifar(root: Path, patch, name: str) -> None:
+    kind = getattr(datasets, name)
+    images = np.stack([np.full(3072, shade(label), np.uint8) for label in LABELS])
+    key, names_key = ("labels", "label_names") if name == "CIFAR10" else ("fine_labels", "fine_label_names")
+    train, test = ([file for file, _ in files] for files in (kind.train_list, kind.test_list))
+    parts = np.array_split(np.arange(PER_SPLIT), len(train))
+    files = {file: {"data": images[part], key: LABELS[part].tolist()} for file, part in zip(train, parts, strict=True)}
+    files |= {test[0]: {"data": images, key: LABELS.tolist()}}
+    files |= {kind.meta["filename"]: {names_key: [f"class{i}" for i in range(SOURCES[name].classes)]}}
+    pickled = {file: pickle.dumps(content) for file, content in files.items()}
+    pack(root / kind.filename, {f"{kind.base_folder}/{file}": content for file, content in pickled.items()})
+    sums = {file: hashlib.md5(content).hexdigest() for file, content in pickled.items()}
+    patch.setattr(kind, "train_list", [[file, sums[file]] for file in train])
+    patch.setattr(kind, "test_list", [[file, sums[file]] for file in test])
+    patch.setattr(kind, "meta", kind.meta | {"md5": sums[kind.meta["filename"]]})
+    patch.setattr(kind, "tgz_md5", md5(root / kind.filename))
+
+
+def write_mnist(root: Path, patch, name: str) -> None:
+    kind, raw = getattr(datasets, name), root / name / "raw"
+    raw.mkdir(parents=True)
+    images = np.stack([np.full((28, 28), shade(label), np.uint8) for label in LABELS])
+    resources = []
+    for file, _ in kind.resources:
+        header = struct.pack(">IIII", 2051, PER_SPLIT, 28, 28) if "images" in file else struct.pack(">II", 2049, PER_SPLIT)
+        content = images.tobytes() if "images" in file else LABELS.astype(np.uint8).tobytes()
+        (raw / file).write_bytes(gzip.compress(header + content))
+        resources.append((file, md5(raw / file)))
+    patch.setattr(kind, "resources", resources)
+
+
+def write_flowers(root: Path, patch, name: str) -> None:
+    from scipy.io import savemat
+
+    folder = root / "flowers-102"
+    total = 3 * PER_SPLIT
+    labels = np.arange(total) % 2
+    pack(folder / "102flowers.tgz", {f"jpg/image_{i + 1:05d}.jpg": jpeg(labels[i]) for i in range(total)})
+    savemat(folder / "imagelabels.mat", {"labels": labels[None] + 1})
+    parts = np.split(np.arange(1, total + 1), 3)
+    savemat(folder / "setid.mat", dict(zip(("trnid", "valid", "tstid"), (part[None] for part in parts), strict=True)))
+    files = {"image": "102flowers.tgz", "label": "imagelabels.mat", "setid": "setid.mat"}
+    patch.setattr(datasets.Flowers102, "_file_dict", {key: (file, md5(folder / file)) for key, file in files.items()})
+
+
+def write_pets(root: Path, patch, name: str) -> None:
+    folder = root / "oxford-iiit-pet"
+    names = {split: [f"{'Cat_dog'[4 * label :][:3]}_{split}_{i}" for i, label in enumerate(LABELS)] for split in ("trainval", "test")}
+    images = {f"images/{n}.jpg": jpeg(label) for split in names for n, label in zip(names[split], LABELS, strict=True)}
+    lists = {
+        f"annotations/{split}.txt": "\n".join(
+            f"{n} {label + 1} 1 1" for n, label in zip(names[split], LABELS, strict=True)
+        ).encode()
+        for split in names
+    }
+    pack(folder / "images.tar.gz", images)
+    pack(folder / "annotations.tar.gz", lists)
+    resources = tuple((url, md5(folder / Path(url).name)) for url, _ in datasets.OxfordIIITPet._RESOURCES)
+    patch.setattr(datasets.OxfordIIITPet, "_RESOURCES", resources)
+
+
+def write_food(root: Path, patch, name: str) -> None:
+    files, meta = {}, {}
+    for split in ("train", "test"):
+        meta[split] = {kind: [f"{kind}/{split}{i}" for i in range(PER_SPLIT) if LABELS[i] == label] for label, kind in enumerate(("apple", "bread"))}
+        for label, kind in enumerate(("apple", "bread")):
+            files |= {f"food-101/images/{stem}.jpg": jpeg(label) for stem in meta[split][kind]}
+        files[f"food-101/meta/{split}.json"] = json.dumps(meta[split]).encode()
+    pack(root / "food-101.tar.gz", files)
+    patch.setattr(datasets.Food101, "_MD5", md5(root / "food-101.tar.gz"))
+
+
+def write_eurosat(root: Path, patch, name: str) -> None:
+    total = 3 * PER_SPLIT
+    files = {f"{('Forest', 'River')[i % 2]}/{i}.jpg": jpeg(i % 2) for i in range(total)}
+    for file, content in files.items():
+        path = root / "eurosat" / "2750" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+
+def write_stl(root: Path, patch, name: str) -> None:
+    kind = datasets.STL10
+    images = np.stack([np.full((3, 96, 96), shade(label), np.uint8) for label in LABELS]).tobytes()
+    labels = (LABELS + 1).astype(np.uint8).tobytes()
+    files = {file: images if file.endswith("X.bin") else labels for file, _ in kind.train_list + kind.test_list}
+    files |= {kind.class_names_file: b"airplane\nbird", kind.folds_list_file: b""}
+    pack(root / kind.filename, {f"{kind.base_folder}/{file}": content for file, content in files.items()})
+    sums = {file: hashlib.md5(content).hexdigest() for file, content in files.items()}
+    patch.setattr(kind, "train_list", [[file, sums[file]] for file, _ in kind.train_list])
+    patch.setattr(kind, "test_list", [[file, sums[file]] for file, _ in kind.test_list])
+    patch.setattr(kind, "tgz_md5", md5(root / kind.filename))
+
+
+def write_imagenet(root: Path, patch, name: str) -> None:
+    for split in ("train", "val"):
+        for i, label in enumerate(LABELS):
+            path = root / split / ("n01440764", "n01443537")[label] / f"{split}_{i}.JPEG"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(jpeg(label))
+    wnids = {"n01440764": ("tench", "Tinca tinca"), "n01443537": ("goldfish",)}
+    torch.save((wnids, []), root / "meta.bin")
+
+
+WRITERS = {
+    "CIFAR10": write_cifar,
+    "CIFAR100": write_cifar,
+    "MNIST": write_mnist,
+    "FashionMNIST": write_mnist,
+    "Flowers102": write_flowers,
+    "OxfordIIITPet": write_pets,
+    "Food101": write_food,
+    "EuroSAT": write_eurosat,
+    "STL10": write_stl,
+    "ImageNet": write_imagenet,
+}
+
+
+@pytest.fixture
+def made(tmp_path, monkeypatch):
+    """Writes a set and gives its data module, prepared as a Trainer would prepare it."""
+
+    def make(name: str, **options) -> TorchvisionDataModule:
+        root = tmp_path / name
+        root.mkdir()
+        WRITERS[name](root, monkeypatch, name)
+        data = TorchvisionDataModule(name, str(root), batch_size=4, num_workers=0, **options)
+        data.prepare_data()
+        return data
+
+    return make
+
+
+def test_every_set_has_a_writer():
+    assert set(WRITERS) == set(SOURCES)
+
+
+@pytest.mark.parametrize("name", list(WRITERS))
+def test_images_and_labels_of_every_split_belong_together(made, name):
+    data = made(name)
+    sizes = {}
+    for split in ("train", "val", "test"):
+        samples = data.samples(split)
+        sizes[split] = len(samples)
+        for index in range(len(samples)):
+            image, label = samples[index]
+            assert image.dtype == torch.uint8
+            assert image.shape == (data.channels, SOURCES[name].image_size, SOURCES[name].image_size)
+            assert abs(image.float().mean().item() - shade(label)) < 4
+    has_val = SOURCES[name].val is not None
+    expected = {"train": 54 - 6, "val": 6, "test": 6} if name == "EuroSAT" else None
+    if expected is None:
+        expected = {"train": 20 if has_val else 18, "val": 20 if has_val else 2, "test": 20}
+    assert sizes == expected
+    assert data.num_classes == SOURCES[name].classes
+
+
+@pytest.mark.parametrize("name", ["CIFAR10", "MNIST", "EuroSAT"])
+def test_held_out_shares_are_stratified_fixed_and_apart(made, name):
+    data = made(name)
+    again = TorchvisionDataModule(name, data.root, num_workers=0)
+    other = TorchvisionDataModule(name, data.root, num_workers=0, split_seed=1)
+    train, val = data.samples("train"), data.samples("val")
+    assert not set(train.indices) & set(val.indices)
+    assert np.array_equal(val.indices, again.samples("val").indices)
+    assert not np.array_equal(val.indices, other.samples("val").indices)
+    assert np.bincount([val[i][1] for i in range(len(val))]).tolist() == [len(val) // 2] * 2
+
+
+def test_no_share_held_out_means_no_validation(made):
+    data = made("CIFAR10", val_fraction=0.0)
+    assert data.samples("val") is None
+    assert data.val_dataloader() == []
+    assert len(data.samples("train")) == PER_SPLIT
+
+
+def test_class_names_are_the_sets_own(made):
+    data = made("ImageNet")
+    data.samples("train")
+    assert data.classes == ["tench", "goldfish"]
+
+
+def test_grey_sets_can_be_had_in_three_channels(made):
+    image, _ = made("MNIST", channels=3, image_size=(14, 20)).samples("train")[0]
+    assert image.shape == (3, 14, 20)
+
+
+def test_training_runs_from_archive_to_test(made):
+    data = made("CIFAR10", padding=4, auto_augment="rand-m9-mstd0.5-inc1", hflip=0.5, erase=0.25)
+    module = ViTClassifier("vit_tiny_patch16_224", 10, 32, 8, width=24, depth=1, heads=2, warmup_epochs=0)
+    trainer = Trainer(max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    trainer.fit(module, datamodule=data)
+    (metrics,) = trainer.test(module, datamodule=data, verbose=False)
+    assert 0 <= metrics["test/acc"] <= 1
+
+
+def test_unknown_sets_list_the_known(tmp_path):
+    with pytest.raises(ValueError, match="unknown dataset 'CIFAR': expected one of CIFAR10, CIFAR100, MNIST"):
+        TorchvisionDataModule("CIFAR", str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["CIFAR10", "MNIST", "Food101", "ImageNet"])
+def test_a_set_that_is_not_there_names_the_folder(tmp_path, name):
+    data = TorchvisionDataModule(name, str(tmp_path / "nowhere"), download=False)
+    data.prepare_data() if SOURCES[name].downloads else None
+    with pytest.raises(FileNotFoundError, match=f"{name} cannot be read from .*nowhere") as error:
+        data.samples("train")
+    assert "\n" not in str(error.value)
+
+
+def test_a_broken_file_is_named(made):
+    data = made("EuroSAT")
+    for path in Path(data.root).rglob("*.jpg"):
+        path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ValueError, match="EuroSAT/train/.* cannot be read"):
+        data.samples("train")[0]
+
+
+def test_predict_root_replaces_the_test_split(made, tmp_path):
+    data = made("CIFAR10", predict_root=str(tmp_path / "photos"))
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "one.jpg").write_bytes(jpeg(1))
+    loader = data.predict_dataloader()
+    assert loader.dataset.present([0]) == [(0, "one.jpg")]
+    (batch,) = list(loader)
+    assert batch.shape == (1, 3, 32, 32)

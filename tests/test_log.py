@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader
@@ -63,6 +64,11 @@ def test_means_since_the_last_logging_step(tmp_path):
         (4, 2.0, 4.0, 0.5),  # batches 0 to 4
         (9, 7.0, 14.0, 0.5),  # batches 5 to 9
     ]
+    assert {name: value.item() for name, value in trainer.logged_metrics.items()} == {
+        "train/loss": 7.0,
+        "train/double": 14.0,
+        "constant": 0.5,
+    }
 
 
 def test_every_step(tmp_path):
@@ -116,6 +122,13 @@ def test_callbacks_have_the_values_of_epochs_shorter_than_the_logging_interval(t
     assert [metrics["train/loss"] for metrics in watch.epoch_metrics] == [1.0, 2.5]
 
 
+def test_a_checkpoint_may_be_chosen_by_a_training_loss(tmp_path):
+    best = ModelCheckpoint(tmp_path, "{epoch}", monitor="train/loss", mode="min")
+    fit(tmp_path, Counting(), 3, max_epochs=3, callbacks=[best], enable_checkpointing=True)
+    assert best.best_model_score == 1.0
+    assert best.best_model_path.endswith("epoch=0.ckpt")
+
+
 def test_a_new_run_begins_anew(tmp_path):
     module = Counting()
     fit(tmp_path, module, 3, log_every_n_steps=4)
@@ -131,7 +144,8 @@ def test_values_reported_apart_have_means_of_their_own(tmp_path):
             return super().training_step(batch, batch_idx)
 
     trainer = fit(tmp_path, Apart(), 4, log_every_n_steps=4)
-    assert [(row["odd"], row["train/loss"]) for row in logged(trainer)] == [(2.0, 1.5)]
+    odd, whole = logged(trainer)
+    assert (odd["step"], odd["odd"], whole["step"], whole["train/loss"]) == (3, 2.0, 3, 1.5)
 
 
 def test_sums_are_float32_whatever_the_precision(tmp_path):

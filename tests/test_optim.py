@@ -455,19 +455,36 @@ def test_continuing_follows_the_same_curve(half_way):
     assert rates == curve(8e-3, 3, 12)[6:]
 
 
-def test_settings_win_over_a_checkpoint(half_way):
-    module = Tiny(lr=4e-3, warmup_epochs=0.5, layer_decay=0.25, weight_decay=0.3)
-    rates = fit(module, ckpt_path=half_way, max_epochs=2)
-    assert rates == pytest.approx(curve(4e-3, 3, 12)[6:])
-    assert sorted(set(module.rates[0]), reverse=True) == pytest.approx([rates[0] * 0.25**layer for layer in range(4)])
-    optimizer = module.trainer.optimizers[0]
-    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.3}
-    assert optimizer.state[module.head.weight]["step"] == 12  # the moments are the checkpoint's
+# Fused optimizers, and LARS.
 
 
-def test_without_a_schedule_settings_win_as_well():
-    old = optim.create_optimizer(nn.Linear(2, 2), "adamw", 1e-3, 0.1, betas=(0.8, 0.9))
-    new = optim.create_optimizer(nn.Linear(2, 2), "adamw", 5e-4, 0.2)
-    new.load_state_dict(old.state_dict())
-    group = new.param_groups[1]
-    assert (group["lr"], group["weight_decay"], group["betas"]) == (5e-4, 0.2, (0.9, 0.999))
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_fused_steps_equal_torchs_plain_ones_and_clip_in_any_precision(precision):
+    """Lightning 2.6 refuses to clip for fused optimizers in mixed precision: ours must not be refused."""
+
+    def learned(fused: bool) -> torch.Tensor:
+        torch.manual_seed(0)
+        module = Tiny(warmup_epochs=0)
+        if not fused:
+            groups = optim.parameter_groups(module, 8e-3, 0.1, 0.5)
+            module.configure_optimizers = lambda: torch.optim.AdamW(groups, fused=False)
+        Trainer(**QUIET, max_steps=1, precision=precision, gradient_clip_val=0.1).fit(module, images())
+        return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
+
+    torch.testing.assert_close(learned(True), learned(False))
+
+
+def test_adamw_runs_in_one_kernel():
+    assert optim.create_optimizer(nn.Linear(2, 2), "adamw", 1e-3, 0.1).defaults["fused"]
+
+
+def test_lars_adapts_matrices_and_leaves_vectors_alone():
+    """One step from rest, by hand: weights move by trust * |w| / |g| * lr * g, biases by lr * g (You et al. 2017)."""
+    layer = nn.Linear(3, 2)
+    weight, bias = (parameter.detach().clone() for parameter in (layer.weight, layer.bias))
+    optimizer = optim.create_optimizer(layer, "lars", lr=2.0, weight_decay=0.0, momentum=0.9)
+    layer.weight.grad, layer.bias.grad = torch.randn(2, 3), torch.randn(2)
+    optimizer.step()
+    ratio = 0.001 * weight.norm() / layer.weight.grad.norm()
+    torch.testing.assert_close(layer.weight.detach(), weight - 2.0 * ratio * layer.weight.grad)
+    torch.testing.assert_close(layer.bias.detach(), bias - 2.0 * layer.bias.grad)

@@ -1,0 +1,129 @@
+"""What the command line says about mistakes: a line, what was probably meant, and no traceback."""
+
+import re
+import traceback
+from collections.abc import Iterable
+from difflib import get_close_matches
+from pathlib import Path
+
+PACKAGES = ("zoo", "datamodules")
+MARK = "zoo: error: "
+
+
+class Mistake(Exception):
+    """A wrong argument or configuration. Its text is all that the user needs to see."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """``; did you mean X?``, or nothing if nothing is close."""
+    near = get_close_matches(word, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def explain(message: str, owner: str | None, options: list[str], classes: dict[str, list[str]]) -> tuple[str, str]:
+    """One line for an error message of jsonargparse, and the word that was wrong.
+
+    Args:
+        message: jsonargparse's message.
+        owner: Name of the class whose options were parsed, if they were a class's.
+        options: The options that there are.
+        classes: Names of the known classes for some options: ``{"model": ["ViTClassifier", ...], ...}``.
+    """
+    of_owner = f" of {owner}" if owner else ""
+    if found := re.match(r"unrecognized arguments: ([^\s=]+)", message):
+        if not found[1].startswith("-"):
+            return f"unexpected argument {found[1]!r}", found[1]
+        return f"unknown option {found[1]}{did_you_mean(found[1], [f'--{option}' for option in options])}", found[1]
+    if found := re.search(r"(?:Group '(?P<group>\S+)' .*)?[Oo]ption '(?P<option>[\w.]+)'", message):
+        option = ".".join(filter(None, (found["group"], found["option"])))
+        if owner in ("LightningModule", "LightningDataModule"):
+            kind = "model" if owner == "LightningModule" else "data"
+            return f"{kind}.{option}: of which class? Name a recipe with -c, or --{kind} CLASS", option
+        roots = {known.split(".")[0] for known in options}
+        if option.split(".")[0] not in roots:
+            option, options = option.split(".")[0], sorted(roots)
+        unknown = f"{owner} has no option {option!r}" if owner else f"unknown option {option!r}"
+        return unknown + did_you_mean(option, options), option.split(".")[-1]
+    if found := re.match(r"the following arguments are required: (.+)", message):
+        missing = " and ".join("--" + name.split(".", 1)[-1] for name in found[1].split(", "))
+        return f"{missing} {'is' if ' and ' not in missing else 'are'} missing: name a recipe with -c (zoo list)", ""
+    if found := re.search(r"Importing '([\w.]+)' is not allowed, denied by the '(.+?)' entry", message):
+        why = ": --strict-imports allows the zoo and its libraries only" if found[2] == "*" else ""
+        return f"importing {found[1]} is not allowed in a configuration{why}", found[1]
+    if not (found := re.match(r"Parser key \"([\w.]+)\":", message)):
+        return " ".join(message.split()), ""
+    key = found[1]
+    if found := re.search(r"Expected a dot import path string: (\S+)", message):
+        near = did_you_mean(found[1], classes.get(key, []))
+        if any(found[1] in names for names in classes.values()):
+            return f"{key}: {found[1]} is a class, but of another kind", found[1]
+        return f"{key}: unknown class {found[1]!r}{near or '; a class of your own needs its dotted path'}", found[1]
+    if found := re.search(r"Problem with given class_path '([\w.]+)':\s+(.*)", message):
+        near = did_you_mean(found[1].split(".")[-1], classes.get(key, []))
+        return f"{key}{of_owner}: cannot use class {found[1]!r}: {found[2]}{near}", found[1]
+    if "Subclass types expect one of" in message:
+        return f"{key}{of_owner}: expected class_path: NAME and its init_args", key
+    value = re.search(r"(?:Got|Given) value: (.*)", message)
+    types = re.search(r"Subtypes: \[(.*)\]|Expected an? (.*?)\. Got", message)
+    if value is None or types is None:
+        return f"{key}{of_owner}: {' '.join(message.split()[3:])}", key
+    choices = [choice for literal in re.findall(r"Literal\[(.*?)\]", message) for choice in literal.split(", ")]
+    near = did_you_mean(value[1], [choice.strip("'") for choice in dict.fromkeys(choices)])
+    return f"{key}{of_owner}: expected {_plain(types[1] or types[2])}, got {value[1]!r}{near}", key
+
+
+def _plain(types: str) -> str:
+    """Types as a person writes them: ``<class 'int'>, typing.Literal['a', 'b'], <class 'NoneType'>``."""
+    types = re.sub(r"<class '(.*?)'>", r"\1", types).replace("NoneType", "null")
+    types = re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", types)
+    types = re.sub(r"Literal\[(.*?)\]", r"\1", types)
+    return re.sub(r", (?![^\[]*\])", " or ", types)  # but for the comma of tuple[int, int]
+
+
+def locate(word: str, configs: list[str], overrides: list[str]) -> str:
+    """``file, line 3: `` where a configuration file says the word, or nothing if an option on the command line does."""
+    if word and not any(word in override for override in overrides):
+        for config in reversed(configs):
+            lines = Path(config).read_text(encoding="utf-8").splitlines() if Path(config).is_file() else []
+            for number, line in enumerate(lines, 1):
+                if re.search(rf"\b{re.escape(word)}\b", line.split("#")[0]):
+                    return f"{config}, line {number}: "
+    return ""
+
+
+def on_purpose(error: BaseException) -> str | None:
+    """The message of an exception that a ``raise`` in this project raised, also in a loader's worker; else None."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    if _is_ours(frame.filename) and (frame.line or "").startswith("raise"):
+        return str(error)
+    # A DataLoader re-raises what happened in a worker with the worker's traceback as its message.
+    if found := re.match(r"Caught (\w+) in DataLoader worker process", str(error)):
+        raised = re.findall(r'File "(.+?)", line \d+, in .*\n +(.*)', str(error))[-1:]
+        if raised and _is_ours(raised[0][0]) and raised[0][1].startswith("raise"):
+            return re.split(rf"\n(?:[\w.]+\.)?{found[1]}: ", str(error))[-1].strip()
+    # load_state_dict answers a checkpoint of another network with a page of parameter names.
+    if found := re.match(r"Error\(s\) in loading state_dict for (\w+):\s*(.{,120})", str(error)):
+        return (
+            f"the checkpoint is not one of this {found[1]}; to start from its weights: --model.weights. {found[2]} ..."
+        )
+    if type(error).__name__ == "MisconfigurationException":  # Lightning's own word to its user
+        return str(error)
+    return None
+
+
+def _is_ours(filename: str) -> bool:
+    root = Path(__file__).parent.parent
+    return any(Path(filename).is_relative_to(root / package) for package in PACKAGES)
+
+
+def root_cause(error: Exception) -> Exception:
+    """What happened in a class's constructor: jsonargparse wraps it in what it says about types."""
+    wrapped = "Does not validate against any of the Union"
+    while str(error).startswith(wrapped) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    return error
+
+
+def was_running(error: BaseException) -> bool:
+    """Whether it happened after everything was built: while fitting, validating, testing or predicting."""
+    return any(frame.name == "_run_subcommand" for frame in traceback.extract_tb(error.__traceback__))

@@ -1,0 +1,296 @@
+"""LightningCLI with the zoo's conventions. This file imports torch; ``zoo/cli.py`` calls it when there is work."""
+
+import logging
+import os
+import sys
+import warnings
+from argparse import ArgumentError
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse import Namespace, set_parsing_settings
+
+import datamodules
+import zoo
+from zoo import mistakes, recipes
+from zoo._lightning import NAMESPACE, Callback, LightningDataModule, LightningModule
+from zoo.callbacks import WritePredictions
+from zoo.mistakes import Mistake
+
+if TYPE_CHECKING or NAMESPACE == "lightning":
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+    from lightning.pytorch.loggers import Logger
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+    from lightning.pytorch.utilities.model_helpers import is_overridden
+    from lightning.pytorch.utilities.rank_zero import rank_zero_module
+else:
+    from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+    from pytorch_lightning.loggers import Logger
+    from pytorch_lightning.utilities.exceptions import MisconfigurationException
+    from pytorch_lightning.utilities.model_helpers import is_overridden
+    from pytorch_lightning.utilities.rank_zero import rank_zero_module
+
+# What --strict-imports lets a configuration name. torch by its parts, since torch.hub runs code from the network.
+ALLOWED = ["zoo", "datamodules", "torch.optim", "torch.nn", "torch.utils.data", "torchvision", "timm", "torchmetrics"]
+ALLOWED += ["lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric"]
+# Parts of those which import or run what their arguments name.
+NEVER = ["lightning.pytorch.cli", "pytorch_lightning.cli", "lightning.fabric.cli", "zoo.cli", "zoo.run"]
+METRICS = {"acc": "accuracy", "acc5": "top-5 accuracy", "f1": "macro F1", "ap": "average precision"}
+
+
+def run(command: str, configs: list[str], options: list[str], strict: bool) -> None:
+    """Runs ``zoo COMMAND -c CONFIG ... OPTION ...``; configurations come first, so that options win."""
+    set_parsing_settings(
+        import_path_denylist=["*", *NEVER] if strict else [],  # an empty one enforces jsonargparse's own
+        import_path_allowlist=ALLOWED if strict else [],
+        instantiate_subclass_spec_in_any=False,
+        config_read_mode_fsspec_enabled=strict,  # else `--model s3://...` would read a configuration, too
+    )
+    _quiet()
+    if not strict and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # a console script does not see the user's own modules otherwise
+    for package in (zoo, datamodules):
+        for name in package._EXPORTS:
+            getattr(package, name)  # once imported, a class can be named without its path
+    Parser.given = configs, options
+    ZooCLI(
+        LightningModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        parser_class=Parser,
+        parser_kwargs={
+            "prog": "zoo",
+            "allow_abbrev": False,
+            **{name: {"default_config_files": [str(recipes.DEFAULTS)]} for name in LightningCLI.subcommands()},
+        },
+        save_config_callback=SaveConfig,
+        save_config_kwargs={"overwrite": True, "config_filename": f"config.{command}.yaml".replace(".fit.", ".")},
+        seed_everything_default=0,
+        auto_configure_optimizers=False,  # it would replace the modules' own and put all parameters in one group
+        args=[command, *(arg for config in configs for arg in ("-c", config)), *options],
+    )
+
+
+def _quiet() -> None:
+    """Silences what a default run says and nobody here can act on."""
+    # Lightning asks torch in the old way.
+    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+    # Every run has a directory of its own, also one that continues another or tests it.
+    warnings.filterwarnings("ignore", message="The dirpath has changed from")
+    rank_zero_module.log.addFilter(_no_advertisement)
+
+
+def _no_advertisement(record: logging.LogRecord) -> bool:
+    """Every Trainer recommends another logger."""
+    return "litlogger" not in record.getMessage()
+
+
+class Parser(LightningArgumentParser):
+    """An argument parser whose errors are one line. It serves as the parser of every class's options as well."""
+
+    given: tuple[list[str], list[str]] = ([], [])
+    owner: str | None = None
+
+    def add_class_arguments(self, theclass: Any, nested_key: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        if nested_key is None:
+            self.owner = theclass.__name__
+        return super().add_class_arguments(theclass, nested_key, *args, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        if mistakes.MARK in message:  # the parser of a class, inside of this one, has worded it
+            line = message.split(mistakes.MARK, 1)[1].split("\n")[0]
+        else:
+            parser = getattr(ex, "subcommand_parser", self)
+            options = [action.dest for action in parser._actions]
+            line, word = mistakes.explain(message, self.owner, options, _known_classes())
+            line = mistakes.locate(word, *self.given) + line
+        if self.exit_on_error:
+            raise Mistake(line) from ex
+        raise ArgumentError(None, mistakes.MARK + line) from ex  # jsonargparse may yet try another type
+
+
+class SaveConfig(SaveConfigCallback):
+    """Saves what every command understands, so that ``zoo test -c`` reads what ``zoo fit`` saved, and the reverse.
+
+    What belongs to one command is left out, most of all ``ckpt_path``: to test a run is not to test where it started.
+    """
+
+    def __init__(self, parser: LightningArgumentParser, config: Namespace, **kwargs: Any) -> None:
+        shared = {key: config[key] for key in ("seed_everything", "trainer", "model", "data")}
+        super().__init__(parser, Namespace(shared), **kwargs)
+
+
+class ZooCLI(LightningCLI):
+    """LightningCLI whose command line wins, whose classes are counted once, and which says how a run went."""
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = parser.parse_args(args)
+        self.written = parser.parse_args(args, defaults=False)  # what somebody wrote, in a recipe or as an option
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        parser.set_defaults({"weights_only": True})  # Lightning's default unpickles what comes from a URL
+        if subcommand == "predict":
+            parser.set_defaults({"return_predictions": False})  # they go to a file, not into memory
+        return parser
+
+    def _parse_ckpt_path(self) -> None:
+        """Settings come from the configuration, weights from the checkpoint; stock LightningCLI mixes the two."""
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[str(self.subcommand)]
+        logger = config.trainer.get("logger")
+        if isinstance(logger, Namespace) and logger.get("init_args.name", "") is None:
+            logger.init_args.name = config.model.class_path.split(".")[-1]  # runs/<ModelName>/version_N
+        path = config.get("ckpt_path")
+        # The weights of a recipe do not count: they are where a fit starts, usually without a trained head.
+        trained = any(option.startswith(("--model.weights", "--model.init_args.weights")) for option in Parser.given[1])
+        if path is None and self.subcommand != "fit" and not trained:
+            newest = _newest_checkpoint(config)
+            raise Mistake(f"{self.subcommand} needs trained weights: --ckpt_path FILE or --model.weights FILE{newest}")
+        if path and path not in ("last", "hpc", "registry") and "://" not in path and not Path(path).exists():
+            raise Mistake(f"there is no checkpoint {path}{_newest_checkpoint(config)}")
+
+    def instantiate_classes(self) -> None:
+        """Data first, since the model's number of classes comes from it."""
+        config = self.config[str(self.subcommand)]
+        self.datamodule = self._instantiate(Namespace(data=config.data)).data
+        self._count_classes(config.model)
+        self.__dict__.pop("config_dump", None)  # LightningCLI's copy for the checkpoint, made before the count
+        others = config.clone()
+        del others["data"]
+        if config.get("ckpt_path") and others.model.get("init_args.weights"):
+            others.model.init_args.weights = None  # the checkpoint holds all; the file it once started from may be gone
+        built = self._instantiate(others)
+        self.config_init = Namespace({str(self.subcommand): built})
+        self.model = built.model
+        self.trainer = self.instantiate_trainer()
+
+    def _instantiate(self, config: Namespace) -> Namespace:
+        command = str(self.subcommand)
+        return self.parser.instantiate(Namespace({"subcommand": command, command: config}))[command]
+
+    def _count_classes(self, model: Namespace) -> None:
+        """Gives the model the data's number of classes. Data may not know it, and a model may not ask."""
+        count = getattr(self.datamodule, "num_classes", None)
+        if count is None or "num_classes" not in model.get("init_args", {}):
+            return
+        written = self.written[str(self.subcommand)].get("model.init_args.num_classes")
+        if written not in (None, count):
+            raise Mistake(
+                f"num_classes is {written} for the model, but {type(self.datamodule).__name__} has {count} classes: "
+                "leave it out, it comes from the data"
+            )
+        model.init_args.num_classes = count
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        trainer: Any
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except (ValueError, TypeError, MisconfigurationException) as error:  # a choice that the Trainer does not know
+            raise Mistake(str(error)) from error
+        if self.subcommand == "predict" and not any(isinstance(c, WritePredictions) for c in trainer.callbacks):
+            trainer.callbacks.append(WritePredictions())
+        if self.subcommand == "fit" and self.config.fit.ckpt_path:
+            trainer.callbacks.append(KeepOptimizerSettings())
+        return trainer
+
+    def after_fit(self) -> None:
+        """Tests with the best checkpoint, or the last, and says how it went and where everything is."""
+        trainer: Any = self.trainer
+        if trainer.fast_dev_run:
+            return
+        lines = []
+        checkpoints, folder = trainer.checkpoint_callback, trainer.log_dir  # log_dir: all ranks have to ask
+        checkpoint = getattr(checkpoints, "best_model_path", "") or getattr(checkpoints, "last_model_path", "")
+        if _has_test(self.model, self.datamodule):
+            results = trainer.test(
+                self.model, self.datamodule, ckpt_path=checkpoint or None, verbose=False, weights_only=True
+            )
+            lines += [_metric(name, value) for metrics in results for name, value in metrics.items()]
+            if trainer.is_global_zero and hasattr(self.datamodule, "baselines"):
+                baselines = self.datamodule.baselines().items()
+                lines += [f"{name} on the same split {100 * value:.2f} %" for name, value in baselines]
+        lines += [f"{name} {path}" for name, path in _written(trainer)]
+        lines += [f"checkpoint {checkpoint}"] if checkpoint else []
+        if trainer.is_global_zero:
+            print(*lines, f"run {folder}", sep="\n")
+
+    def after_predict(self) -> None:
+        if self.trainer.is_global_zero:
+            for name, path in _written(self.trainer):
+                print(name, path)
+
+
+class KeepOptimizerSettings(Callback):
+    """Lets the configured learning rate, weight decay and so on win when a checkpoint brings the optimizer's state.
+
+    torch restores them together with the moments, so that ``--model.lr`` would be ignored. What a schedule has made of
+    the learning rate is kept, relative to where it starts.
+    """
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:  # built, and not yet restored
+        self.configured = [
+            [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+            for optimizer in trainer.optimizers
+        ]
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        schedulers = [schedule.scheduler for schedule in trainer.lr_scheduler_configs]
+        for optimizer, configured in zip(trainer.optimizers, self.configured, strict=True):
+            for group, settings in zip(optimizer.param_groups, configured, strict=True):
+                if group.get("initial_lr"):
+                    settings["lr"] = group["lr"] * (settings["initial_lr"] / group["initial_lr"])
+                elif any(scheduler.optimizer is optimizer for scheduler in schedulers):
+                    del settings["lr"]  # it is what a plateau has made of it
+                group.update(settings)
+        for scheduler in schedulers:
+            if hasattr(scheduler, "base_lrs"):
+                scheduler.base_lrs = [group["initial_lr"] for group in scheduler.optimizer.param_groups]
+
+
+def _known_classes() -> dict[str, list[str]]:
+    """Names of the imported classes of each kind that a configuration names."""
+    kinds: dict[str, type] = {"model": LightningModule, "data": LightningDataModule}
+    kinds.update({"trainer.callbacks": Callback, "trainer.logger": Logger})
+    return {key: sorted({cls.__name__ for cls in _subclasses(kind)}) for key, kind in kinds.items()}
+
+
+def _subclasses(kind: type) -> list[type]:
+    direct: list[type] = kind.__subclasses__()
+    return [found for cls in direct for found in (cls, *_subclasses(cls))]
+
+
+def _newest_checkpoint(config: Namespace) -> str:
+    """``; the newest checkpoint is FILE``: of this recipe's runs, else of all; or nothing if there is none."""
+    logger = config.trainer.get("logger")
+    folders = [Path("runs")]
+    if isinstance(logger, Namespace) and logger.get("init_args.save_dir"):
+        folders.insert(0, Path(logger.init_args.save_dir, logger.init_args.get("name") or ""))
+    for folder in folders:
+        files = [file for file in folder.rglob("*.ckpt") if not file.is_symlink()]
+        if files:
+            return f"; the newest checkpoint is {max(files, key=lambda file: file.stat().st_mtime)}"
+    return ""
+
+
+def _has_test(model: Any, data: Any) -> bool:
+    """Whether there is something to test after a fit. Our data modules all have a loader, but not all have samples."""
+    if not is_overridden("test_step", model) or not is_overridden("test_dataloader", data):
+        return False
+    samples = getattr(data, "samples", None)
+    return not callable(samples) or samples("test") is not None
+
+
+def _metric(name: str, value: float) -> str:
+    """``test accuracy 99.31 %`` for test/acc; other numbers as they are."""
+    stage, _, metric = name.partition("/")
+    number = f"{100 * value:.2f} %" if metric.startswith("acc") else f"{value:.4f}"
+    return f"{stage} {METRICS.get(metric, metric)} {number}"
+
+
+def _written(trainer: Any) -> list[tuple[str, Path]]:
+    """What callbacks wrote last: ``("pictures", PATH)``."""
+    paths = [(callback, getattr(callback, "last_path", None)) for callback in trainer.callbacks]
+    return [(getattr(callback, "writes", "file"), path) for callback, path in paths if path is not None]

@@ -1,0 +1,101 @@
+"""One image file to 8-bit pixels: upright, grey or RGB, whatever the file holds.
+
+How the less usual kinds are read:
+
+- EXIF orientation is applied.
+- Transparency (alpha channel, palette, colour key) lies over white.
+- 16-bit grey is divided by 257, so that 65535 becomes 255. 32-bit integers count as 16-bit ones; floats are expected in
+  [0, 1]. Other values of these two raise, since what is white in them would be a guess.
+- CMYK and other colour spaces become RGB by Pillow's conversion, without colour profiles.
+- Of animations and pages the first counts.
+
+Pillow's guard against decompression bombs stays on, and truncated files are errors. A file is only ever opened as one
+of the formats below: Pillow knows others, PostScript among them, which it would hand to an outside program.
+"""
+
+import functools
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+EXTENSIONS = (*IMG_EXTENSIONS, ".jpe", ".jfif", ".gif", ".pbm", ".pnm", ".jp2", ".avif")
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF")
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class UnreadableImageError(ValueError):
+    """An image file that cannot be read. Its message is one line with the path and the reason."""
+
+
+def decode(path: str | os.PathLike[str], channels: int = 3) -> Image.Image:
+    """Reads an image file as 8-bit grey (``channels=1``) or RGB (``channels=3``), upright.
+
+    Raises:
+        UnreadableImageError: If the file is missing, empty, truncated, broken, far too large, or not an image.
+    """
+    try:
+        with Image.open(path, formats=_known_formats()) as image:
+            image.load()
+            return convert(_upright(image), channels)
+    except Exception as error:  # on broken files Pillow's readers raise nearly anything
+        raise UnreadableImageError(f"{os.fspath(path)} cannot be read: {_reason(path, error)}") from error
+
+
+def convert(image: Image.Image, channels: int) -> Image.Image:
+    """A loaded image as 8-bit grey (``channels=1``, mode L) or RGB (``channels=3``); always a copy.
+
+    Raises:
+        ValueError: For another number of channels, and for integers or floats out of range.
+    """
+    if channels not in (1, 3):
+        raise ValueError(f"channels is {channels}: expected 1 (grey) or 3 (RGB)")
+    if image.mode.startswith(("I", "F")):
+        image = Image.fromarray(_to_8_bit(np.asarray(image)))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("L" if channels == 1 else "RGB")
+
+
+def _to_8_bit(pixels: np.ndarray) -> np.ndarray:
+    """Grey levels of 16-bit integers, or of floats in [0, 1], as uint8."""
+    white = 1 if pixels.dtype.kind == "f" else 65535
+    low, high = pixels.min(), pixels.max()
+    if not (low >= 0 and high <= white):  # so that NaN is out of range as well
+        raise ValueError(f"its {pixels.dtype} pixels run from {low} to {high}, expected 0 to {white}")
+    return (pixels * (255 / white)).round().astype(np.uint8)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Applies the EXIF orientation; Pillow's exif_transpose also rewrites the metadata, and fails if it is broken."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # unreadable metadata say nothing about the pixels, which are there
+        return image
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+
+
+def _reason(path: str | os.PathLike[str], error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    if isinstance(error, UnidentifiedImageError):
+        return "it is empty" if Path(path).stat().st_size == 0 else "it is no image of a known format"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+@functools.cache
+def _known_formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)  # AVIF came with Pillow 11.3

@@ -1,0 +1,431 @@
+"""Images in folders: ``ImageFolderDataModule(root)``.
+
+``root`` may hold
+
+- ``train``, ``val`` (or ``valid``, ``validation``) and ``test`` folders with a folder for each class in them:
+  ``root/train/cat/1.jpg``. Other folders beside them are left alone;
+- a folder for each class: ``root/cat/1.jpg``;
+- images without class folders, in itself or in its ``train``, ``val`` and ``test``: these are unlabelled.
+
+(A lone ``train`` among folders of other names, with images right in it, is a class: of vehicles, say.) Within a class,
+images may lie in further folders. Hidden files and folders (a leading dot) are ignored, and so are files whose ending
+is not that of an image.
+
+A missing ``val`` is held out of the training images. So is a missing ``test``, but only where there is no ``val``
+folder either: a validation set made by hand says that the rest is for training. Shares are taken from every class alike
+and chosen by ``split_seed`` and the files' names: the same on every machine, and nearly the same when files are added.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from datamodules import transforms
+from datamodules._lightning import rank_zero_warn
+from datamodules.base import IMAGENET_MEAN, IMAGENET_STD, ImageDataModule, Samples, Split
+from datamodules.images import EXTENSIONS, UnreadableImageError, decode
+
+OnError = Literal["raise", "skip"]
+
+SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+EXPECTED = (
+    "expected a folder for each class (cat/1.jpg), or train, val and test folders that hold class folders or images, "
+    "or images alone"
+)
+
+
+class ImageFiles:
+    """Image files as samples: uint8 images (C, H, W), or ``(image, label)``.
+
+    Args:
+        root: The folder that names are relative to.
+        names: The files, with forward slashes.
+        transform: PIL image to uint8 tensor.
+        channels: 1 (grey) or 3 (RGB).
+        labels: A label for each file; None for images alone.
+        on_error: "raise" raises :class:`UnreadableImageError` for a file that cannot be read; "skip" gives None for it
+            and marks it in ``unreadable``, which loader workers share with the main process.
+        random: Whether the transform involves chance.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        names: Sequence[str],
+        transform: Callable[[Image.Image], Tensor],
+        channels: int = 3,
+        labels: Sequence[int] | np.ndarray | None = None,
+        on_error: OnError = "raise",
+        random: bool = False,
+    ) -> None:
+        self.root, self.transform, self.channels, self.random = Path(root), transform, channels, random
+        # As arrays: a list's million strings would be copied into every worker, by the counting of references to them.
+        self.names = np.asarray(names, dtype=np.str_)
+        self.labels = None if labels is None else np.asarray(labels)
+        self.unreadable: Tensor | None = None
+        if on_error == "skip":
+            self.unreadable = torch.zeros(len(names), dtype=torch.uint8).share_memory_()
+
+    @classmethod
+    def under(
+        cls,
+        root: str | os.PathLike[str],
+        transform: Callable[[Image.Image], Tensor],
+        channels: int = 3,
+        on_error: OnError = "raise",
+    ) -> "ImageFiles":
+        """All images under a folder, at any depth and sorted, or one image file; without labels.
+
+        Raises:
+            FileNotFoundError: If there is no such folder or file.
+            ValueError: If the folder holds no images.
+        """
+        path = Path(root)
+        if path.is_file():
+            return cls(path.parent, [path.name], transform, channels, on_error=on_error)
+        if not path.is_dir():
+            raise FileNotFoundError(f"{path}: no such folder or image")
+        names = sorted(_images_in(path))
+        if not names:
+            raise ValueError(f"{path} holds no images ({_endings()}) at any depth; {_seen(path)}")
+        return cls(path, names, transform, channels, on_error=on_error)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            image = decode(self.root / str(self.names[index]), self.channels)
+        except UnreadableImageError:
+            if self.unreadable is None:
+                raise
+            self.unreadable[index] = 1
+            return None
+        pixels = self.transform(image)
+        return pixels if self.labels is None else (pixels, int(self.labels[index]))
+
+
+def stratified_split(
+    labels: Sequence[int] | np.ndarray, fraction: float, seed: int, names: Sequence[str] | np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the samples that stay and of those that are held out, each ascending.
+
+    Every class gives the same share, rounded, but at least one sample, and never its last. Which ones is decided by a
+    hash of seed and name: an added or removed sample hardly moves the others.
+
+    Args:
+        labels: (N,) class of each sample.
+        fraction: Share to hold out, in [0, 1). 0 holds out none.
+        seed: Seed of the choice.
+        names: What each sample is called. None: its number.
+    """
+    labels = np.asarray(labels, dtype=np.int64)
+    if fraction == 0 or len(labels) == 0:
+        return np.arange(len(labels)), np.arange(0)
+    keys = range(len(labels)) if names is None else names
+    hashes = (hashlib.blake2b(f"{seed}/{key}".encode(errors="surrogateescape"), digest_size=8) for key in keys)
+    order = np.lexsort((np.frombuffer(b"".join(h.digest() for h in hashes), dtype="<u8"), labels))
+    starts = np.flatnonzero(np.diff(labels[order], prepend=labels[order[0]] - 1))
+    held_out = []
+    for members in np.split(order, starts[1:]):
+        count = max(1, int(len(members) * fraction + 0.5))
+        held_out.append(members[: min(count, len(members) - 1)])
+    chosen = np.sort(np.concatenate(held_out))
+    return np.setdiff1d(np.arange(len(labels)), chosen), chosen
+
+
+class ImageFolderDataModule(ImageDataModule):
+    """Your own images: a folder for each class, or images alone. See the top of this file for what ``root`` may hold.
+
+    Batches ``(images (B, C, H, W), labels (B,))``; of unlabelled images ``images`` alone, for pretraining and
+    prediction; ``num_classes`` then raises AttributeError. ``classes`` are the training folders' names, sorted.
+
+    Args:
+        root: The folder. It may be missing if there is a ``predict_root``, for prediction away from the training data.
+        image_size: Side in pixels, or (height, width).
+        channels: 3 (RGB) or 1 (grey). Files are converted to it.
+        val_fraction: Share of all images to hold out for validation, if there is no such folder; 0: none.
+        test_fraction: Share to hold out for testing, if there is neither a validation nor a test folder; 0: none.
+        split_seed: Seed of these shares.
+        on_error: What happens at a file that cannot be read. "raise" stops and names it. "skip" goes on without it
+            (training puts another image in its place) and warns how many there were, and which, at the end of each
+            training epoch and of each run; of several processes, the first reports its own.
+        predict_root: For prediction, a folder, searched at any depth, or one image. None: unlabelled images, all of
+            them; of labelled ones the test split.
+        scale, ratio: Area and aspect of the random resized crop. ``scale`` None: no such crop.
+        padding: Pixels of padding before a random crop, where there is no random resized one.
+        auto_augment, color_jitter, interpolation: See :func:`datamodules.transforms.train_transform`.
+        crop_ratio: Share of the image that evaluation keeps: it is resized to image_size / crop_ratio and cropped.
+        batch_size, num_workers, seed, mean, std, hflip, degrees, translate, zoom, shear, erase, drop_last, repeats:
+            See :class:`datamodules.base.ImageDataModule`. ``mean`` and ``std`` None: ImageNet's, for one channel their
+            averages.
+
+    Raises:
+        FileNotFoundError: If ``root`` is missing.
+        ValueError: If ``root`` holds no images, is a file, or has classes for validation or testing that training has
+            not; and from ``samples``, which lists the images, if a class folder holds none.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        image_size: int | tuple[int, int] = 224,
+        batch_size: int = 64,
+        channels: Literal[1, 3] = 3,
+        val_fraction: float = 0.1,
+        test_fraction: float = 0.1,
+        split_seed: int = 0,
+        on_error: OnError = "raise",
+        predict_root: str | None = None,
+        scale: tuple[float, float] | None = (0.08, 1.0),
+        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        padding: int = 0,
+        auto_augment: str | None = None,
+        color_jitter: float = 0.0,
+        interpolation: str = "bicubic",
+        crop_ratio: float = 0.875,
+        num_workers: int | None = None,
+        seed: int = 0,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
+        hflip: float = 0.0,
+        degrees: float = 0.0,
+        translate: float = 0.0,
+        zoom: float = 0.0,
+        shear: float = 0.0,
+        erase: float = 0.0,
+        drop_last: bool = True,
+        repeats: int = 1,
+    ) -> None:
+        if channels not in (1, 3):
+            raise ValueError(f"channels is {channels}: expected 1 (grey) or 3 (RGB)")
+        if on_error not in ("raise", "skip"):
+            raise ValueError(f"unknown on_error {on_error!r}: expected raise or skip")
+        if not (val_fraction >= 0 and test_fraction >= 0 and val_fraction + test_fraction < 1):
+            raise ValueError(
+                f"val_fraction is {val_fraction} and test_fraction {test_fraction}: expected shares in [0, 1) that "
+                "leave something for training"
+            )
+        super().__init__(
+            batch_size=batch_size,
+            num_workers=num_workers,
+            seed=seed,
+            mean=mean or (IMAGENET_MEAN if channels == 3 else (sum(IMAGENET_MEAN) / 3,)),
+            std=std or (IMAGENET_STD if channels == 3 else (sum(IMAGENET_STD) / 3,)),
+            hflip=hflip,
+            degrees=degrees,
+            translate=translate,
+            zoom=zoom,
+            shear=shear,
+            erase=erase,
+            drop_last=drop_last,
+            repeats=repeats,
+        )
+        self.root, self.predict_root, self.channels = Path(root), predict_root, channels
+        self.on_error: OnError = on_error
+        self.image_size = image_size
+        self.val_fraction, self.test_fraction, self.split_seed = val_fraction, test_fraction, split_seed
+        self.train_transform = transforms.train_transform(
+            image_size,
+            scale=scale,
+            ratio=ratio,
+            interpolation=interpolation,
+            auto_augment=auto_augment,
+            color_jitter=color_jitter,
+            padding=padding,
+            fill=self.mean,
+        )
+        self.eval_transform = transforms.eval_transform(image_size, crop_ratio, interpolation)
+        self._folders: dict[str, Path] = {}
+        self._samples: dict[str, ImageFiles | None] = {}
+        self._reported: dict[str, int] = {}
+        if self.root.exists() or predict_root is None:
+            self._look()
+
+    def samples(self, split: Split) -> Samples | None:
+        if split not in self._samples:
+            self._samples[split] = self._list(split)
+        return self._samples[split]
+
+    # What there is, by listing folders only.
+
+    def _look(self) -> None:
+        """Finds the folder of each split, and the classes."""
+        self._folders = _split_folders(self.root)
+        reference, *others = self._folders.values()
+        self.classes = _visible_folders(reference) or None
+        for folder in others:
+            classes = _visible_folders(folder)
+            if bool(classes) != bool(self.classes):
+                labelled, unlabelled = (folder, reference) if classes else (reference, folder)
+                raise ValueError(f"{labelled} has class folders, but {unlabelled} has none; {_seen(unlabelled)}")
+            if unknown := sorted(set(classes) - set(self.classes or [])):
+                raise ValueError(
+                    f"{folder} has classes that {reference} has not: {_some(unknown)}; {reference} has "
+                    f"{_some(self.classes or [])}"
+                )
+        if self.classes is None and not any(_is_image(name) for name in _visible_files(reference)):
+            raise ValueError(f"{reference} holds no images: {EXPECTED}; {_seen(reference)}")
+        if self.classes and (stray := [name for name in _visible_files(reference) if _is_image(name)]):
+            rank_zero_warn(
+                f"{len(stray)} images in {reference} lie in no class folder and are left out: {_some(sorted(stray))}"
+            )
+
+    # The files of a split.
+
+    def _list(self, split: Split) -> ImageFiles | None:
+        if split == "predict":
+            if self.predict_root is not None:
+                return ImageFiles.under(self.predict_root, self.eval_transform, self.channels, self.on_error)
+            if self.classes is None and "test" not in self._folders:
+                return ImageFiles.under(self.root, self.eval_transform, self.channels, self.on_error)
+            return None
+        if not self._folders:
+            self._look()  # raises: there is a predict_root, but no root
+        held_out = self._held_out()
+        if split in held_out or (split == "train" and held_out):
+            names, labels = self._files("train")
+            chosen = self._divide(names, labels, held_out)[split]
+            names, labels = [names[i] for i in chosen], labels[chosen]
+        elif split in self._folders:
+            names, labels = self._files(split)
+        else:
+            return None
+        if not names:
+            return None
+        training = split == "train"
+        transform = self.train_transform if training else self.eval_transform
+        given = None if self.classes is None else labels
+        return ImageFiles(self.root, names, transform, self.channels, given, self.on_error, random=training)
+
+    def _held_out(self) -> dict[str, float]:
+        """The splits that are shares of the training images, and how large these are."""
+        if "train" not in self._folders or "val" in self._folders:
+            return {}
+        if "test" in self._folders:
+            return {"val": self.val_fraction}
+        return {"test": self.test_fraction, "val": self.val_fraction}
+
+    def _divide(self, names: list[str], labels: np.ndarray, held_out: dict[str, float]) -> dict[str, np.ndarray]:
+        rest, left, parts = np.arange(len(names)), 1.0, {}
+        for split, fraction in held_out.items():
+            kept, out = stratified_split(labels[rest], fraction / left, self.split_seed, [names[i] for i in rest])
+            parts[split], rest, left = rest[out], rest[kept], left - fraction
+        return parts | {"train": rest}
+
+    def _files(self, split: str) -> tuple[list[str], np.ndarray]:
+        """A folder's images, relative to root and sorted, and the label of each (0 if there are no classes)."""
+        folder = self._folders[split]
+        start = folder.relative_to(self.root).as_posix() + "/" if folder != self.root else ""
+        if self.classes is None:
+            names = sorted(start + name for name in _images_in(folder))
+            if not names:
+                raise ValueError(f"{folder} holds no images ({_endings()}); {_seen(folder)}")
+            return names, np.zeros(len(names), dtype=np.int64)
+        files: list[tuple[str, int]] = []
+        for name in _visible_folders(folder):
+            images = sorted(f"{start}{name}/{image}" for image in _images_in(folder / name))
+            if not images:
+                raise ValueError(f"class folder {folder / name} holds no images ({_endings()}); {_seen(folder / name)}")
+            files += [(image, self.classes.index(name)) for image in images]
+        return [name for name, _ in files], np.array([label for _, label in files], dtype=np.int64)
+
+    # What could not be read is reported after each training epoch and at the end of a run.
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        if self.trainer and self.trainer.training and self.trainer.is_last_batch:
+            self._report()
+        return super().on_after_batch_transfer(batch, dataloader_idx)
+
+    def teardown(self, stage: str) -> None:
+        self._report()
+
+    def _report(self) -> None:
+        """Reports the splits in which more files than before turned out to be unreadable."""
+        for split, samples in self._samples.items():
+            if samples is None or samples.unreadable is None:
+                continue
+            count = int(samples.unreadable.sum())
+            if count > self._reported.get(split, 0):
+                self._reported[split] = count
+                self.report_unreadable(samples)
+
+
+def _split_folders(root: Path) -> dict[str, Path]:
+    """The folder of each split, training first; the root itself as "train" if there are no such folders.
+
+    Raises:
+        FileNotFoundError: If there is no root.
+        ValueError: If it is a file, or two of its folders stand for one split.
+    """
+    if root.is_file():
+        raise ValueError(f"{root} is a file: root has to be a folder; {EXPECTED}. To predict it: predict_root")
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: no such folder; {EXPECTED}")
+    found: dict[str, Path] = {}
+    folders = _visible_folders(root)
+    for split, spellings in SPLIT_FOLDERS.items():
+        matches = [name for name in folders if name.casefold() in spellings]
+        if len(matches) > 1:
+            raise ValueError(f"{root} has {' and '.join(matches)}: expected one folder for {split}")
+        if matches:
+            found[split] = root / matches[0]
+    others = len(folders) > len(found)
+    # "train", "val" and "test" may be names of classes as well: trains among other vehicles.
+    if "train" in found and (len(found) > 1 or not others or _visible_folders(found["train"])):
+        return found
+    return found if found and not others else {"train": root}
+
+
+def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        yield from (entry for entry in entries if not entry.name.startswith(".") and entry.name != "__MACOSX")
+
+
+def _visible_folders(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in _entries(folder) if entry.is_dir())
+
+
+def _visible_files(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in _entries(folder) if entry.is_file())
+
+
+def _images_in(folder: Path, start: str = "", above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:
+    """Image files at any depth, relative to the folder, in no order. Links are followed, but not in circles."""
+    status = folder.stat()
+    here = (status.st_dev, status.st_ino)
+    if here in above:
+        return
+    for entry in _entries(folder):
+        if entry.is_dir():
+            yield from _images_in(folder / entry.name, f"{start}{entry.name}/", above | {here})
+        elif _is_image(entry.name):
+            yield start + entry.name
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(EXTENSIONS)
+
+
+def _endings() -> str:
+    return " ".join(EXTENSIONS)
+
+
+def _seen(folder: Path) -> str:
+    """What a folder holds, in a few words."""
+    folders, files = _visible_folders(folder), _visible_files(folder)
+    if not folders and not files:
+        return "it is empty"
+    counted = [("folder(s)", folders), ("file(s)", files)]
+    return "it holds " + " and ".join(f"{len(names)} {kind} ({_some(names)})" for kind, names in counted if names)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

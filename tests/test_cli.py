@@ -370,6 +370,23 @@ def test_a_module_without_classes_or_test(capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr().out == ""
 
 
+def test_switching_off_what_a_recipe_has(capsys: pytest.CaptureFixture[str]) -> None:
+    off = ["--trainer.logger=false", "--trainer.enable_checkpointing=false"]  # QUIET has the progress bar
+    assert main(["fit", *TOY, *SHORT, *off]) == 0
+    out = capsys.readouterr().out
+    assert "test accuracy" in out
+    assert "checkpoint" not in out
+    assert out.endswith("run runs\n")
+
+
+@pytest.mark.slow
+def test_one_of_two_processes_speaks() -> None:
+    args = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_epochs=1"]
+    done = run("fit", *VIT, *DIGITS, *args)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("test accuracy") == done.stdout.count("run runs/ViTClassifier/version_0") == 1
+
+
 @pytest.mark.parametrize("written", ["9", "1000"])  # 1000 is the model's default, yet somebody wrote it
 def test_num_classes_disagree(written: str, capsys: pytest.CaptureFixture[str]) -> None:
     told = refused(capsys, "fit", *TOY, "--model.num_classes", written)

@@ -34,7 +34,7 @@ def explain(message: str, owner: str | None, options: list[str], classes: dict[s
         if not found[1].startswith("-"):
             return f"unexpected argument {found[1]!r}", found[1]
         return f"unknown option {found[1]}{did_you_mean(found[1], [f'--{option}' for option in options])}", found[1]
-    if found := re.search(r"(?:Group '(?P<group>\S+)' .*)?[Oo]ption '(?P<option>[\w.]+)'", message):
+    if found := re.match(r"(?:Group '(?P<group>\S+)'.*|Subcommand.*)?[Oo]ption '(?P<option>[\w.]+)'", message):
         option = ".".join(filter(None, (found["group"], found["option"])))
         if owner in ("LightningModule", "LightningDataModule"):
             kind = "model" if owner == "LightningModule" else "data"

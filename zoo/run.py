@@ -35,6 +35,12 @@ ALLOWED = ["zoo", "datamodules", "torch.optim", "torch.nn", "torch.utils.data", 
 ALLOWED += ["lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric"]
 # Parts of those which import or run what their arguments name.
 NEVER = ["lightning.pytorch.cli", "pytorch_lightning.cli", "lightning.fabric.cli", "zoo.cli", "zoo.run"]
+# What an option of the Trainer switches off, and the callback that goes with it.
+SWITCHES = {
+    "logger": "LearningRateMonitor",
+    "enable_checkpointing": "ModelCheckpoint",
+    "enable_progress_bar": "ProgressBar",
+}
 METRICS = {"acc": "accuracy", "acc5": "top-5 accuracy", "f1": "macro F1", "ap": "average precision"}
 
 
@@ -140,9 +146,12 @@ class ZooCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config[str(self.subcommand)]
-        logger = config.trainer.get("logger")
+        logger, callbacks = config.trainer.get("logger"), config.trainer.get("callbacks")
         if isinstance(logger, Namespace) and logger.get("init_args.name", "") is None:
             logger.init_args.name = config.model.class_path.split(".")[-1]  # runs/<ModelName>/version_N
+        for option, needless in SWITCHES.items():  # the Trainer would refuse both together
+            if config.trainer.get(option) is False and isinstance(callbacks, list):
+                callbacks[:] = [callback for callback in callbacks if not callback.class_path.endswith("." + needless)]
         path = config.get("ckpt_path")
         # The weights of a recipe do not count: they are where a fit starts, usually without a trained head.
         trained = any(option.startswith(("--model.weights", "--model.init_args.weights")) for option in Parser.given[1])

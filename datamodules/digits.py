@@ -62,7 +62,7 @@ class DigitsDataModule(ImageDataModule):
         batch_size: int = 64,
         num_workers: int | None = None,
         seed: int = 0,
-        mean: tuple[float, ...] = (0.305,),
+        mean: tuple[float, ...] = (0.306,),
         std: tuple[float, ...] = (0.376,),
         hflip: float = 0.0,
         degrees: float = 0.0,

@@ -167,6 +167,12 @@ class Classifier(LightningModule):
         self.step_log(self, {"train/loss": loss.detach()}, prog_bar=("train/loss",))
         return loss
 
+    def on_validation_epoch_start(self) -> None:
+        self.val_loss.reset(), self.val_metrics.reset()  # an interrupted epoch leaves counts behind
+
+    def on_test_epoch_start(self) -> None:
+        self.test_loss.reset(), self.test_metrics.reset()
+
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self._evaluate(batch, batch_idx, "val", self.val_loss, self.val_metrics)
 

@@ -1,0 +1,71 @@
+"""What every test starts from: an empty directory, one seed, one thread, no network; and what it must leave behind."""
+
+import os
+
+# Before torch is imported, and for the processes that tests start. On tensors this small a second thread costs more than
+# it brings, and a process forked after OpenMP has started its threads can hang.
+os.environ["OMP_NUM_THREADS"] = "1"
+# A pretrained tag must fail here, not download.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import random
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_only
+
+torch.set_num_threads(1)
+
+# SIGALRM is not among them: it belongs to pytest-timeout.
+SIGNALS = [signal.SIGINT, signal.SIGTERM, *(getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2") if hasattr(signal, name))]
+
+
+@pytest.fixture(autouse=True)
+def _empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs are written to where the program stands: not into the checkout."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _restored_process() -> Iterator[None]:
+    """Takes back what a Trainer sets for the whole process, so that no test depends on the one before it.
+
+    The environment holds the seed, and with several processes the rank, their number, the address and the port.
+    """
+    environment = dict(os.environ)
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    deterministic, threads = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
+    benchmark, dtype = torch.backends.cudnn.benchmark, torch.get_default_dtype()
+    rank = getattr(rank_zero_only, "rank", None)
+    yield
+    for name in os.environ.keys() - environment.keys():
+        del os.environ[name]
+    os.environ.update(environment)
+    for number, handler in handlers.items():
+        if signal.getsignal(number) is not handler:
+            signal.signal(number, handler)
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.benchmark = benchmark
+    torch.set_default_dtype(dtype)
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+    rank_zero_only.rank = rank
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips what needs an accelerator where there is none."""
+    if not torch.accelerator.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs an accelerator"))

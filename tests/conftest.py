@@ -21,7 +21,11 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 torch.set_num_threads(1)
 
 # SIGALRM is not among them: it belongs to pytest-timeout.
-SIGNALS = [signal.SIGINT, signal.SIGTERM, *(getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2") if hasattr(signal, name))]
+SIGNALS = [
+    signal.SIGINT,
+    signal.SIGTERM,
+    *(getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2") if hasattr(signal, name)),
+]
 
 
 @pytest.fixture(autouse=True)

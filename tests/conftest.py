@@ -2,8 +2,8 @@
 
 import os
 
-# Before torch is imported, and for the processes that tests start. On tensors this small a second thread costs more than
-# it brings, and a process forked after OpenMP has started its threads can hang.
+# Before torch is imported, and for the processes that tests start. On tensors this small a second thread costs more
+# than it brings, and a process forked after OpenMP has started its threads can hang.
 os.environ["OMP_NUM_THREADS"] = "1"
 # A pretrained tag must fail here, not download.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -21,11 +21,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 torch.set_num_threads(1)
 
 # SIGALRM is not among them: it belongs to pytest-timeout.
-SIGNALS = [
-    signal.SIGINT,
-    signal.SIGTERM,
-    *(getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2") if hasattr(signal, name)),
-]
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2]
 
 
 @pytest.fixture(autouse=True)

@@ -43,9 +43,10 @@ def run_python(program: str) -> None:
 
 def run_zoo(command: list[str]) -> None:
     try:
-        assert main(shortened(command)) == 0, " ".join(command)
+        status = main(shortened(command))
     except SystemExit as end:  # --print_config and help
-        assert not end.code, " ".join(command)
+        status = end.code or 0
+    assert status == 0, " ".join(command)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@
 - a folder for each class: ``root/cat/1.jpg``;
 - images without class folders, in itself or in its ``train``, ``val`` and ``test``: these are unlabelled.
 
+Labelled folders may have a ``test`` without labels beside them: these images are for prediction, not for testing.
 (A lone ``train`` among folders of other names, with images right in it, is a class: of vehicles, say.) Within a class,
 images may lie in further folders. Hidden files and folders (a leading dot) are ignored, and so are files whose ending
 is not that of an image.
@@ -58,7 +59,7 @@ class ImageFiles:
     def __init__(
         self,
         root: str | os.PathLike[str],
-        names: Sequence[str],
+        names: Sequence[str] | np.ndarray,
         transform: Callable[[Image.Image], Tensor],
         channels: int = 3,
         labels: Sequence[int] | np.ndarray | None = None,
@@ -157,8 +158,8 @@ class ImageFolderDataModule(ImageDataModule):
         on_error: What happens at a file that cannot be read. "raise" stops and names it. "skip" goes on without it
             (training puts another image in its place) and warns how many there were, and which, at the end of each
             training epoch and of each run; of several processes, the first reports its own.
-        predict_root: For prediction, a folder, searched at any depth, or one image. None: unlabelled images, all of
-            them; of labelled ones the test split.
+        predict_root: For prediction, a folder, searched at any depth, or one image. None: the test images, or if
+            there is no test folder and nothing is labelled, all images.
         scale, ratio: Area and aspect of the random resized crop. ``scale`` None: no such crop.
         padding: Pixels of padding before a random crop, where there is no random resized one.
         auto_augment, color_jitter, interpolation: See :func:`datamodules.transforms.train_transform`.
@@ -244,6 +245,7 @@ class ImageFolderDataModule(ImageDataModule):
         )
         self.eval_transform = transforms.eval_transform(image_size, crop_ratio, interpolation)
         self._folders: dict[str, Path] = {}
+        self._unlabelled_test: Path | None = None
         self._samples: dict[str, ImageFiles | None] = {}
         self._reported: dict[str, int] = {}
         if self.root.exists() or predict_root is None:
@@ -251,7 +253,7 @@ class ImageFolderDataModule(ImageDataModule):
 
     def samples(self, split: Split) -> Samples | None:
         if split not in self._samples:
-            self._samples[split] = self._list(split)
+            self._samples |= self._predicted() if split == "predict" else self._listed(split)
         return self._samples[split]
 
     # What there is, by listing folders only.
@@ -259,10 +261,13 @@ class ImageFolderDataModule(ImageDataModule):
     def _look(self) -> None:
         """Finds the folder of each split, and the classes."""
         self._folders = _split_folders(self.root)
-        reference, *others = self._folders.values()
+        (_, reference), *others = self._folders.items()
         self.classes = _visible_folders(reference) or None
-        for folder in others:
+        for split, folder in others:
             classes = _visible_folders(folder)
+            if split == "test" and self.classes and not classes:
+                self._unlabelled_test = self._folders.pop("test")
+                continue
             if bool(classes) != bool(self.classes):
                 labelled, unlabelled = (folder, reference) if classes else (reference, folder)
                 raise ValueError(f"{labelled} has class folders, but {unlabelled} has none; {_seen(unlabelled)}")
@@ -280,30 +285,30 @@ class ImageFolderDataModule(ImageDataModule):
 
     # The files of a split.
 
-    def _list(self, split: Split) -> ImageFiles | None:
-        if split == "predict":
-            if self.predict_root is not None:
-                return ImageFiles.under(self.predict_root, self.eval_transform, self.channels, self.on_error)
-            if self.classes is None and "test" not in self._folders:
-                return ImageFiles.under(self.root, self.eval_transform, self.channels, self.on_error)
-            return None
+    def _predicted(self) -> dict[str, ImageFiles | None]:
+        root = self.predict_root or self._unlabelled_test
+        if root is None and self.classes is None and "test" not in self._folders:
+            root = self.root
+        if root is None:
+            return {"predict": None}
+        return {"predict": ImageFiles.under(root, self.eval_transform, self.channels, self.on_error)}
+
+    def _listed(self, split: str) -> dict[str, ImageFiles | None]:
+        """The samples of a split, and of all that come from the same folder."""
         if not self._folders:
             self._look()  # raises: there is a predict_root, but no root
         held_out = self._held_out()
-        if split in held_out or (split == "train" and held_out):
-            names, labels = self._files("train")
-            chosen = self._divide(names, labels, held_out)[split]
-            names, labels = [names[i] for i in chosen], labels[chosen]
-        elif split in self._folders:
-            names, labels = self._files(split)
-        else:
-            return None
-        if not names:
-            return None
-        training = split == "train"
-        transform = self.train_transform if training else self.eval_transform
-        given = None if self.classes is None else labels
-        return ImageFiles(self.root, names, transform, self.channels, given, self.on_error, random=training)
+        if split not in held_out and split not in self._folders:
+            return {split: None}
+        if split != "train" and split not in held_out:
+            return {split: self._files(split, *self._names_and_labels(split))}
+        names, labels = self._names_and_labels("train")
+        parts, rest, left = {}, np.arange(len(names)), 1.0
+        for part, fraction in held_out.items():
+            kept, out = stratified_split(labels[rest], fraction / left, self.split_seed, names[rest])
+            parts[part], rest, left = rest[out], rest[kept], left - fraction
+        parts["train"] = rest
+        return {part: self._files(part, names[chosen], labels[chosen]) for part, chosen in parts.items()}
 
     def _held_out(self) -> dict[str, float]:
         """The splits that are shares of the training images, and how large these are."""
@@ -313,14 +318,15 @@ class ImageFolderDataModule(ImageDataModule):
             return {"val": self.val_fraction}
         return {"test": self.test_fraction, "val": self.val_fraction}
 
-    def _divide(self, names: list[str], labels: np.ndarray, held_out: dict[str, float]) -> dict[str, np.ndarray]:
-        rest, left, parts = np.arange(len(names)), 1.0, {}
-        for split, fraction in held_out.items():
-            kept, out = stratified_split(labels[rest], fraction / left, self.split_seed, [names[i] for i in rest])
-            parts[split], rest, left = rest[out], rest[kept], left - fraction
-        return parts | {"train": rest}
+    def _files(self, split: str, names: np.ndarray, labels: np.ndarray) -> ImageFiles | None:
+        if len(names) == 0:
+            return None
+        training = split == "train"
+        transform = self.train_transform if training else self.eval_transform
+        given = None if self.classes is None else labels
+        return ImageFiles(self.root, names, transform, self.channels, given, self.on_error, random=training)
 
-    def _files(self, split: str) -> tuple[list[str], np.ndarray]:
+    def _names_and_labels(self, split: str) -> tuple[np.ndarray, np.ndarray]:
         """A folder's images, relative to root and sorted, and the label of each (0 if there are no classes)."""
         folder = self._folders[split]
         start = folder.relative_to(self.root).as_posix() + "/" if folder != self.root else ""
@@ -328,14 +334,14 @@ class ImageFolderDataModule(ImageDataModule):
             names = sorted(start + name for name in _images_in(folder))
             if not names:
                 raise ValueError(f"{folder} holds no images ({_endings()}); {_seen(folder)}")
-            return names, np.zeros(len(names), dtype=np.int64)
+            return np.array(names), np.zeros(len(names), dtype=np.int64)
         files: list[tuple[str, int]] = []
         for name in _visible_folders(folder):
             images = sorted(f"{start}{name}/{image}" for image in _images_in(folder / name))
             if not images:
                 raise ValueError(f"class folder {folder / name} holds no images ({_endings()}); {_seen(folder / name)}")
             files += [(image, self.classes.index(name)) for image in images]
-        return [name for name, _ in files], np.array([label for _, label in files], dtype=np.int64)
+        return np.array([name for name, _ in files]), np.array([label for _, label in files])
 
     # What could not be read is reported after each training epoch and at the end of a run.
 

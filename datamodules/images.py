@@ -46,7 +46,9 @@ def decode(path: str | os.PathLike[str], channels: int = 3) -> Image.Image:
         UnreadableImageError: If the file is missing, empty, truncated, broken, far too large, or not an image.
     """
     try:
-        with Image.open(path, formats=_known_formats()) as image:
+        # An open file, not a path: Pillow 13 maps a path into memory, and scrambles an uncompressed TIFF that way
+        # if its orientation swaps the sides.
+        with open(path, "rb") as file, Image.open(file, formats=_known_formats()) as image:
             image.load()
             return convert(_upright(image), channels)
     except Exception as error:  # on broken files Pillow's readers raise nearly anything

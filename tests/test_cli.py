@@ -113,9 +113,8 @@ SHORT = [*QUIET, "--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "-
 
 
 @pytest.fixture(autouse=True)
-def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs are written to where the command line stands."""
-    monkeypatch.chdir(tmp_path)
+def _as_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command line adds to the path where it stands."""
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.delenv("ZOO_DEBUG", raising=False)
 

@@ -55,11 +55,11 @@ def _restored_process() -> Iterator[None]:
     for number, handler in handlers.items():
         if signal.getsignal(number) is not handler:
             signal.signal(number, handler)
-    torch.use_deterministic_algorithms(deterministic)
+    if torch.are_deterministic_algorithms_enabled() != deterministic:  # the call alone takes seconds, the first time
+        torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = benchmark
     torch.set_default_dtype(dtype)
-    if torch.get_num_threads() != threads:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads)
     rank_zero_only.rank = rank
 
 

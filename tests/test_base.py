@@ -63,7 +63,12 @@ class Recorder(LightningModule):
 
 def train(data: ImageDataModule, epochs: int = 2, **kwargs) -> Recorder:
     module = Recorder()
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     Trainer(accelerator="cpu", max_epochs=epochs, **quiet, **kwargs).fit(module, datamodule=data)
     return module
 
@@ -71,7 +76,9 @@ def train(data: ImageDataModule, epochs: int = 2, **kwargs) -> Recorder:
 # Order.
 
 
-@pytest.mark.parametrize(("size", "batch_size", "world_size"), [(33, 4, 2), (33, 4, 1), (32, 4, 2), (7, 8, 3), (3, 1, 3)])
+@pytest.mark.parametrize(
+    ("size", "batch_size", "world_size"), [(33, 4, 2), (33, 4, 1), (32, 4, 2), (7, 8, 3), (3, 1, 3)]
+)
 def test_evaluation_sees_each_sample_once_in_equally_many_batches(size, batch_size, world_size):
     ranks = [list(BatchOrder(size, batch_size, rank, world_size)) for rank in range(world_size)]
     seen = [index for batches in ranks for batch in batches for _, _, index in batch]
@@ -100,7 +107,10 @@ def test_order_is_a_function_of_seed_and_epoch():
 
 def test_the_global_batches_do_not_depend_on_the_number_of_ranks():
     def batches(world_size):
-        ranks = [BatchOrder(64, 16 // world_size, r, world_size, seed=5, shuffle=True, drop_last=True) for r in range(world_size)]
+        ranks = [
+            BatchOrder(64, 16 // world_size, r, world_size, seed=5, shuffle=True, drop_last=True)
+            for r in range(world_size)
+        ]
         return [sorted(i for rank in ranks for i in rank.batch_indices(b)) for b in range(4)]
 
     assert batches(1) == batches(2) == batches(4)
@@ -189,7 +199,9 @@ def test_device_augmentation_differs_between_ranks_and_batches(monkeypatch):
                 progress = type("Progress", (), {"ready": ready})
                 trainer = type("FakeTrainer", (), {})()
                 trainer.global_rank, trainer.current_epoch = rank, epoch
-                trainer.fit_loop = type("L", (), {"epoch_loop": type("E", (), {"batch_progress": type("B", (), {"current": progress})})})
+                trainer.fit_loop = type(
+                    "L", (), {"epoch_loop": type("E", (), {"batch_progress": type("B", (), {"current": progress})})}
+                )
                 data.trainer = trainer
                 states.add(torch.rand((), generator=data._device_generator(torch.device("cpu"))).item())
     assert len(states) == 8
@@ -221,14 +233,18 @@ def test_a_batch_with_nothing_readable_names_a_file():
 
 def test_the_hop_normalises_uint8_and_passes_floats_on():
     data = NoiseDataModule(mean=(0.5,), std=(0.25,))
-    images, labels = data.on_after_batch_transfer((torch.full((2, 3, 4, 4), 255, dtype=torch.uint8), torch.arange(2)), 0)
+    images, labels = data.on_after_batch_transfer(
+        (torch.full((2, 3, 4, 4), 255, dtype=torch.uint8), torch.arange(2)), 0
+    )
     assert torch.equal(images, torch.full((2, 3, 4, 4), 2.0))
     assert labels.tolist() == [0, 1]
     floats = torch.rand(2, 3, 4, 4)
     assert data.on_after_batch_transfer({"image": floats}, 0)["image"] is floats
 
 
-@pytest.mark.parametrize("option", [{"hflip": 1.0}, {"degrees": 20}, {"translate": 0.2}, {"zoom": 0.2}, {"shear": 20}, {"erase": 1.0}])
+@pytest.mark.parametrize(
+    "option", [{"hflip": 1.0}, {"degrees": 20}, {"translate": 0.2}, {"zoom": 0.2}, {"shear": 20}, {"erase": 1.0}]
+)
 def test_each_augmentation_changes_training_images(option):
     gradient = torch.arange(64, dtype=torch.uint8).view(1, 1, 8, 8).repeat(20, 3, 1, 1)
     plain, changed = NoiseDataModule(), NoiseDataModule(**option)

@@ -25,7 +25,13 @@ def test_images_are_found(batch):
 
 
 @pytest.mark.parametrize(
-    "batch", [(IMAGES, LABELS), [IMAGES, LABELS.int()], {"image": IMAGES, "label": LABELS}, {"images": IMAGES, "labels": LABELS}]
+    "batch",
+    [
+        (IMAGES, LABELS),
+        [IMAGES, LABELS.int()],
+        {"image": IMAGES, "label": LABELS},
+        {"images": IMAGES, "labels": LABELS},
+    ],
 )
 def test_labels_are_found_as_int64(batch):
     images, labels = batches.images_and_labels(batch)

@@ -77,10 +77,10 @@ def test_every_package_that_is_imported_is_named():
     imported = set()
     for package in own:
         for file in (ROOT / package).rglob("*.py"):
-            found = re.findall(
-                r"^\s*(?:from|import) +(\w+)[\w.]* ?(?:import .*|as .*)?$", file.read_text(), re.MULTILINE
-            )
-            imported |= set(found)
+            for node in ast.walk(ast.parse(file.read_text())):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+                imported |= {name.split(".")[0] for name in names}
     assert imported - own - named - set(sys.stdlib_module_names) == set()
 
 

@@ -23,8 +23,6 @@ def digits(**options) -> DigitsDataModule:
     return DigitsDataModule(num_workers=0, **options)
 
 
-
-
 @pytest.mark.parametrize(
     ("package", "other"), [("lightning.pytorch", "pytorch_lightning"), ("pytorch_lightning", "lightning.pytorch")]
 )
@@ -43,7 +41,9 @@ print("other imported:", {other!r} in sys.modules)
 """
     root = Path(__file__).parents[1]
     environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
     assert done.returncode == 0, done.stderr
     assert "accuracy 0." in done.stdout
     assert "other imported: False" in done.stdout

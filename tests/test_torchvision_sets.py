@@ -82,7 +82,9 @@ def write_mnist(root: Path, patch, name: str) -> None:
     images = np.stack([np.full((28, 28), shade(label), np.uint8) for label in LABELS])
     resources = []
     for file, _ in kind.resources:
-        header = struct.pack(">IIII", 2051, PER_SPLIT, 28, 28) if "images" in file else struct.pack(">II", 2049, PER_SPLIT)
+        header = (
+            struct.pack(">IIII", 2051, PER_SPLIT, 28, 28) if "images" in file else struct.pack(">II", 2049, PER_SPLIT)
+        )
         content = images.tobytes() if "images" in file else LABELS.astype(np.uint8).tobytes()
         (raw / file).write_bytes(gzip.compress(header + content))
         resources.append((file, md5(raw / file)))
@@ -105,7 +107,10 @@ def write_flowers(root: Path, patch, name: str) -> None:
 
 def write_pets(root: Path, patch, name: str) -> None:
     folder = root / "oxford-iiit-pet"
-    names = {split: [f"{'Cat_dog'[4 * label :][:3]}_{split}_{i}" for i, label in enumerate(LABELS)] for split in ("trainval", "test")}
+    names = {
+        split: [f"{'Cat_dog'[4 * label :][:3]}_{split}_{i}" for i, label in enumerate(LABELS)]
+        for split in ("trainval", "test")
+    }
     images = {f"images/{n}.jpg": jpeg(label) for split in names for n, label in zip(names[split], LABELS, strict=True)}
     lists = {
         f"annotations/{split}.txt": "\n".join(
@@ -122,7 +127,10 @@ def write_pets(root: Path, patch, name: str) -> None:
 def write_food(root: Path, patch, name: str) -> None:
     files, meta = {}, {}
     for split in ("train", "test"):
-        meta[split] = {kind: [f"{kind}/{split}{i}" for i in range(PER_SPLIT) if LABELS[i] == label] for label, kind in enumerate(("apple", "bread"))}
+        meta[split] = {
+            kind: [f"{kind}/{split}{i}" for i in range(PER_SPLIT) if LABELS[i] == label]
+            for label, kind in enumerate(("apple", "bread"))
+        }
         for label, kind in enumerate(("apple", "bread")):
             files |= {f"food-101/images/{stem}.jpg": jpeg(label) for stem in meta[split][kind]}
         files[f"food-101/meta/{split}.json"] = json.dumps(meta[split]).encode()
@@ -248,7 +256,14 @@ def test_grey_sets_can_be_had_in_three_channels(made):
 def test_training_runs_from_archive_to_test(made):
     data = made("CIFAR10", padding=4, auto_augment="rand-m9-mstd0.5-inc1", hflip=0.5, erase=0.25)
     module = ViTClassifier("vit_tiny_patch16_224", 10, 32, 8, width=24, depth=1, heads=2, warmup_epochs=0)
-    trainer = Trainer(max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    trainer = Trainer(
+        max_steps=2,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
     trainer.fit(module, datamodule=data)
     (metrics,) = trainer.test(module, datamodule=data, verbose=False)
     assert 0 <= metrics["test/acc"] <= 1

@@ -254,7 +254,10 @@ def test_a_module_may_stand_for_the_name():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"backbone": "vit_tini_patch16_224"}, "timm has no model 'vit_tini_patch16_224': did you mean vit_tiny_patch16_224"),
+        (
+            {"backbone": "vit_tini_patch16_224"},
+            "timm has no model 'vit_tini_patch16_224': did you mean vit_tiny_patch16_224",
+        ),
         ({"image_size": 33}, "image_size 33x33 is not divisible by the patch size 8x8"),
         ({"backbone": OwnBackbone(), "image_size": None}, "cannot be set on a backbone that is given as a module"),
         ({"backbone": "resnet10t"}, "resnet10t cannot take"),
@@ -305,7 +308,9 @@ def test_smoothed_losses_agree_with_their_soft_targets():
 
 
 def test_loss_is_float32_in_low_precision():
-    assert classification_loss(torch.randn(2, 3).bfloat16(), torch.tensor([0, 1]), "cross_entropy").dtype == torch.float32
+    assert (
+        classification_loss(torch.randn(2, 3).bfloat16(), torch.tensor([0, 1]), "cross_entropy").dtype == torch.float32
+    )
 
 
 @pytest.mark.parametrize(

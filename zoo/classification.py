@@ -100,8 +100,9 @@ class Classifier(LightningModule):
     def make_metrics(self) -> None:
         """Checks the choices about labels, and makes what counts and mixes them."""
         hp = self.hparams
-        if hp.num_classes < 1:
-            raise ValueError(f"num_classes is {hp.num_classes}: expected at least 1")
+        least = 1 if hp.multi_label else 2
+        if hp.num_classes < least:
+            raise ValueError(f"num_classes is {hp.num_classes}: expected at least {least}")
         if hp.loss not in Loss.__args__:
             raise ValueError(f"unknown loss {hp.loss!r}: expected one of {', '.join(Loss.__args__)}")
         if hp.multi_label and hp.loss == "cross_entropy":
@@ -109,7 +110,9 @@ class Classifier(LightningModule):
         if hp.multi_label and (hp.mixup or hp.cutmix or hp.label_smoothing):
             raise ValueError("mixup, cutmix and label_smoothing are for one label an image, not for multi_label")
         if hp.loss == "bce" and hp.label_smoothing and (hp.mixup or hp.cutmix):
-            raise ValueError("loss 'bce' counts every class of a mixed image as present: it goes with label_smoothing 0")
+            raise ValueError(
+                "loss 'bce' counts every class of a mixed image as present: it goes with label_smoothing 0"
+            )
         self.step_log = StepLog()
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
         self.val_metrics = classification_metrics(hp.num_classes, hp.multi_label, "val/")
@@ -179,7 +182,9 @@ class Classifier(LightningModule):
     def test_step(self, batch: Any, batch_idx: int) -> None:
         self._evaluate(batch, batch_idx, "test", self.test_loss, self.test_metrics)
 
-    def _evaluate(self, batch: Any, batch_idx: int, stage: str, mean_loss: MeanMetric, metrics: MetricCollection) -> None:
+    def _evaluate(
+        self, batch: Any, batch_idx: int, stage: str, mean_loss: MeanMetric, metrics: MetricCollection
+    ) -> None:
         images, labels = batches.images_and_labels(batch)
         check_labels(labels, self.hparams.num_classes, batch_idx)
         logits = self(images).float()

@@ -207,7 +207,9 @@ def create_backbone(backbone: str | nn.Module, **options: Any) -> nn.Module:
     except TypeError as error:
         raise ValueError(f"{backbone} cannot take one of {', '.join(sorted(options))}: {error}") from error
     except AssertionError as error:
-        raise ValueError(f"{backbone} cannot be built with image_size {size} and patch_size {patch}: {error}") from error
+        raise ValueError(
+            f"{backbone} cannot be built with image_size {size} and patch_size {patch}: {error}"
+        ) from error
     if hasattr(model, "patch_embed"):
         (height, width), (patch_h, patch_w) = model.patch_embed.img_size, model.patch_embed.patch_size
         if height % patch_h or width % patch_w:

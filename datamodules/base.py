@@ -139,15 +139,22 @@ class BatchOrder(DistributedSampler[Any], SequentialSampler):
         start = batch * shorter + min(batch, longer)
         return range(start + self.rank, start + shorter + (batch < longer), self.world_size)
 
+    def keys_of_batch(self, batch: int, epoch: int | None = None) -> list[Key]:
+        """This rank's keys of one batch; of the current epoch if none is given."""
+        epoch = self.epoch if epoch is None else epoch
+        return self._keys(batch, epoch, self.order(epoch))
+
     def batch_indices(self, batch: int, epoch: int | None = None) -> list[int]:
         """This rank's sample indices of one batch; of the current epoch if none is given."""
-        order = self.order(self.epoch if epoch is None else epoch)
-        return [int(order[position]) for position in self.positions(batch)]
+        return [index for _, _, index in self.keys_of_batch(batch, epoch)]
+
+    def _keys(self, batch: int, epoch: int, order: np.ndarray) -> list[Key]:
+        return [(epoch, position % self.repeats, int(order[position])) for position in self.positions(batch)]
 
     def __iter__(self) -> Iterator[list[Key]]:
         epoch, order = self.epoch, self.order(self.epoch)
         for batch in range(self.batches):
-            yield [(epoch, position % self.repeats, int(order[position])) for position in self.positions(batch)]
+            yield self._keys(batch, epoch, order)
 
 
 class SeededBatches(Dataset[list[Any]]):
@@ -256,7 +263,9 @@ class ImageDataModule(LightningDataModule):
         if min(std) <= 0:
             raise ValueError(f"std is {tuple(std)}: expected positive numbers")
         if num_workers is not None and num_workers < 0:
-            raise ValueError(f"num_workers is {num_workers}: expected 0 or more, or null to choose by the cores at hand")
+            raise ValueError(
+                f"num_workers is {num_workers}: expected 0 or more, or null to choose by the cores at hand"
+            )
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.mean, self.std = tuple(mean), tuple(std)
         self.hflip, self.erase = hflip, erase
@@ -313,7 +322,9 @@ class ImageDataModule(LightningDataModule):
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=torch.accelerator.is_available(),
-            generator=torch.Generator().manual_seed(self.seed),  # the loader's own draw then leaves the global one alone
+            generator=torch.Generator().manual_seed(
+                self.seed
+            ),  # the loader's own draw then leaves the global one alone
         )
 
     def train_dataloader(self) -> Any:

@@ -15,9 +15,12 @@ __all__ = ["ViTClassifier"]
 
 # The registry: exported name -> submodule. `zoo list` prints it, `zoo.cli` imports it.
 _EXPORTS = {"ViTClassifier": "vit"}
+_PARTS = ("callbacks", "weights")
 
 
 def __getattr__(name: str) -> Any:
+    if name in _PARTS:
+        return import_module(f"zoo.{name}")
     if name not in _EXPORTS:
         raise AttributeError(f"module 'zoo' has no attribute {name!r}")
     return getattr(import_module(f"zoo.{_EXPORTS[name]}"), name)

@@ -1,0 +1,82 @@
+"""Pictures of what a module sees and does, in the run's directory and in TensorBoard."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.utils import make_grid, save_image
+
+from zoo._lightning import Callback, isolate_rng
+
+
+class SavePictures(Callback):
+    """Saves what ``module.pictures(batch)`` draws of the first batch of validation, and of testing, as PNG.
+
+    ``pictures`` returns tensors (B, 3, H, W) in [0, 1] by name. A module without it is left alone. The files are
+    ``images/epoch019_predictions.png`` and ``images/test_predictions.png`` in the run's directory; TensorBoard, if it is
+    a logger, gets the same. Drawing takes place on one process, changes no random state and compiles nothing.
+
+    Args:
+        every_n_epochs: Epochs between pictures, of those that validate.
+        max_images: How many images of the batch are shown.
+    """
+
+    writes = "pictures"
+
+    def __init__(self, every_n_epochs: int = 1, max_images: int = 16) -> None:
+        if every_n_epochs < 1 or max_images < 1:
+            raise ValueError(
+                f"every_n_epochs is {every_n_epochs}, max_images {max_images}: expected at least 1 of both"
+            )
+        self.every_n_epochs, self.max_images = every_n_epochs, max_images
+        self.folder: Path | None = None
+        self.last_path: Path | None = None
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        self.folder = Path(trainer.log_dir or trainer.default_root_dir, "images")  # all ranks have to ask
+
+    on_test_start = on_validation_start
+
+    def on_validation_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        epoch = trainer.current_epoch
+        if batch_idx or dataloader_idx or trainer.sanity_checking or (epoch + 1) % self.every_n_epochs:
+            return
+        self._draw(trainer, pl_module, batch, f"epoch{epoch:03d}")
+
+    def on_test_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if not batch_idx and not dataloader_idx:
+            self._draw(trainer, pl_module, batch, "test")
+
+    @torch.no_grad()
+    def _draw(self, trainer: Any, pl_module: Any, batch: Any, moment: str) -> None:
+        if not trainer.is_global_zero or trainer.fast_dev_run or not hasattr(pl_module, "pictures"):
+            return
+        assert self.folder is not None
+        some = _first(batch, self.max_images)
+        with isolate_rng(), torch.compiler.set_stance("force_eager"), trainer.precision_plugin.forward_context():
+            drawn: dict[str, Tensor] = pl_module.pictures(some)
+        for name, images in reversed(drawn.items()):  # the first is written last: it is the one to be looked at
+            grid = make_grid(images.float().cpu(), nrow=math.ceil(math.sqrt(len(images))), pad_value=0.5)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.last_path = self.folder / f"{moment}_{name}.png"
+            save_image(grid, self.last_path)
+            for logger in trainer.loggers:
+                if hasattr(logger.experiment, "add_image"):
+                    logger.experiment.add_image(f"{moment.rstrip('0123456789')}/{name}", grid, trainer.global_step)
+
+
+def _first(batch: Any, count: int) -> Any:
+    """The first samples of a batch of any usual form."""
+    if isinstance(batch, dict):
+        return {key: _first(value, count) for key, value in batch.items()}
+    if isinstance(batch, tuple | list) and not any(isinstance(part, Tensor) and part.ndim for part in batch):
+        return batch[:count]  # a list with an entry for each sample
+    if isinstance(batch, tuple | list):
+        return type(batch)(_first(part, count) for part in batch)
+    return batch[:count] if isinstance(batch, Tensor) and batch.ndim else batch

@@ -1,0 +1,144 @@
+"""Predictions in a file, row by row as they come."""
+
+import csv
+import heapq
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor
+
+from zoo._lightning import Callback
+
+
+class WritePredictions(Callback):
+    """Writes predictions to a CSV file in the run's directory, in the data's order, and keeps none of them in memory.
+
+    A classifier's probabilities (B, classes) become the columns file, class and probability; several labels an image,
+    those of probability 0.5 or more, are joined by "|". Class names come from ``datamodule.classes``. Values that are no
+    probabilities are called score. A module that predicts something else defines ``prediction_rows(outputs)``, which
+    gives for each sample one dictionary of columns, or a list of them for as many rows.
+
+    An image that could not be read has a row with empty columns. The file appears when all is predicted; an interrupted
+    run leaves none, and an older one as it was. With several processes it is merged in a file system they share.
+
+    Args:
+        filename: Name of the file.
+
+    Raises:
+        ValueError: For predictions that are neither of these.
+    """
+
+    writes = "predictions"
+
+    def __init__(self, filename: str = "predictions.csv") -> None:
+        self.filename = filename
+        self.last_path: Path | None = None
+        self._part: Path | None = None
+        self._file: TextIO | None = None
+        self._columns: list[str] | None = None
+        self._count = 0
+
+    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # all ranks have to ask
+        folder.mkdir(parents=True, exist_ok=True)
+        self.last_path = folder / self.filename
+        self._part = folder / f".{self.filename}.rank{trainer.global_rank}"
+        self._file = self._part.open("w", newline="", encoding="utf-8", errors="surrogateescape")
+        self._columns, self._count = None, 0
+
+    def on_predict_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        assert self._file is not None
+        samples = self._samples(trainer, batch_idx, dataloader_idx)
+        classes = getattr(trainer.datamodule, "classes", None)
+        predicted = _rows(pl_module, outputs, classes)
+        if samples is None:
+            # Somebody else's loader: numbered as they come, and round-robin over ranks, as Lightning deals them out.
+            numbers = [(self._count + i) * trainer.world_size + trainer.global_rank for i in range(len(predicted))]
+            samples = [(number, str(number), True) for number in numbers]
+        self._count += len(predicted)
+        read = sum(present for _, _, present in samples)
+        if read != len(predicted):
+            raise ValueError(
+                f"{len(predicted)} predictions for {read} images: prediction_rows gives one entry a sample"
+            )
+        self._columns = self._columns or next((list(rows[0]) for rows in predicted if rows), None)
+        writer, entries = csv.writer(self._file), iter(predicted)
+        for index, name, present in samples:
+            for row in next(entries) if present else [{}]:
+                values = [row.get(column, "") for column in self._columns or []]
+                writer.writerow([dataloader_idx, index, name, *values])
+
+    def _samples(self, trainer: Any, batch_idx: int, dataloader_idx: int) -> list[tuple[int, str, bool]] | None:
+        """(index, name, whether it could be read) of a batch's samples, where the loader knows them."""
+        loaders = trainer.predict_dataloaders
+        loader = loaders[dataloader_idx] if isinstance(loaders, list | tuple) else loaders
+        sampler, dataset = getattr(loader, "sampler", None), getattr(loader, "dataset", None)
+        if not hasattr(sampler, "batch_indices") or not hasattr(dataset, "present"):
+            return None
+        indices = sampler.batch_indices(batch_idx)
+        present = {index for index, _ in dataset.present(indices)}
+        return [(index, dataset.name(index), index in present) for index in indices]
+
+    def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
+        assert self._file is not None
+        assert self._part is not None
+        assert self.last_path is not None
+        self._file.close()
+        trainer.strategy.barrier("predictions")
+        if trainer.is_global_zero:
+            parts = [self._part.with_name(f".{self.filename}.rank{rank}") for rank in range(trainer.world_size)]
+            whole = self._part.with_name(f".{self.filename}")
+            try:
+                _merge(parts, whole, ["file", *(self._columns or [])])
+                os.replace(whole, self.last_path)
+            finally:
+                whole.unlink(missing_ok=True)
+        trainer.strategy.barrier("predictions written")
+        self._part.unlink(missing_ok=True)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        if self._file is not None and self._part is not None:
+            self._file.close()
+            self._part.unlink(missing_ok=True)
+
+
+def _rows(module: Any, outputs: Any, classes: Sequence[str] | None) -> list[list[Mapping[str, Any]]]:
+    """The rows of each sample, as dictionaries of columns."""
+    if hasattr(module, "prediction_rows"):
+        return [rows if isinstance(rows, list) else [rows] for rows in module.prediction_rows(outputs)]
+    if not isinstance(outputs, Tensor) or outputs.ndim != 2 or not outputs.is_floating_point():
+        shape = f"a tensor of shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise ValueError(
+            f"{type(module).__name__} predicts {shape}, not probabilities (B, classes): "
+            "define prediction_rows(outputs) to say what is to be written"
+        )
+    values = outputs.detach().float().cpu()
+    several = bool(module.hparams.get("multi_label", False))
+    sums_to_one = bool(torch.isclose(values.sum(1), torch.ones(len(values)), atol=1e-2).all())
+    column = "probability" if several or (sums_to_one and bool((values >= 0).all())) else "score"
+    rows: list[list[Mapping[str, Any]]] = []
+    for scores in values:
+        chosen = (scores >= 0.5).nonzero().flatten().tolist() if several else [int(scores.argmax())]
+        names = "|".join(str(index) if classes is None else classes[index] for index in chosen)
+        rows.append([{"class": names, column: "|".join(f"{scores[index].item():.6f}" for index in chosen)}])
+    return rows
+
+
+def _merge(parts: Sequence[Path], whole: Path, header: Sequence[str]) -> None:
+    """Merges files that are sorted by loader and index, without reading them into memory."""
+
+    def rows(part: Path) -> Iterator[tuple[int, int, list[str]]]:
+        with part.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+            for loader, index, *row in csv.reader(file):
+                yield int(loader), int(index), row
+
+    with whole.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        for _, _, row in heapq.merge(*map(rows, parts), key=lambda row: row[:2]):
+            writer.writerow(row + [""] * (len(header) - len(row)))

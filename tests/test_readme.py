@@ -32,8 +32,8 @@ def shortened(command: list[str]) -> list[str]:
     if command[0] == "list" or any(word.endswith((".help", "--print_config")) for word in command):
         return command
     # One more epoch for a run that continues the one before.
-    epochs = [f"--trainer.max_epochs={2 if '--ckpt_path' in command else 1}"] if command[0] == "fit" else []
-    return [*command, *SHORT, *epochs]
+    epochs = [f"--trainer.max_epochs={2 if '--ckpt_path' in command else 1}", "--model.warmup_epochs=0"]
+    return [*command, *SHORT, *(epochs if command[0] == "fit" else [])]
 
 
 def run_python(program: str) -> None:

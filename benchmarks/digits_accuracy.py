@@ -19,7 +19,8 @@ from importlib.metadata import version
 
 def run(recipe: str, seed: int, options: list[str]) -> tuple[float, dict[str, float], float]:
     """One run's test accuracy, the baselines that it printed, and its seconds."""
-    command = [sys.executable, "-m", "zoo", "fit", "-c", recipe, "--seed_everything", str(seed), "--data.seed", str(seed)]
+    seeds = ["--seed_everything", str(seed), "--data.seed", str(seed)]
+    command = [sys.executable, "-m", "zoo", "fit", "-c", recipe, *seeds]
     start = time.perf_counter()
     done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
     seconds = time.perf_counter() - start

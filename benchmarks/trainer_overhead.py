@@ -118,7 +118,7 @@ def fit(
 
 
 class Batches:
-    """A loader that costs nothing: the same batch over and over. (A list would be several loaders to Lightning.)"""
+    """A loader that costs nothing: the same batch over and over; a list would be several loaders to Lightning."""
 
     def __init__(self, steps: int) -> None:
         self.batches = [torch.ones(8, 32)] * steps

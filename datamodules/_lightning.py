@@ -1,9 +1,9 @@
 """The Lightning that the user's Trainer comes from.
 
 ``lightning.pytorch`` and ``pytorch_lightning`` ship the same code twice, and each Trainer refuses the other's modules.
-The data modules follow the one the program imported first: ``import pytorch_lightning`` before ``import datamodules`` is enough. When
-both are imported, ``lightning`` is taken unless the environment says ``ZOO_LIGHTNING=pytorch_lightning``.
-``zoo/_lightning.py`` is this file's twin, since neither package imports the other.
+The data modules follow the one the program imported first: ``import pytorch_lightning`` before ``import datamodules``
+is enough. When both are imported, ``lightning`` is taken unless the environment says
+``ZOO_LIGHTNING=pytorch_lightning``. ``zoo/_lightning.py`` is this file's twin, since neither package imports the other.
 """
 
 import os

@@ -45,7 +45,7 @@ class Samples(Protocol):
 
 
 def mix(*values: int) -> int:
-    """A 63-bit seed from a few integers; every bit of each matters (the finaliser of SplitMix64, Steele et al. 2014)."""
+    """A 63-bit seed from a few integers, every bit of each mixed in (SplitMix64's finaliser, Steele et al. 2014)."""
     state = 0
     for value in values:
         state = (state + value + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
@@ -151,7 +151,7 @@ class BatchOrder(DistributedSampler[Any], SequentialSampler):
     def _keys(self, batch: int, epoch: int, order: np.ndarray) -> list[Key]:
         return [(epoch, position % self.repeats, int(order[position])) for position in self.positions(batch)]
 
-    def __iter__(self) -> Iterator[list[Key]]:
+    def __iter__(self) -> Iterator[list[Key]]:  # type: ignore[override]  # whole batches of keys, not indices
         epoch, order = self.epoch, self.order(self.epoch)
         for batch in range(self.batches):
             yield self._keys(batch, epoch, order)
@@ -300,13 +300,13 @@ class ImageDataModule(LightningDataModule):
             rank,
             world_size,
             self.seed,
-            shuffle=training and not (trainer and trainer.overfit_batches),
+            shuffle=training and not getattr(trainer, "overfit_batches", 0),
             drop_last=training and self.drop_last,
             repeats=self.repeats if training else 1,
         )
         if len(order) == 0 or len(samples) < world_size:
             raise ValueError(
-                f"{len(samples)} {split} samples do not fill one batch of {self.batch_size} on {world_size} process(es): "
+                f"{len(samples)} {split} samples do not fill one batch of {self.batch_size} on {world_size} processes: "
                 f"set batch_size to {max(1, len(samples) // world_size)} or less"
             )
         workers = self.num_workers

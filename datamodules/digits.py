@@ -8,7 +8,6 @@ each. It is scikit-learn's stratified shuffle, twice, with ``random_state=split_
 """
 
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np

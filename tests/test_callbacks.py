@@ -370,18 +370,18 @@ class Draws(Net):
 
     def pictures(self, batch):
         self.drawn.append(len(batch[0]))
-        torch.rand(3), random.random(), np.random.rand()  # noqa: NPY002
+        torch.rand(3), random.random(), np.random.rand()
         return {"main": torch.rand(len(batch[0]), 3, 8, 8), "other": torch.zeros(len(batch[0]), 3, 8, 8)}
 
 
 def test_pictures_are_files_and_in_tensorboard_and_leave_chance_alone(tmp_path):
     def run(*callbacks):
-        torch.manual_seed(0), random.seed(0), np.random.seed(0)  # noqa: NPY002
+        torch.manual_seed(0), random.seed(0), np.random.seed(0)
         logger = TensorBoardLogger(tmp_path, name="", version=f"with{len(callbacks)}")
         trainer = Trainer(max_epochs=4, logger=logger, callbacks=list(callbacks), enable_checkpointing=False, **QUIET)
         trainer.fit(module := Draws(), loader(), loader(2))
         trainer.test(module, loader(2), verbose=False)
-        return torch.rand(1), random.random(), np.random.rand()  # noqa: NPY002
+        return torch.rand(1), random.random(), np.random.rand()
 
     pictures = SavePictures(every_n_epochs=2, max_images=3)
     assert run() == run(pictures)

@@ -34,7 +34,8 @@ from zoo import ViTClassifier
 from datamodules import DigitsDataModule
 
 module = ViTClassifier("vit_tiny_patch16_224", 10, 8, 4, 1, width=16, depth=1, heads=2, warmup_epochs=0)
-trainer = pl.Trainer(max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False)
+trainer = pl.Trainer(max_steps=2, accelerator="cpu", **quiet)
 trainer.fit(module, datamodule=DigitsDataModule(num_workers=0))
 print("accuracy", trainer.test(module, datamodule=DigitsDataModule(num_workers=0), verbose=False)[0]["test/acc"])
 print("other imported:", {other!r} in sys.modules)

@@ -332,7 +332,7 @@ def failing(tmp_path: Path) -> dict[str, tuple[Path, str]]:
         "nothing.pth": "holds no weights by name: found epoch, lr",
         "list.pt": "holds no weights by name: found list",
         "twice.pth": "has two tensors for backbone.cls_token: cls_token and module.cls_token",
-        "incomplete.pth": "does not fit ViTClassifier: 4 of the encoder's 28 tensors are missing, backbone.blocks.1.mlp",
+        "incomplete.pth": "4 of the encoder's 28 tensors are missing, backbone.blocks.1.mlp",
         "wider.pth": "backbone.cls_token is (1, 1, 32) there and (1, 1, 16) here; image size",
         "other.pth": "does not fit ViTClassifier: 28 of the encoder's 28 tensors are missing",
         "channels.pth": "backbone.patch_embed.proj.weight is (16, 5, 4, 4) there and (16, 3, 4, 4) here",

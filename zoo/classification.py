@@ -1,12 +1,12 @@
 """What classifiers share: losses, metrics, pictures, and the steps between a network and a Trainer."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import (
     MulticlassAccuracy,
@@ -94,8 +94,9 @@ class Classifier(LightningModule):
     :meth:`make_metrics`.
     """
 
-    backbone: nn.Module
-    head: nn.Module
+    backbone: Any  # modules; Any, because what they have beyond torch's is timm's
+    head: Any
+    hparams: Any  # Lightning calls it a mapping, and makes its keys attributes
 
     def make_metrics(self) -> None:
         """Checks the choices about labels, and makes what counts and mixes them."""
@@ -103,8 +104,8 @@ class Classifier(LightningModule):
         least = 1 if hp.multi_label else 2
         if hp.num_classes < least:
             raise ValueError(f"num_classes is {hp.num_classes}: expected at least {least}")
-        if hp.loss not in Loss.__args__:
-            raise ValueError(f"unknown loss {hp.loss!r}: expected one of {', '.join(Loss.__args__)}")
+        if hp.loss not in get_args(Loss):
+            raise ValueError(f"unknown loss {hp.loss!r}: expected one of {', '.join(get_args(Loss))}")
         if hp.multi_label and hp.loss == "cross_entropy":
             raise ValueError("multi_label needs loss 'bce' or 'sigmoid': cross_entropy expects one label an image")
         if hp.multi_label and (hp.mixup or hp.cutmix or hp.label_smoothing):
@@ -171,10 +172,12 @@ class Classifier(LightningModule):
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        self.val_loss.reset(), self.val_metrics.reset()  # an interrupted epoch leaves counts behind
+        self.val_loss.reset()  # an interrupted epoch leaves counts behind
+        self.val_metrics.reset()
 
     def on_test_epoch_start(self) -> None:
-        self.test_loss.reset(), self.test_metrics.reset()
+        self.test_loss.reset()
+        self.test_metrics.reset()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self._evaluate(batch, batch_idx, "val", self.val_loss, self.val_metrics)

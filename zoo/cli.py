@@ -9,9 +9,13 @@ With ``ZOO_DEBUG=1`` every error shows its traceback.
 import os
 import sys
 
+import datamodules
 import zoo
 from zoo import mistakes, recipes
 from zoo.mistakes import Mistake, did_you_mean
+
+PACKAGES = {"modules": zoo, "data": datamodules}
+"""Whose classes go by their names alone. Nothing else of the zoo knows of the data."""
 
 COMMANDS = {
     "fit": "train, then test",
@@ -77,7 +81,7 @@ def _dispatch(args: list[str]) -> int:
     elif command in ("--help", "-h"):
         print(USAGE)
     elif command == "list":
-        print(recipes.overview())
+        print(recipes.overview(PACKAGES))
     elif command not in COMMANDS:
         hint = did_you_mean(command, COMMANDS) or f"; expected {', '.join(COMMANDS)}"
         raise Mistake(f"unknown command {command!r}{hint}")
@@ -87,7 +91,8 @@ def _dispatch(args: list[str]) -> int:
         files = [recipes.find(config, urls=strict) for config in configs]
         from zoo.run import run  # only here: it takes seconds to import torch and Lightning
 
-        run(command, files, ["--help" if option == "--trainer.help" else option for option in options], strict)
+        options = ["--help" if option == "--trainer.help" else option for option in options]
+        run(command, files, options, strict, PACKAGES.values())
     return 0
 
 

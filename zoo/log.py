@@ -15,12 +15,12 @@ from zoo._lightning import LightningModule
 
 
 class StepLog:
-    """Adds values up on the device in every training step; when the Trainer logs, hands their means to its loggers,
-    its progress bar and, as ``callback_metrics``, its callbacks.
+    """Adds values up on the device in every training step, and hands on their means when the Trainer logs.
 
-    The mean is taken over the steps since the Trainer last logged, over every batch of an accumulated gradient, and,
-    with several processes, over the processes. At an epoch's last batch progress bar and callbacks get the mean so far,
-    so that they have it however short the epochs. In between nothing waits for the device.
+    Loggers get them, the progress bar and, as ``callback_metrics``, callbacks. The mean is taken over the steps since
+    the Trainer last logged, over every batch of an accumulated gradient, and, with several processes, over the
+    processes. At an epoch's last batch progress bar and callbacks get the mean so far, so that they have it however
+    short the epochs. In between nothing waits for the device.
 
     It holds nothing that belongs in a checkpoint. One is enough for a module, as an attribute::
 

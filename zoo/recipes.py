@@ -2,11 +2,12 @@
 
 import ast
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 
 import yaml
 
-import datamodules
 import zoo
 from zoo.mistakes import Mistake, did_you_mean
 
@@ -61,13 +62,17 @@ def _check_yaml(path: Path) -> None:
         raise Mistake(f"{path}: expected settings such as 'model:' and 'data:', got {settings!r:.40}")
 
 
-def overview() -> str:
-    """What ``zoo list`` prints: modules, data and recipes, a line each."""
+def overview(packages: Mapping[str, ModuleType]) -> str:
+    """What ``zoo list`` prints: the packages' classes and the recipes, a line each.
+
+    Args:
+        packages: By the title they go under.
+    """
     sections = {
-        "modules": {name: _class_line("zoo", file, name) for name, file in zoo._EXPORTS.items()},
-        "data": {name: _class_line("datamodules", file, name) for name, file in datamodules._EXPORTS.items()},
-        "recipes": {name: _first_comment(file) for name, file in recipes().items()},
+        title: {name: _class_line(package.__name__, file, name) for name, file in package._EXPORTS.items()}
+        for title, package in packages.items()
     }
+    sections["recipes"] = {name: _first_comment(file) for name, file in recipes().items()}
     width = max(len(name) for section in sections.values() for name in section)
     lines = []
     for title, section in sections.items():

@@ -5,13 +5,13 @@ import os
 import sys
 import warnings
 from argparse import ArgumentError
+from collections.abc import Iterable
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace, set_parsing_settings
 
-import datamodules
-import zoo
 from zoo import mistakes, recipes
 from zoo._lightning import NAMESPACE, Callback, LightningDataModule, LightningModule
 from zoo.callbacks import WritePredictions
@@ -44,18 +44,24 @@ SWITCHES = {
 METRICS = {"acc": "accuracy", "acc5": "top-5 accuracy", "f1": "macro F1", "ap": "average precision"}
 
 
-def run(command: str, configs: list[str], options: list[str], strict: bool) -> None:
-    """Runs ``zoo COMMAND -c CONFIG ... OPTION ...``; configurations come first, so that options win."""
+def run(command: str, configs: list[str], options: list[str], strict: bool, packages: Iterable[ModuleType]) -> None:
+    """Runs ``zoo COMMAND -c CONFIG ... OPTION ...``; configurations come first, so that options win.
+
+    Args:
+        command, configs, options: What was asked for; configurations are files, or URLs.
+        strict: Whether a configuration may name the classes of the zoo and its libraries only.
+        packages: Those whose classes can be named without their path.
+    """
     set_parsing_settings(
         import_path_denylist=["*", *NEVER] if strict else [],  # an empty one enforces jsonargparse's own
         import_path_allowlist=ALLOWED if strict else [],
         instantiate_subclass_spec_in_any=False,
         config_read_mode_fsspec_enabled=strict,  # else `--model s3://...` would read a configuration, too
     )
-    _quiet()
+    _quiet(command)
     if not strict and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # a console script does not see the user's own modules otherwise
-    for package in (zoo, datamodules):
+    for package in packages:
         for name in package._EXPORTS:
             getattr(package, name)  # once imported, a class can be named without its path
     Parser.given = configs, options
@@ -78,12 +84,16 @@ def run(command: str, configs: list[str], options: list[str], strict: bool) -> N
     )
 
 
-def _quiet() -> None:
+def _quiet(command: str) -> None:
     """Silences what a default run says and nobody here can act on."""
     # Lightning asks torch in the old way.
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     # Every run has a directory of its own, also one that continues another or tests it.
     warnings.filterwarnings("ignore", message="The dirpath has changed from")
+    # A linear probe's frozen backbone is in evaluation mode on purpose.
+    warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
+    if command != "fit":  # an average is in the checkpoint's weights; what computed it is not needed any more
+        warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`, callbacks used to create")
     rank_zero_module.log.addFilter(_no_advertisement)
 
 
@@ -249,7 +259,9 @@ class KeepOptimizerSettings(Callback):
         schedulers = [schedule.scheduler for schedule in trainer.lr_scheduler_configs]
         for optimizer, configured in zip(trainer.optimizers, self.configured, strict=True):
             for group, settings in zip(optimizer.param_groups, configured, strict=True):
-                if group.get("initial_lr"):
+                if group.get("initial_lr") == settings.get("initial_lr") is not None:
+                    del settings["lr"]  # unchanged: a quotient of 1 would still round
+                elif group.get("initial_lr"):
                     settings["lr"] = group["lr"] * (settings["initial_lr"] / group["initial_lr"])
                 elif any(scheduler.optimizer is optimizer for scheduler in schedulers):
                     del settings["lr"]  # it is what a plateau has made of it

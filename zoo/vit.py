@@ -8,7 +8,7 @@ without class token is shown as the mean over its queries, which neither paper o
 """
 
 from difflib import get_close_matches
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import timm
 import torch
@@ -126,13 +126,13 @@ class ViTClassifier(Classifier):
             drop_rate=dropout or None,
             patch_drop_rate=patch_drop or None,
         )
-        if drop_path_schedule not in Schedule.__args__:
+        if drop_path_schedule not in get_args(Schedule):
             raise ValueError(f"unknown drop_path_schedule {drop_path_schedule!r}: expected linear or uniform")
         if drop_path_schedule == "uniform":
             drop_uniformly(self.backbone, drop_path)
         if grad_checkpointing:
             self.backbone.set_grad_checkpointing(True)
-        self.head: nn.Module = nn.Linear(self.backbone.num_features, num_classes)
+        self.head = nn.Linear(self.backbone.num_features, num_classes)
         nn.init.trunc_normal_(self.head.weight, std=head_std) if head_std else nn.init.zeros_(self.head.weight)
         nn.init.constant_(self.head.bias, head_bias)
         if linear_probe:
@@ -180,21 +180,23 @@ class ViTClassifier(Classifier):
         return drawn
 
 
-def create_backbone(backbone: str | nn.Module, **options: Any) -> nn.Module:
+def create_backbone(backbone: str | nn.Module, **options: Any) -> Any:
     """A timm model without its head, or the module that was given. Options that are None are left to the backbone.
 
     Raises:
         ValueError: For a name that timm does not know, an option that the model cannot take, or options for a module.
     """
     options = {name: value for name, value in options.items() if value is not None}
+    model: Any
     if isinstance(backbone, nn.Module):
         if options:
             raise ValueError(f"{', '.join(options)} cannot be set on a backbone that is given as a module: build it so")
         if not isinstance(getattr(backbone, "num_features", None), int):
             raise ValueError(f"{type(backbone).__name__} does not state how many features it gives: set num_features")
-        if hasattr(backbone, "reset_classifier"):
-            backbone.reset_classifier(0)
-        return backbone
+        model = backbone
+        if hasattr(model, "reset_classifier"):
+            model.reset_classifier(0)
+        return model
     architecture, _, tag = backbone.partition(".")
     if not timm.is_model(architecture) or (tag and not timm.is_model_pretrained(backbone)):
         known = timm.list_pretrained(f"{architecture}.*") if timm.is_model(architecture) else timm.list_models()
@@ -217,14 +219,14 @@ def create_backbone(backbone: str | nn.Module, **options: Any) -> nn.Module:
     return model
 
 
-def drop_uniformly(backbone: nn.Module, rate: float) -> None:
+def drop_uniformly(backbone: Any, rate: float) -> None:
     """Gives every block the same drop path probability (DeiT III); timm's own rises linearly with depth."""
     for block in backbone.blocks:
         for name in ("drop_path1", "drop_path2"):
             setattr(block, name, DropPath(rate) if rate else nn.Identity())
 
 
-def block_attentions(backbone: nn.Module, images: Tensor) -> list[Tensor]:
+def block_attentions(backbone: Any, images: Tensor) -> list[Tensor]:
     """The attention weights (B, heads, N, N) of every block, for N tokens.
 
     Fused attention never forms them, so they are computed once more from each block's input.

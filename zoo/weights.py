@@ -289,7 +289,7 @@ def _resize_positions(owner: Any, value: Tensor, target: Tensor, state: Mapping[
 
 
 def _change_channels(kernels: Tensor, channels: int) -> Tensor | None:
-    """Kernels (D, C, h, w) for another number of input channels, such that an image repeated over them looks the same."""
+    """Kernels (D, C, h, w) for another number of channels, such that an image repeated over them looks the same."""
     given = kernels.shape[1]
     if given == channels:
         return kernels

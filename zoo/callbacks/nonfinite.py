@@ -105,13 +105,15 @@ class NonFiniteGuard(Callback):
         samples = "" if indices is None else f", samples {', '.join(map(str, indices[:8]))}"
         samples += ", ..." if indices is not None and len(indices) > 8 else ""
         raise NonFiniteLossError(
-            f"the loss is {values[first]} at step {found.step} (epoch {found.epoch}, batch {found.batch_idx}{samples}); "
-            f"the batch is in {self.last_path}"
+            f"the loss is {values[first]} at step {found.step} (epoch {found.epoch}, batch {found.batch_idx}{samples})"
+            f"; the batch is in {self.last_path}"
         )
 
     def _samples(self, trainer: Any, found: Step) -> tuple[list[int] | None, list[str] | None, Any]:
         """Indices, names and tensors of a batch. A past one is loaded again if its order is known."""
         loader = trainer.train_dataloader
+        sampler: Any
+        dataset: Any
         sampler, dataset = getattr(loader, "sampler", None), getattr(loader, "dataset", None)
         batch = self._batch[1] if self._batch[0] == found.batch_idx else None
         if not hasattr(sampler, "keys_of_batch"):

@@ -15,8 +15,8 @@ class SavePictures(Callback):
     """Saves what ``module.pictures(batch)`` draws of the first batch of validation, and of testing, as PNG.
 
     ``pictures`` returns tensors (B, 3, H, W) in [0, 1] by name. A module without it is left alone. The files are
-    ``images/epoch019_predictions.png`` and ``images/test_predictions.png`` in the run's directory; TensorBoard, if it is
-    a logger, gets the same. Drawing takes place on one process, changes no random state and compiles nothing.
+    ``images/epoch019_predictions.png`` and ``images/test_predictions.png`` in the run's directory; TensorBoard, if it
+    is a logger, gets the same. Drawing takes place on one process, changes no random state and compiles nothing.
 
     Args:
         every_n_epochs: Epochs between pictures, of those that validate.

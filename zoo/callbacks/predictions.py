@@ -17,8 +17,8 @@ class WritePredictions(Callback):
     """Writes predictions to a CSV file in the run's directory, in the data's order, and keeps none of them in memory.
 
     A classifier's probabilities (B, classes) become the columns file, class and probability; several labels an image,
-    those of probability 0.5 or more, are joined by "|". Class names come from ``datamodule.classes``. Values that are no
-    probabilities are called score. A module that predicts something else defines ``prediction_rows(outputs)``, which
+    those of probability 0.5 or more, are joined by "|". Class names come from ``datamodule.classes``. Values that are
+    no probabilities are called score. A module that predicts something else defines ``prediction_rows(outputs)``, which
     gives for each sample one dictionary of columns, or a list of them for as many rows.
 
     An image that could not be read has a row with empty columns. The file appears when all is predicted; an interrupted
@@ -77,6 +77,8 @@ class WritePredictions(Callback):
         """(index, name, whether it could be read) of a batch's samples, where the loader knows them."""
         loaders = trainer.predict_dataloaders
         loader = loaders[dataloader_idx] if isinstance(loaders, list | tuple) else loaders
+        sampler: Any
+        dataset: Any
         sampler, dataset = getattr(loader, "sampler", None), getattr(loader, "dataset", None)
         if not hasattr(sampler, "batch_indices") or not hasattr(dataset, "present"):
             return None

@@ -60,7 +60,8 @@ def _restored_process() -> Iterator[None]:
     torch.backends.cudnn.benchmark = benchmark
     torch.set_default_dtype(dtype)
     torch.set_num_threads(threads)
-    rank_zero_only.rank = rank
+    if rank is not None:  # else Lightning was first imported by the test, and has set it
+        rank_zero_only.rank = rank
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -104,3 +104,11 @@ def test_nobody_is_given_a_torch_that_is_not_theirs():
     """Which torch is right depends on the machine: no index, no build of one kind."""
     for name in ("pyproject.toml", "README.md", "CONTRIBUTING.md", ".ci/run"):
         assert not re.search(r"index-url|find-links|\+cpu|whl/cpu", (ROOT / name).read_text()), name
+
+
+def test_the_oldest_versions_are_the_lower_bounds():
+    """CONTRIBUTING.md says how to run the tests with them, which is what makes the bounds true."""
+    bounds = dict(re.match(r"([\w-]+)(?:\[.*\])?>=([\d.]+)", line).groups() for line in PROJECT["dependencies"])
+    lines = (ROOT / "tests" / "oldest.txt").read_text().splitlines()
+    pins = dict(line.removesuffix(".*").split("==") for line in lines if not line.startswith("#"))
+    assert pins == bounds

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import timm
 import yaml
 from test_torchvision_sets import WRITERS, jpeg
 
@@ -49,6 +50,8 @@ def test_recipe_is_complete_and_says_where_it_comes_from(name):
     assert f"Total batch size {batch}" in header
     assert recipe["trainer"]["logger"]["init_args"]["name"] == name
     assert "max_epochs" in recipe["trainer"]
+    weights = recipe["model"]["init_args"].get("weights")
+    assert weights is None or timm.is_model_pretrained(weights)
     if "imagenet" in name:
         assert "arXiv" in header
         assert "Not ours" in header

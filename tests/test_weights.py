@@ -138,6 +138,16 @@ def test_a_network_that_was_compiled_inside_its_module(tmp_path):
     assert weights.load(ours, tmp_path / "a.pt").loaded == 30
 
 
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_convnext"])
+def test_a_convolutional_network_with_its_head_whatever_it_is_called(tmp_path, name):
+    theirs = timm.create_model(name, num_classes=5).eval()
+    torch.save(theirs.state_dict(), tmp_path / "a.pth")
+    ours = ViTClassifier(timm.create_model(name, num_classes=0), num_classes=5).eval()
+    assert weights.load(ours, tmp_path / "a.pth").left_out == ()
+    images = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(ours(images), theirs(images))
+
+
 def test_the_average_is_preferred_and_named(tmp_path):
     raw, average, ours = network(1), network(2), classifier()
     path = tmp_path / "a.pth"
@@ -285,7 +295,7 @@ def test_a_tag_of_timm(tmp_path, images):
 def test_a_tag_that_cannot_be_fetched_is_one_line(tmp_path):
     ours = classifier()
     before = snapshot(ours)
-    with pytest.raises(OSError, match=r"^timm could not fetch zoo_test_vit\.here \(FileNotFoundError: .*\)$"):
+    with pytest.raises(OSError, match=r"^timm could not fetch zoo_test_vit\.here: name a file .* \(FileNotFoundError: .*\)$"):
         weights.load(ours, tag(str(tmp_path / "gone.pth")))
     assert same(before, snapshot(ours))
 

@@ -29,7 +29,7 @@ CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 # What wrappers and other modules put before a name.
 WRAPPERS = ("module.", "model.", "_orig_mod.", "backbone.")
 # A classifier by its names in timm.
-HEADS = ("head", "classifier", "fc")
+HEADS = ("head", "head.fc", "classifier", "fc")
 # What of an encoder may differ between pooling by token, by mean and by attention, and so may begin anew. A mean has a
 # norm of its own, fc_norm, which pretraining did not have (He et al. 2022 train it from scratch as well).
 POOLING = ("norm", "fc_norm", "attn_pool", "reg_token")
@@ -174,7 +174,9 @@ def _fetch(name: str) -> dict[str, Tensor]:
         return dict(timm.create_model(name, pretrained=True).state_dict())
     except Exception as error:  # timm and its hub raise dozens of kinds, and all of them mean this
         reason = str(error).strip().split("\n")[0]
-        raise OSError(f"timm could not fetch {name} ({type(error).__name__}: {reason})") from error
+        raise OSError(
+            f"timm could not fetch {name}: name a file of weights instead ({type(error).__name__}: {reason})"
+        ) from error
 
 
 def _fit(

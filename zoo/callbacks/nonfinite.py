@@ -85,7 +85,7 @@ class NonFiniteGuard(Callback):
         losses, self._losses = self._losses, []
         if self._stopped or trainer.state.fn != "fit" or (trainer.world_size == 1 and not losses):
             return
-        values = torch.stack([loss.float().mean() for _, loss in losses]).tolist() if losses else []
+        values = torch.stack([loss for _, loss in losses]).flatten().tolist() if losses else []
         first = next((i for i, value in enumerate(values) if not math.isfinite(value)), None)
         number = float("inf") if first is None else float(losses[first][0].step)
         if trainer.world_size > 1:

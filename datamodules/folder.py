@@ -19,7 +19,7 @@ and chosen by ``split_seed`` and the files' names: the same on every machine, an
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,18 +28,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from datamodules import transforms
+from datamodules import listing, transforms
 from datamodules._lightning import rank_zero_warn
 from datamodules.base import IMAGENET_MEAN, IMAGENET_STD, ImageDataModule, Samples, Split
-from datamodules.images import EXTENSIONS, UnreadableImageError, decode
+from datamodules.images import UnreadableImageError, decode
 
 OnError = Literal["raise", "skip"]
-
-SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
-EXPECTED = (
-    "expected a folder for each class (cat/1.jpg), or train, val and test folders that hold class folders or images, "
-    "or images alone"
-)
 
 
 class ImageFiles:
@@ -93,9 +87,9 @@ class ImageFiles:
             return cls(path.parent, [path.name], transform, channels, on_error=on_error)
         if not path.is_dir():
             raise FileNotFoundError(f"{path}: no such folder or image")
-        names = sorted(_images_in(path))
+        names = sorted(listing.images_in(path))
         if not names:
-            raise ValueError(f"{path} holds no images ({_endings()}) at any depth; {_seen(path)}")
+            raise ValueError(f"{path} holds no images ({listing.endings()}) at any depth; {listing.seen(path)}")
         return cls(path, names, transform, channels, on_error=on_error)
 
     def __len__(self) -> int:
@@ -260,27 +254,27 @@ class ImageFolderDataModule(ImageDataModule):
 
     def _look(self) -> None:
         """Finds the folder of each split, and the classes."""
-        self._folders = _split_folders(self.root)
+        self._folders = listing.split_folders(self.root)
         (_, reference), *others = self._folders.items()
-        self.classes = _visible_folders(reference) or None
+        self.classes = listing.visible_folders(reference) or None
         for split, folder in others:
-            classes = _visible_folders(folder)
+            classes = listing.visible_folders(folder)
             if split == "test" and self.classes and not classes:
                 self._unlabelled_test = self._folders.pop("test")
                 continue
             if bool(classes) != bool(self.classes):
                 labelled, unlabelled = (folder, reference) if classes else (reference, folder)
-                raise ValueError(f"{labelled} has class folders, but {unlabelled} has none; {_seen(unlabelled)}")
+                raise ValueError(f"{labelled} has class folders, but {unlabelled} has none; {listing.seen(unlabelled)}")
             if unknown := sorted(set(classes) - set(self.classes or [])):
                 raise ValueError(
-                    f"{folder} has classes that {reference} has not: {_some(unknown)}; {reference} has "
-                    f"{_some(self.classes or [])}"
+                    f"{folder} has classes that {reference} has not: {listing.some(unknown)}; {reference} has "
+                    f"{listing.some(self.classes or [])}"
                 )
-        if self.classes is None and not any(_is_image(name) for name in _visible_files(reference)):
-            raise ValueError(f"{reference} holds no images: {EXPECTED}; {_seen(reference)}")
-        if self.classes and (stray := [name for name in _visible_files(reference) if _is_image(name)]):
+        if self.classes is None and not any(listing.is_image(name) for name in listing.visible_files(reference)):
+            raise ValueError(f"{reference} holds no images: {listing.EXPECTED}; {listing.seen(reference)}")
+        if self.classes and (stray := [name for name in listing.visible_files(reference) if listing.is_image(name)]):
             rank_zero_warn(
-                f"{len(stray)} images in {reference} lie in no class folder and are left out: {_some(sorted(stray))}"
+                f"{len(stray)} images in {reference} lie in no class folder and are left out: {listing.some(stray)}"
             )
 
     # The files of a split.
@@ -331,15 +325,17 @@ class ImageFolderDataModule(ImageDataModule):
         folder = self._folders[split]
         start = folder.relative_to(self.root).as_posix() + "/" if folder != self.root else ""
         if self.classes is None:
-            names = sorted(start + name for name in _images_in(folder))
+            names = sorted(start + name for name in listing.images_in(folder))
             if not names:
-                raise ValueError(f"{folder} holds no images ({_endings()}); {_seen(folder)}")
+                raise ValueError(f"{folder} holds no images ({listing.endings()}); {listing.seen(folder)}")
             return np.array(names), np.zeros(len(names), dtype=np.int64)
         files: list[tuple[str, int]] = []
-        for name in _visible_folders(folder):
-            images = sorted(f"{start}{name}/{image}" for image in _images_in(folder / name))
+        for name in listing.visible_folders(folder):
+            images = sorted(f"{start}{name}/{image}" for image in listing.images_in(folder / name))
             if not images:
-                raise ValueError(f"class folder {folder / name} holds no images ({_endings()}); {_seen(folder / name)}")
+                raise ValueError(
+                    f"class folder {folder / name} holds no images ({listing.endings()}); {listing.seen(folder / name)}"
+                )
             files += [(image, self.classes.index(name)) for image in images]
         return np.array([name for name, _ in files]), np.array([label for _, label in files])
 
@@ -362,76 +358,3 @@ class ImageFolderDataModule(ImageDataModule):
             if count > self._reported.get(split, 0):
                 self._reported[split] = count
                 self.report_unreadable(samples)
-
-
-def _split_folders(root: Path) -> dict[str, Path]:
-    """The folder of each split, training first; the root itself as "train" if there are no such folders.
-
-    Raises:
-        FileNotFoundError: If there is no root.
-        ValueError: If it is a file, or two of its folders stand for one split.
-    """
-    if root.is_file():
-        raise ValueError(f"{root} is a file: root has to be a folder; {EXPECTED}. To predict it: predict_root")
-    if not root.is_dir():
-        raise FileNotFoundError(f"{root}: no such folder; {EXPECTED}")
-    found: dict[str, Path] = {}
-    folders = _visible_folders(root)
-    for split, spellings in SPLIT_FOLDERS.items():
-        matches = [name for name in folders if name.casefold() in spellings]
-        if len(matches) > 1:
-            raise ValueError(f"{root} has {' and '.join(matches)}: expected one folder for {split}")
-        if matches:
-            found[split] = root / matches[0]
-    others = len(folders) > len(found)
-    # "train", "val" and "test" may be names of classes as well: trains among other vehicles.
-    if "train" in found and (len(found) > 1 or not others or _visible_folders(found["train"])):
-        return found
-    return found if found and not others else {"train": root}
-
-
-def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
-    with os.scandir(folder) as entries:
-        yield from (entry for entry in entries if not entry.name.startswith(".") and entry.name != "__MACOSX")
-
-
-def _visible_folders(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in _entries(folder) if entry.is_dir())
-
-
-def _visible_files(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in _entries(folder) if entry.is_file())
-
-
-def _images_in(folder: Path, start: str = "", above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:
-    """Image files at any depth, relative to the folder, in no order. Links are followed, but not in circles."""
-    status = folder.stat()
-    here = (status.st_dev, status.st_ino)
-    if here in above:
-        return
-    for entry in _entries(folder):
-        if entry.is_dir():
-            yield from _images_in(folder / entry.name, f"{start}{entry.name}/", above | {here})
-        elif _is_image(entry.name):
-            yield start + entry.name
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(EXTENSIONS)
-
-
-def _endings() -> str:
-    return " ".join(EXTENSIONS)
-
-
-def _seen(folder: Path) -> str:
-    """What a folder holds, in a few words."""
-    folders, files = _visible_folders(folder), _visible_files(folder)
-    if not folders and not files:
-        return "it is empty"
-    counted = [("folder(s)", folders), ("file(s)", files)]
-    return "it holds " + " and ".join(f"{len(names)} {kind} ({_some(names)})" for kind, names in counted if names)
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

@@ -92,6 +92,8 @@ def _quiet(command: str) -> None:
     warnings.filterwarnings("ignore", message="The dirpath has changed from")
     # A linear probe's frozen backbone is in evaluation mode on purpose.
     warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
+    # The model summary's estimate of megabytes under mixed precision.
+    warnings.filterwarnings("ignore", message=r"Precision [\w-]+ is not supported by the model summary")
     if command != "fit":  # an average is in the checkpoint's weights; what computed it is not needed any more
         warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`, callbacks used to create")
     rank_zero_module.log.addFilter(_no_advertisement)

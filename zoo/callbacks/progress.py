@@ -8,8 +8,14 @@ from rich import get_console
 from zoo._lightning import RichProgressBar
 
 
+# What says best how validation went: the first of these that there is.
+VALIDATED = ("val/acc", "val/ap", "val/loss")
+
+
 class ProgressBar(RichProgressBar):
-    """Lightning's bar with the learning rate and what is logged with ``prog_bar``, redrawn a few times a second.
+    """Lightning's bar with learning rate, what is logged with ``prog_bar``, and the last validation's score.
+
+    It is redrawn a few times a second.
 
     Where nobody watches, in a log file or a pipe, it writes one line for each validation instead, or, in a run without,
     a line every half minute.
@@ -36,7 +42,9 @@ class ProgressBar(RichProgressBar):
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         rates = [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
-        return {"lr": f"{max(rates):.2e}", **metrics} if rates else metrics
+        metrics = {"lr": f"{max(rates):.2e}", **metrics} if rates else metrics
+        score = next((name for name in VALIDATED if name in trainer.callback_metrics), None)
+        return metrics | {score: trainer.callback_metrics[score].item()} if score else metrics
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.is_enabled and self._is_due(batch_idx + 1 == self.total_train_batches):

@@ -7,7 +7,6 @@ from rich import get_console
 
 from zoo._lightning import RichProgressBar
 
-
 # What says best how validation went: the first of these that there is.
 VALIDATED = ("val/acc", "val/ap", "val/loss")
 

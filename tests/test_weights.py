@@ -295,9 +295,7 @@ def test_a_tag_of_timm(tmp_path, images):
 def test_a_tag_that_cannot_be_fetched_is_one_line(tmp_path):
     ours = classifier()
     before = snapshot(ours)
-    with pytest.raises(
-        OSError, match=r"^timm could not fetch zoo_test_vit\.here: name a file .* \(FileNotFoundError: "
-    ):
+    with pytest.raises(OSError, match=r"^timm could not fetch zoo_test_vit\.here: .* \(FileNotFoundError: "):
         weights.load(ours, tag(str(tmp_path / "gone.pth")))
     assert same(before, snapshot(ours))
 

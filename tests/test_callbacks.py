@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -20,6 +21,7 @@ from datamodules import DigitsDataModule, ImageFolderDataModule
 from zoo import ViTClassifier
 from zoo.callbacks import (
     EMA,
+    ExportBackbone,
     GradientNorm,
     NonFiniteGuard,
     NonFiniteLossError,
@@ -557,3 +559,23 @@ def test_on_a_terminal_the_bar_shows_learning_rate_and_loss_and_no_version(tmp_p
     assert "train/loss: " in shown
     assert "v_num" not in shown
     assert "8/8" in shown
+
+
+# The encoder in a file.
+
+
+def test_the_backbone_is_written_at_the_end_of_a_fit(tmp_path):
+    sizes = {"image_size": 8, "patch_size": 4, "in_channels": 1, "width": 16, "depth": 1, "heads": 2}
+    model, export = ViTClassifier("vit_tiny_patch16_224", num_classes=10, **sizes), ExportBackbone()
+    fit(tmp_path, model, export, data=DigitsDataModule(), max_steps=2, limit_val_batches=0)
+    assert export.last_path == tmp_path / "encoder.safetensors"
+    written = load_file(export.last_path)
+    assert written.keys() == model.backbone.state_dict().keys()
+    assert all(torch.equal(value, written[name]) for name, value in model.backbone.state_dict().items())
+
+
+def test_a_module_without_a_backbone_is_refused_before_it_trains(tmp_path):
+    with pytest.raises(ValueError, match="Net has no backbone to write: leave ExportBackbone out"):
+        fit(tmp_path, Net(), ExportBackbone())
+    with pytest.raises(ValueError, match="expected one that ends in .safetensors"):
+        ExportBackbone("encoder.pth")

@@ -57,6 +57,27 @@ def test_mean_and_std_are_the_training_pixels():
     assert data.std[0] == pytest.approx(pixels.std().item(), abs=1e-3)
 
 
+def test_few_labels_are_as_many_of_each_digit_out_of_the_training_images():
+    data = DigitsDataModule()
+    few = [DigitsDataModule(labels_per_class=5, labels_seed=seed) for seed in (0, 0, 1)]
+    labels = data._arrays[1].numpy()
+    for one in few:
+        assert np.bincount(labels[one.indices("train")]).tolist() == [5] * 10
+        assert set(one.indices("train")) <= set(data.indices("train"))
+        assert np.array_equal(one.indices("test"), data.indices("test"))
+        assert np.array_equal(one.indices("val"), data.indices("val"))
+    assert np.array_equal(few[0].indices("train"), few[1].indices("train"))
+    assert not np.array_equal(few[0].indices("train"), few[2].indices("train"))
+    found = few[0].baselines()
+    pixels, test = load_digits().data, data.indices("test")
+    known = few[0].indices("train")
+    nearest = known[((pixels[test][:, None] - pixels[known]) ** 2).sum(2).argmin(1)]
+    assert found["1-nearest neighbour"] == pytest.approx((labels[nearest] == labels[test]).mean())
+    assert 0.8 < found["RBF-kernel SVM"] < 0.95
+    with pytest.raises(ValueError, match="labels_per_class is 0: expected 1 to 100"):
+        DigitsDataModule(labels_per_class=0)
+
+
 def test_the_support_vector_machine_is_the_published_one():
     assert DigitsDataModule().baselines() == {"RBF-kernel SVM": pytest.approx(0.9944, abs=1e-4)}
 

@@ -11,6 +11,7 @@ from zoo.cli import main
 from zoo.recipes import recipes
 
 SMALL_MODEL = ["--model.width", "24", "--model.depth", "1", "--model.heads", "2", "--model.compile", "false"]
+SMALL_DECODER = ["--model.decoder_dim", "16", "--model.decoder_depth", "1", "--model.decoder_heads", "2"]
 SMALL_RUN = ["--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.precision", "32-true"]
 SMALL_RUN += ["--data.batch_size", "4", "--data.num_workers", "0", "--trainer.fast_dev_run", "true"]
 
@@ -36,7 +37,8 @@ def test_recipe_runs(name, tmp_path, monkeypatch):
     recipe = yaml.safe_load(recipes()[name].read_text())
     data = write_data(recipe["data"], tmp_path / "data", monkeypatch)
     weights = ["--model.weights", "null"] if recipe["model"]["init_args"].get("weights") else []
-    assert main(["fit", "-c", name, *SMALL_MODEL, *SMALL_RUN, *data, *weights]) == 0
+    decoder = SMALL_DECODER if recipe["model"]["class_path"] == "zoo.MAEPretrainer" else []
+    assert main(["fit", "-c", name, *SMALL_MODEL, *decoder, *SMALL_RUN, *data, *weights]) == 0
 
 
 @pytest.mark.parametrize("name", list(recipes()))

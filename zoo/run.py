@@ -41,7 +41,13 @@ SWITCHES = {
     "enable_checkpointing": "ModelCheckpoint",
     "enable_progress_bar": "ProgressBar",
 }
-METRICS = {"acc": "accuracy", "acc5": "top-5 accuracy", "f1": "macro F1", "ap": "average precision"}
+METRICS = {
+    "acc": "accuracy",
+    "acc5": "top-5 accuracy",
+    "acc_knn": "k-NN accuracy",
+    "f1": "macro F1",
+    "ap": "average precision",
+}
 
 
 def run(command: str, configs: list[str], options: list[str], strict: bool, packages: Iterable[ModuleType]) -> None:

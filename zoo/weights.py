@@ -24,6 +24,8 @@ from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
+from zoo import layouts
+
 # Where checkpoints keep the tensors; an average comes before what it is the average of.
 CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 # What wrappers and other modules put before a name.
@@ -67,12 +69,14 @@ def load(module: nn.Module, source: str | Path) -> Report:
     All of the encoder has to be there: the module's ``backbone``, or, in a module without one, everything but the
     classifier. Its position embeddings are interpolated to another image size, its patch kernels to another patch size
     (Beyer et al. 2023, FlexiViT), its first kernels to another number of channels. Every other part, such as a head or
-    a decoder, is taken whole if its names and shapes agree, and otherwise left as it is.
+    a decoder, is taken whole if its names and shapes agree. A head of another size, or a part that the source does not
+    have at all, is left as it is; half of a decoder, or one of another size, is refused.
 
     Args:
         module: Any module. The encoder has timm's parameter names.
         source: A file, ``.ckpt``, ``.pth``, ``.pt`` or ``.safetensors``; or a name that timm has pretrained weights
-            for, such as "vit_base_patch16_224.mae", which timm fetches. An average of the weights is preferred.
+            for, such as "vit_base_patch16_224.mae", which timm fetches. An average of the weights is preferred. Names
+            are ours, timm's, those of the MAE releases, or Hugging Face's for ViT and ViTMAE.
 
     Raises:
         FileNotFoundError: If there is no such file or name.
@@ -80,7 +84,12 @@ def load(module: nn.Module, source: str | Path) -> Report:
             module is then as it was.
         OSError: If timm cannot fetch the weights.
     """
-    name, state = read(source)
+    name, tensors = read(source)
+    try:
+        kind, state = layouts.translate(tensors)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    name = f"{name} ({kind})" if kind else name
     values, resized = _fit(module, name, state)
     own = module.state_dict()  # shares memory with the module
     with torch.no_grad():
@@ -203,7 +212,8 @@ def _fit(
     resized = []
     for name, key in found.items():
         value = state[key]
-        if value.shape != own[name].shape and _is_encoder(name, own):
+        is_positions = name.endswith("pos_embed") and value.shape[-1] == own[name].shape[-1]
+        if value.shape != own[name].shape and (_is_encoder(name, own) or is_positions):
             value = _resize(module, source, name, value, state)
             resized.append(name)
         values[name] = key, value
@@ -212,8 +222,15 @@ def _fit(
     for name in own:
         if not _is_encoder(name, own):
             parts.setdefault(name.split(".")[0], []).append(name)
-    for names in parts.values():
-        if any(name not in values or values[name][1].shape != own[name].shape for name in names):
+    for part, names in parts.items():
+        wrong = [name for name in names if name not in values or values[name][1].shape != own[name].shape]
+        if wrong and part not in HEADS and any(name in values for name in names):
+            there = f"{tuple(values[wrong[0]][1].shape)} there" if wrong[0] in values else "missing there"
+            raise ValueError(
+                f"{source} has another {part} than {type(module).__name__}: {wrong[0]} is {there} and "
+                f"{tuple(own[wrong[0]].shape)} here; build it alike, or start from the encoder alone"
+            )
+        if wrong:
             for name in names:
                 values.pop(name, None)
     return values, resized
@@ -272,9 +289,9 @@ def _resize(module: nn.Module, source: str, name: str, value: Tensor, state: Map
 
 def _resize_positions(owner: Any, value: Tensor, target: Tensor, state: Mapping[str, Tensor]) -> Tensor | None:
     """Position embeddings (1, N, D) for another grid; those of class token and registers stay as they are."""
-    if not hasattr(owner, "patch_embed"):
+    grid = getattr(getattr(owner, "patch_embed", owner), "grid_size", None)
+    if grid is None:
         return None
-    grid = owner.patch_embed.grid_size
     prefix = target.shape[1] - math.prod(grid)
     tokens = [t.shape[1] for key, t in state.items() if key.rpartition(".")[2] in ("cls_token", "reg_token")]
     # Some networks add no positions to these tokens. Which of them this one is shows in what leaves a square.

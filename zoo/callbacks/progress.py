@@ -8,7 +8,7 @@ from rich import get_console
 from zoo._lightning import RichProgressBar
 
 # What says best how validation went: the first of these that there is.
-VALIDATED = ("val/acc", "val/ap", "val/loss")
+VALIDATED = ("val/acc", "val/ap", "val/acc_knn", "val/loss")
 
 
 class ProgressBar(RichProgressBar):

@@ -1,0 +1,62 @@
+"""How far features tell classes apart, without training anything on them."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+
+class LeaveOneOutKNN(Metric):
+    """Accuracy of the nearest neighbours' weighted vote, for each image among all the others.
+
+    Neighbours are found by cosine similarity s and vote with the weight exp(s / temperature), as in Wu et al.,
+    "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", CVPR 2018; but the bank is the evaluated
+    images themselves without the one in question, so that no other labelled data and no second pass is needed. With
+    several processes the bank is that of all of them.
+
+    Args:
+        neighbors: How many vote; fewer where there are no more.
+        temperature: Small: the nearest decide.
+        chunk: How many images are compared with all others at a time.
+    """
+
+    higher_is_better = True
+    full_state_update = False
+    features: list[Tensor]
+    labels: list[Tensor]
+
+    def __init__(self, neighbors: int = 20, temperature: float = 0.07, chunk: int = 1024, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if neighbors < 1 or temperature <= 0:
+            raise ValueError(
+                f"neighbors is {neighbors}, temperature {temperature}: expected at least 1, and a number above 0"
+            )
+        self.neighbors, self.temperature, self.chunk = neighbors, temperature, chunk
+        self.add_state("features", [], dist_reduce_fx="cat")
+        self.add_state("labels", [], dist_reduce_fx="cat")
+
+    def update(self, features: Tensor, labels: Tensor) -> None:
+        """Takes features (B, D) and integer labels (B,)."""
+        self.features.append(F.normalize(features.detach().float()))
+        self.labels.append(labels)
+
+    def compute(self) -> Tensor:
+        """The share of images whose neighbours' vote is right; nan for fewer than two images."""
+        features, labels = dim_zero_cat(self.features), dim_zero_cat(self.labels)
+        count = len(labels)
+        if count < 2:
+            return torch.tensor(torch.nan, device=features.device)
+        classes = int(labels.max()) + 1
+        right = torch.zeros((), device=features.device)
+        for start in range(0, count, self.chunk):
+            rows = torch.arange(start, min(start + self.chunk, count), device=features.device)
+            similarity = features[rows] @ features.T
+            similarity[rows - start, rows] = -torch.inf
+            nearest, indices = similarity.topk(min(self.neighbors, count - 1))
+            votes = torch.zeros(len(rows), classes, device=features.device)
+            votes.scatter_add_(1, labels[indices], ((nearest - nearest[:, :1]) / self.temperature).exp())
+            right += (votes.argmax(1) == labels[rows]).sum()
+        return right / count

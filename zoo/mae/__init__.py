@@ -1,0 +1,16 @@
+"""Masked autoencoder: learns from images without labels by predicting what was removed from them.
+
+He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022, arXiv 2111.06377. Read ``patches.py``, what is
+masked and what is predicted; ``decoders.py``, what predicts it; ``pretrainer.py``, the encoder's part and the training.
+
+The loss is the paper's to rounding, at less cost: only visible patches are embedded, only removed ones predicted; the
+last decoder block computes removed patches alone, the first one mask tokens once a position and not once an image; one
+sort makes the mask. Nothing has a shape that depends on data, so that all of it is one compiled graph.
+
+Deviations: class and mask token do not take weight decay, while the released code's do. ``decoder="cross"`` is another
+paper's; its last encoder feature is the normalised one, so that the encoder's final norm is trained.
+"""
+
+from zoo.mae.pretrainer import MAEOutput, MAEPretrainer, Reconstruction
+
+__all__ = ["MAEOutput", "MAEPretrainer", "Reconstruction"]

@@ -1,0 +1,422 @@
+"""MAEPretrainer: a plain ViT as encoder, a decoder that training throws away, and how the two learn."""
+
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from timm.layers import PatchEmbed
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torchmetrics import MeanMetric
+
+from zoo import batch as batches
+from zoo import optim, pictures
+from zoo._lightning import LightningModule, rank_zero_info
+from zoo.backbones import create_backbone, name_of
+from zoo.knn import LeaveOneOutKNN
+from zoo.log import StepLog
+from zoo.mae.decoders import CrossDecoder, SelfDecoder
+from zoo.mae.patches import (
+    denormalize_patches,
+    normalize_patches,
+    patchify,
+    random_masking,
+    sincos_positions,
+    take,
+    unpatchify,
+    visible_patches,
+)
+from zoo.seeding import differ_between_ranks
+from zoo.weights import load as load_weights
+
+Decoder = Literal["self", "cross"]
+
+
+class MAEOutput(NamedTuple):
+    """What :meth:`MAEPretrainer.forward` gives.
+
+    Attributes:
+        loss: Mean squared error over the removed patches, a float32 scalar.
+        prediction: (B, L, h*w*C) for every patch in raster order, pixels in (row, column, channel) order; with
+            ``norm_pix_loss`` in units of each true patch's mean and deviation. The loss reads the removed ones alone.
+        mask: (B, L), 1 where a patch was removed, 0 where it was seen.
+    """
+
+    loss: Tensor
+    prediction: Tensor
+    mask: Tensor
+
+
+class Reconstruction(NamedTuple):
+    """What :meth:`MAEPretrainer.reconstruct` gives: images (B, C, H, W), normalised as they came.
+
+    Attributes:
+        original: The images.
+        masked: Removed patches are 0, the data's mean.
+        prediction: What the decoder says of every patch.
+        paste: Visible patches as they are, removed ones as predicted.
+        uses_target_statistics: Whether the prediction was scaled by mean and variance of the true patches, as it has to
+            be with ``norm_pix_loss``: it then looks better than what the network alone could know.
+    """
+
+    original: Tensor
+    masked: Tensor
+    prediction: Tensor
+    paste: Tensor
+    uses_target_statistics: bool
+
+
+class MAEPretrainer(LightningModule):
+    """Masked autoencoder.
+
+    Batch: images (B, C, H, W) in any form that :mod:`zoo.batch` reads; labels are not learned from. Logs
+    ``train/loss``; ``val/loss`` over removed and ``val/loss_visible`` over visible patches, each image with the same
+    mask in every epoch; where validation data has labels, ``val/acc_knn``, the leave-one-out accuracy of 20 nearest
+    neighbours by their features. The same for ``test``. Predicts pooled features (B, D).
+
+    ``ViTClassifier(weights=...)`` starts from a checkpoint of this; ``zoo.weights.save(model.backbone, FILE)`` writes
+    the encoder alone, by timm's names.
+
+    Args:
+        backbone: A timm ViT by name, which gets the paper's initial weights and fixed sin-cos positions; or a plain
+            ``timm.models.vision_transformer.VisionTransformer``, taken as it is with its own size and weights.
+        image_size: Side in pixels, or (height, width). For a backbone by name.
+        in_channels: Channels of the images.
+        mask_ratio: Share of the patches to remove: floor(L * (1 - mask_ratio)) of L stay.
+        norm_pix_loss: Whether each patch to be predicted is first given mean 0 and variance 1.
+        decoder: "self", the paper's; or "cross", CrossMAE's (:class:`zoo.mae.decoders.CrossDecoder`): up to half the
+            time, and as good to fine-tune from; for linear probes nothing is claimed of it.
+        decoder_dim, decoder_depth, decoder_heads: Size of the decoder.
+        weights: Weights to start from: see :func:`zoo.weights.load`.
+        predict_ratio: Share of all patches that "cross" predicts in a training step, at most ``mask_ratio``. None:
+            0.25. The decoder "self" predicts all that is removed.
+        patch_size: Side of a patch in pixels. None: the backbone's own.
+        width, depth, heads: Size of the encoder, if not the backbone's own.
+        class_token: Whether the encoder has one. Without, features are the mean over patches.
+        reg_tokens: Register tokens (Darcet et al. 2024). 0: the backbone's own number.
+        grad_checkpointing: Recompute encoder blocks in the backward pass: less memory, more time.
+        optimizer: Name of an optimizer of timm.
+        lr: Learning rate, as it is used: the paper's is 1.5e-4 times the total batch size / 256.
+        weight_decay: Not applied to norms, biases, position embeddings and tokens.
+        betas: Of the optimizer. None: its own.
+        warmup_epochs: Linear warm-up, in epochs; a half-cosine follows.
+        min_lr: Where the half-cosine ends.
+        compile: Compile in place, as ``model.compile()`` does.
+
+    Raises:
+        ValueError: For an unknown name or choice, with what there is to choose from; for a backbone that is no plain
+            ViT; for an image that patches do not fill; for a mask that leaves nothing or all; for weights of another
+            kind.
+    """
+
+    backbone: Any  # modules; Any, because what they have beyond torch's is timm's
+    decoder: Any
+    hparams: Any  # Lightning calls it a mapping, and makes its keys attributes
+
+    def __init__(
+        self,
+        backbone: str | nn.Module = "vit_base_patch16_224",
+        image_size: int | tuple[int, int] = 224,
+        in_channels: int = 3,
+        mask_ratio: float = 0.75,
+        norm_pix_loss: bool = True,
+        decoder: Decoder = "self",
+        decoder_dim: int = 512,
+        decoder_depth: int = 8,
+        decoder_heads: int = 16,
+        weights: str | None = None,
+        predict_ratio: float | None = None,
+        patch_size: int | None = None,
+        width: int | None = None,
+        depth: int | None = None,
+        heads: int | None = None,
+        class_token: bool = True,
+        reg_tokens: int = 0,
+        grad_checkpointing: bool = False,
+        optimizer: str = "adamw",
+        lr: float = 1.5e-4,
+        weight_decay: float = 0.05,
+        betas: tuple[float, float] | None = (0.9, 0.95),
+        warmup_epochs: float = 0.0,
+        min_lr: float = 0.0,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore=["backbone", "weights"])
+        self.hparams["backbone"] = name_of(backbone)
+        given = isinstance(backbone, nn.Module)
+        sizes: dict[str, Any] = {"patch_size": patch_size, "embed_dim": width, "depth": depth, "num_heads": heads}
+        if not given:
+            sizes |= {"img_size": image_size, "in_chans": in_channels, "class_token": class_token}
+            sizes |= {"global_pool": "token" if class_token else "avg", "fc_norm": False}
+        self.backbone = plain_vit(backbone, reg_tokens=reg_tokens or None, **sizes)
+        if grad_checkpointing:
+            self.backbone.set_grad_checkpointing(True)
+
+        embed = self.backbone.patch_embed
+        self.patch_size, self.grid_size = embed.patch_size, embed.grid_size
+        patches, pixels = embed.num_patches, embed.proj.in_channels * embed.patch_size[0] * embed.patch_size[1]
+        if norm_pix_loss and pixels < 2:
+            raise ValueError("a patch of one value has no variance: set norm_pix_loss to false, or larger patches")
+        self.visible = visible_patches(patches, mask_ratio)
+        self.predicted = patches - self.visible
+        if decoder not in get_args(Decoder):
+            raise ValueError(f"unknown decoder {decoder!r}: expected one of {', '.join(get_args(Decoder))}")
+        if decoder_depth < 1 or decoder_dim % decoder_heads:
+            raise ValueError(
+                f"decoder_depth is {decoder_depth}, decoder_dim {decoder_dim}, decoder_heads {decoder_heads}: expected "
+                "at least one block, and heads that divide the width"
+            )
+        prefix = self.backbone.num_prefix_tokens
+        size = (self.backbone.embed_dim, decoder_dim, decoder_depth, decoder_heads, self.grid_size, prefix, pixels)
+        if decoder == "self":
+            if predict_ratio is not None:
+                raise ValueError("predict_ratio goes with decoder 'cross': 'self' predicts all removed patches at once")
+            self.decoder = SelfDecoder(*size)
+        else:
+            wanted = round(patches * (0.25 if predict_ratio is None else predict_ratio))
+            if not 0 < wanted <= self.predicted and predict_ratio is not None:
+                raise ValueError(
+                    f"predict_ratio {predict_ratio} is {wanted} of {patches} patches: expected at least one, and at "
+                    f"most the {self.predicted} that are removed"
+                )
+            self.predicted = min(max(1, wanted), self.predicted)
+            self.decoder = CrossDecoder(*size, layers=len(self.backbone.blocks) + 1)
+        initialize(self.decoder)
+        if not given:
+            initialize(self.backbone)
+            fix_positions(self.backbone)
+
+        self.step_log = StepLog()
+        self.val_metrics, self.test_metrics = make_metrics(), make_metrics()
+        if weights is not None:
+            report = load_weights(self, weights)
+            if "backbone.norm.weight" in report.fresh:
+                raise ValueError(
+                    f"{weights} has no final norm: it is a classifier that pools before it, no pretraining"
+                )
+            rank_zero_info(str(report))
+        if compile:
+            self.compile()
+
+    # The technique.
+
+    def forward(self, images: Tensor, noise: Tensor | None = None) -> MAEOutput:
+        """Loss, predictions for all patches, and the mask, of images (B, C, H, W).
+
+        Args:
+            images: Normalised floats.
+            noise: (B, L); the patches of least noise stay visible. None: uniformly random.
+        """
+        patches, visible, removed = self._mask(images, noise)
+        ordered = self.decoder.everywhere(self._encode(patches, visible), visible, removed)
+        order = torch.cat([visible, removed], dim=1)
+        prediction = torch.empty_like(ordered).scatter(1, order[:, :, None].expand_as(ordered), ordered)
+        mask = torch.ones(order.shape, device=order.device).scatter(1, visible, 0.0)
+        loss = (self._errors(prediction, patches) * mask).sum() / mask.sum()
+        return MAEOutput(loss, prediction, mask)
+
+    def masked_loss(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """The loss of :meth:`forward` without what it does not need; of the decoder "cross", on a random subset."""
+        patches, visible, removed = self._mask(images, noise)
+        removed = removed[:, : self.predicted]
+        prediction = self.decoder(self._encode(patches, visible), visible, removed)
+        return self._errors(prediction, take(patches, removed)).mean()
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Tokens (B, prefix + L, D) after the final norm, nothing masked: class token, registers, patches in order."""
+        return self.backbone.forward_features(images)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Embeddings (B, D), nothing masked: the class token, or without one the mean over patches."""
+        tokens = self.encode(images)
+        return tokens[:, self.backbone.num_prefix_tokens :].mean(1) if self.backbone.cls_token is None else tokens[:, 0]
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor, noise: Tensor | None = None) -> Reconstruction:
+        """Original, masked image, prediction and their combination, of images (B, C, H, W); noise as of forward."""
+        _, prediction, mask = self(images, noise)
+        patches, removed = patchify(images, self.patch_size), mask[:, :, None] > 0
+        norm_pix = bool(self.hparams.norm_pix_loss)
+        prediction = denormalize_patches(prediction, patches) if norm_pix else prediction.float()
+        drawn = patches.masked_fill(removed, 0.0), prediction, torch.where(removed, prediction, patches.float())
+        masked, prediction, paste = (unpatchify(each, self.patch_size, self.grid_size) for each in drawn)
+        return Reconstruction(images, masked, prediction, paste, norm_pix)
+
+    def _mask(self, images: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Patches (B, L, pixels), and the indices of visible and removed ones."""
+        expected = (self.backbone.patch_embed.proj.in_channels, *self.backbone.patch_embed.img_size)
+        if images.shape[1:] != expected:
+            got = "x".join(map(str, images.shape[1:]))
+            raise ValueError(f"images are {got}, but the model was built for {'x'.join(map(str, expected))}")
+        patches = patchify(images, self.patch_size)
+        if noise is None:
+            noise = torch.rand(patches.shape[:2], device=images.device)
+        elif noise.shape != patches.shape[:2]:
+            raise ValueError(f"noise is {tuple(noise.shape)}: expected {tuple(patches.shape[:2])}, one for each patch")
+        return patches, *random_masking(noise, self.visible)
+
+    def _encode(self, patches: Tensor, visible: Tensor) -> list[Tensor]:
+        """The encoder on visible patches: its embeddings and every block's output, the last one normalised."""
+        backbone = self.backbone
+        proj = backbone.patch_embed.proj
+        weight = proj.weight.permute(0, 2, 3, 1).flatten(1)  # a patch's pixels come in (row, column, channel) order
+        tokens = backbone.patch_embed.norm(F.linear(take(patches, visible), weight, proj.bias))
+        prefix = [token for token in (backbone.cls_token, backbone.reg_token) if token is not None]
+        tokens = torch.cat([*(token.expand(len(tokens), -1, -1) for token in prefix), tokens], dim=1)
+        if backbone.pos_embed is not None:
+            tokens = tokens + self._positions(visible)
+        tokens = backbone.norm_pre(backbone.pos_drop(tokens))
+        features = [tokens]
+        for block in backbone.blocks:
+            if backbone.grad_checkpointing and torch.is_grad_enabled():
+                tokens = checkpoint(block, tokens, use_reentrant=False)
+            else:
+                tokens = block(tokens)
+            features.append(tokens)
+        return [*features[:-1], backbone.norm(tokens)]
+
+    def _positions(self, visible: Tensor) -> Tensor:
+        """Position embeddings (B, prefix + V, D); 0 for tokens that have none."""
+        table, prefix = self.backbone.pos_embed, self.backbone.num_prefix_tokens
+        patches = table.shape[1] - self.backbone.patch_embed.num_patches
+        first = F.pad(table[:, :patches], (0, 0, 0, prefix - patches))
+        return torch.cat([first.expand(len(visible), -1, -1), F.embedding(visible, table[0, patches:])], dim=1)
+
+    def _errors(self, prediction: Tensor, patches: Tensor) -> Tensor:
+        """Mean squared error of each patch, float32."""
+        target = normalize_patches(patches) if self.hparams.norm_pix_loss else patches.float()
+        return (prediction.float() - target).square().mean(-1)
+
+    # Training.
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """As ``nn.Module.compile``, and what training runs as well."""
+        super().compile(*args, **kwargs)
+        self.__dict__["masked_loss"] = torch.compile(self.masked_loss, *args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy compiles for itself: what was compiled here would run on the weights here."""
+        return {name: value for name, value in super().__getstate__().items() if name != "masked_loss"}
+
+    @torch.no_grad()
+    def pictures(self, batch: Any) -> dict[str, Tensor]:
+        """Images (B, 3, h, w) in [0, 1]: original, masked, prediction and paste side by side."""
+        images = batches.images(batch)
+        panels = self.reconstruct(images, self._fixed_noise(images, 0))
+        low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
+        row = torch.cat([panel.clamp(low, high) for panel in panels[:4]], dim=3)
+        caption = "original, masked, prediction, paste" + (" (with true mean, std)" if panels[4] else "")
+        return {"reconstruction": pictures.captioned(row, [caption] * len(row), [None] * len(row))}
+
+    def _fixed_noise(self, images: Tensor, seed: int) -> Tensor:
+        generator = torch.Generator(images.device).manual_seed(seed)
+        return torch.rand(len(images), self.backbone.patch_embed.num_patches, generator=generator, device=images.device)
+
+    def on_fit_start(self) -> None:
+        differ_between_ranks(self)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = self.masked_loss(batches.images(batch))
+        self.step_log(self, {"train/loss": loss.detach()}, prog_bar=("train/loss",))
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        for metric in self.val_metrics.values():  # an interrupted epoch leaves counts behind
+            metric.reset()
+
+    def on_test_epoch_start(self) -> None:
+        for metric in self.test_metrics.values():
+            metric.reset()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self._evaluate(batch, batch_idx, "val", self.val_metrics)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self._evaluate(batch, batch_idx, "test", self.test_metrics)
+
+    def _evaluate(self, batch: Any, batch_idx: int, stage: str, metrics: Any) -> None:
+        images = batches.images(batch)
+        _, prediction, mask = self(images, self._fixed_noise(images, batch_idx))
+        errors = self._errors(prediction, patchify(images, self.patch_size))
+        metrics["loss"].update(errors, mask)
+        metrics["loss_visible"].update(errors, 1 - mask)
+        known = ["loss", "loss_visible"]
+        if batches.has_labels(batch):
+            labels = batches.images_and_labels(batch)[1]
+            if labels.ndim == 1:
+                metrics["acc_knn"].update(self.features(images), labels)
+                known += ["acc_knn"]
+        for name in known:
+            self.log(f"{stage}/{name}", metrics[name], on_step=False, on_epoch=True)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.features(batches.images(batch))
+
+    def prediction_rows(self, outputs: Tensor) -> list[dict[str, Any]]:
+        """For each image its features, one column each, as :class:`zoo.callbacks.WritePredictions` writes them."""
+        return [{f"feature{i}": f"{value:.6g}" for i, value in enumerate(row)} for row in outputs.float().tolist()]
+
+    def configure_optimizers(self) -> Any:
+        hp = self.hparams
+        optimizer = optim.create_optimizer(self, hp.optimizer, hp.lr, hp.weight_decay, betas=hp.betas)
+        return optim.lightning_schedule(self, optimizer, hp.warmup_epochs, hp.min_lr)
+
+
+def make_metrics() -> Any:
+    """What is averaged over an evaluation, by the name it is logged as."""
+    return nn.ModuleDict({"loss": MeanMetric(), "loss_visible": MeanMetric(), "acc_knn": LeaveOneOutKNN()})
+
+
+def plain_vit(backbone: str | nn.Module, **options: Any) -> Any:
+    """A ViT whose patches are independent of each other until its blocks, without head or pooling of its own.
+
+    Raises:
+        ValueError: For anything else; options are those of :func:`zoo.backbones.create_backbone`.
+    """
+    hint = "a masked autoencoder needs a plain ViT such as vit_base_patch16_224, whose patches can be left out"
+    try:
+        vit = create_backbone(backbone, **options)
+    except ValueError as error:
+        if isinstance(error.__cause__, TypeError):
+            raise ValueError(f"{backbone} is no plain ViT, or cannot take its options: {hint} ({error})") from error
+        raise
+    name = name_of(backbone)
+    if not isinstance(vit, VisionTransformer) or hasattr(vit, "dist_token"):
+        raise ValueError(f"{name} is a {type(vit).__name__}: {hint}")
+    proj = getattr(vit.patch_embed, "proj", None)
+    if not isinstance(vit.patch_embed, PatchEmbed) or not isinstance(proj, nn.Conv2d) or vit.dynamic_img_size:
+        raise ValueError(f"{name} does not cut its images into patches of a fixed size and number: {hint}")
+    vit.attn_pool = None  # type: ignore[assignment]  # what pools is not trained here
+    if isinstance(vit.norm, nn.Identity):  # the same norm, behind the mean instead of before
+        vit.norm, vit.fc_norm = vit.fc_norm, nn.Identity()
+    return vit
+
+
+@torch.no_grad()
+def initialize(module: nn.Module) -> None:
+    """The released code's initial weights: Xavier-uniform matrices, the three attention projections taken as one.
+
+    Patch kernels are a matrix, too; tokens are normal with a deviation of 0.02; biases are 0, but the patches' keep
+    torch's default.
+    """
+    for name, part in module.named_modules():
+        if isinstance(part, nn.Linear):
+            nn.init.xavier_uniform_(part.weight)
+            nn.init.zeros_(part.bias)
+        elif name == "patch_embed":
+            nn.init.xavier_uniform_(part.proj.weight.view(len(part.proj.weight), -1))
+    for name, parameter in module.named_parameters():
+        if name in ("cls_token", "reg_token", "mask_token"):
+            nn.init.normal_(parameter, std=0.02)
+
+
+@torch.no_grad()
+def fix_positions(vit: Any) -> None:
+    """Sin-cos positions that are not trained; class token and registers have 0."""
+    if vit.pos_embed is None:
+        return
+    table = sincos_positions(vit.patch_embed.grid_size, vit.embed_dim)
+    vit.pos_embed.copy_(F.pad(table, (0, 0, vit.pos_embed.shape[1] - len(table), 0))[None])
+    vit.pos_embed.requires_grad_(False)

@@ -1,7 +1,9 @@
 """The masked autoencoder against the paper: a plain version written here, Hugging Face's, and closed forms."""
 
 import copy
+import csv
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Trainer
+from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -16,6 +19,7 @@ from torch.utils.data import DataLoader
 from datamodules import DigitsDataModule
 from zoo import MAEPretrainer, ViTClassifier, weights
 from zoo.batch import images as images_of
+from zoo.cli import main
 from zoo.mae import patches as cutting
 from zoo.mae.decoders import SelfDecoder
 
@@ -653,6 +657,23 @@ def test_the_compiled_step_computes_the_same():
             assert torch.allclose(one.grad, other.grad, atol=1e-6), name
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("decoder", ["self", "cross"])
+def test_a_step_never_waits_for_the_gpu(decoder):
+    model = pretrainer(decoder=decoder).cuda()
+    images, noise = (each.cuda() for each in data(model))
+    expected = pretrainer(decoder=decoder).masked_loss(images.cpu(), noise.cpu())
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model.masked_loss(images, noise)
+        loss.backward()
+        model.masked_loss(images)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert abs(loss.item() - expected.item()) < 1e-2
+
+
 # Weights.
 
 
@@ -805,3 +826,69 @@ def test_one_decoder_block_can_be_first_and_last():
     some, everything = decoder(features, visible, removed), decoder.everywhere(features, visible, removed)
     assert everything.shape == (2, 4, 4)
     assert torch.allclose(some, everything[:, 1:], atol=1e-6)
+
+
+# From the command line.
+
+SHORT = ["--model.warmup_epochs", "0", "--trainer.check_val_every_n_epoch", "1", "--trainer.max_epochs"]
+
+
+def test_pretrain_then_fine_tune_with_one_argument(capfd):
+    assert main(["fit", "-c", "mae/digits", *SHORT, "1", "--trainer.limit_train_batches", "4"]) == 0
+    said = capfd.readouterr().out
+    assert "test accuracy of nearest neighbours" in said
+    assert "test loss of visible patches" in said
+    folder = Path("runs/mae/digits/version_0")
+    assert f"encoder {folder}/encoder.safetensors" in said
+    assert Image.open(folder / "images/test_reconstruction.png").size[0] > 4 * 96
+    assert f"pictures {folder}/images/test_reconstruction.png" in said
+
+    network = MAEPretrainer.load_from_checkpoint(folder / "checkpoints/last.ckpt", weights_only=True).backbone
+    for source in (folder / "encoder.safetensors", folder / "checkpoints/last.ckpt"):
+        assert main(["fit", "-c", "vit/digits_few_labels", "--model.weights", str(source), *SHORT, "1"]) == 0
+        assert "1-nearest neighbour on the same split 89.26 %" in capfd.readouterr().out
+    assert network.pos_embed.shape[-1] == network.embed_dim
+
+    checkpoint = str(folder / "checkpoints/last.ckpt")
+    assert main(["validate", "-c", "mae/digits", "--ckpt_path", checkpoint]) == 0
+    assert "val/acc_knn" in capfd.readouterr().out
+    assert main(["predict", "-c", "mae/digits", "--ckpt_path", checkpoint]) == 0
+    file = capfd.readouterr().out.split("predictions ")[1].split()[0]
+    rows = list(csv.DictReader(Path(file).read_text().splitlines()))
+    assert len(rows) == 540
+    assert list(rows[0]) == ["file", *(f"feature{i}" for i in range(network.embed_dim))]
+
+
+def test_a_folder_without_labels(capfd):
+    for index in range(12):
+        Path("images").mkdir(exist_ok=True)
+        Image.fromarray(np.random.default_rng(index).integers(0, 255, (40, 40, 3), np.uint8)).save(
+            f"images/{index}.png"
+        )
+    sizes = ["--model.image_size", "32", "--data.image_size", "32", "--model.width", "24", "--model.depth", "1"]
+    sizes += ["--model.heads", "2", "--data.batch_size", "4", "--data.num_workers", "0", "--data.root", "images"]
+    assert main(["fit", "-c", "mae/imagefolder", *SHORT, "1", *sizes]) == 0
+    said = capfd.readouterr().out
+    assert "encoder runs/mae/imagefolder/version_0/encoder.safetensors" in said
+    assert "nearest neighbours" not in said
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--model.mask_ratio", "1"],
+            "mask_ratio 1.0 leaves none of 16 patches: expected more than 0 and at most 0.937",
+        ),
+        (["--model.image_size", "18"], "image_size 18x18 is not divisible by the patch size 4x4"),
+        (["--model.decoder", "crosss"], "did you mean cross?"),
+        (["--model.backbone", "resnet18"], "resnet18 is no plain ViT"),
+        (["--data.image_size", "20"], "images are 1x20x20, but the model was built for 1x16x16"),
+        (["--model.weights", "nowhere.ckpt"], "there are no weights nowhere.ckpt"),
+    ],
+)
+def test_mistakes_are_one_line(options, message, capfd):
+    assert main(["fit", "-c", "mae/digits", *options]) in (1, 2)
+    said = capfd.readouterr().err
+    assert message in said
+    assert "Traceback" not in said

@@ -41,13 +41,8 @@ SWITCHES = {
     "enable_checkpointing": "ModelCheckpoint",
     "enable_progress_bar": "ProgressBar",
 }
-METRICS = {
-    "acc": "accuracy",
-    "acc5": "top-5 accuracy",
-    "acc_knn": "k-NN accuracy",
-    "f1": "macro F1",
-    "ap": "average precision",
-}
+METRICS = {"acc": "accuracy", "acc5": "top-5 accuracy", "f1": "macro F1", "ap": "average precision"}
+METRICS |= {"acc_knn": "accuracy of nearest neighbours", "loss_visible": "loss of visible patches"}
 
 
 def run(command: str, configs: list[str], options: list[str], strict: bool, packages: Iterable[ModuleType]) -> None:
@@ -236,7 +231,7 @@ class ZooCLI(LightningCLI):
                 self.model, self.datamodule, ckpt_path=checkpoint or None, verbose=False, weights_only=True
             )
             lines += [_metric(name, value) for metrics in results for name, value in metrics.items()]
-            if trainer.is_global_zero and hasattr(self.datamodule, "baselines"):
+            if trainer.is_global_zero and hasattr(self.datamodule, "baselines") and "test/acc" in results[0]:
                 baselines = self.datamodule.baselines().items()
                 lines += [f"{name} on the same split {100 * value:.2f} %" for name, value in baselines]
         lines += [f"{name} {path}" for name, path in _written(trainer)]

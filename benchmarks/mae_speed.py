@@ -144,6 +144,7 @@ def rows(size: str, on_gpu: bool) -> list[Row]:
         Row("ours, compiled", partial(ours, size, True), fp32),
         Row("ours, cross 25 %", partial(ours, size, False, **cross), fp32),
         Row("ours, cross 25 %, compiled", partial(ours, size, True, **cross), fp32),
+        Row("ours, cross 25 %, 12 blocks, compiled", partial(ours, size, True, decoder_depth=12, **cross), fp32),
     ]
 
 

@@ -22,6 +22,7 @@ from zoo.batch import images as images_of
 from zoo.cli import main
 from zoo.mae import patches as cutting
 from zoo.mae.decoders import SelfDecoder
+from zoo.mae.encoder import encode_visible
 
 TINY = {"width": 32, "depth": 3, "heads": 2, "patch_size": 4, "decoder_dim": 16, "decoder_depth": 3}
 TINY |= {"decoder_heads": 4, "image_size": (12, 20), "in_channels": 2}
@@ -266,7 +267,7 @@ def test_encode_is_timms_encoder_and_the_masked_encoder_on_everything():
     expected = model.backbone.forward_features(images)
     assert torch.equal(model.encode(images), expected)
     everything = torch.arange(15).expand(3, -1)
-    tokens = model._encode(cutting.patchify(images, model.patch_size), everything)[-1]
+    tokens = encode_visible(model.backbone, cutting.patchify(images, model.patch_size), everything)[-1]
     assert torch.allclose(tokens, expected, atol=1e-5)
     assert torch.equal(model.features(images), expected[:, 0])
     assert torch.equal(model.predict_step((images, torch.zeros(3)), 0), model.features(images))
@@ -282,7 +283,7 @@ def test_cross_predictions_do_not_depend_on_each_other():
     assert model.predicted == 3
     images, noise = data(model)
     patches, visible, removed = model._mask(images, noise)
-    features = model._encode(patches, visible)
+    features = encode_visible(model.backbone, patches, visible)
     assert [f.shape for f in features] == [(3, 4, 32)] * 4
     all_of_them = model.decoder(features, visible, removed)
     assert torch.allclose(model.decoder(features, visible, removed[:, :2]), all_of_them[:, :2], atol=1e-6)
@@ -295,7 +296,7 @@ def test_each_cross_block_reads_its_own_mix_of_the_encoders_layers():
     model = pretrainer(decoder="cross", decoder_depth=2)
     images, noise = data(model)
     patches, visible, removed = model._mask(images, noise)
-    features = model._encode(patches, visible)
+    features = encode_visible(model.backbone, patches, visible)
     with torch.no_grad():
         model.decoder.mix.copy_(torch.tensor([[0.0, 1, 0, 0], [2, 0, 0, -1]]))
     decoder = model.decoder
@@ -383,6 +384,16 @@ def test_a_network_given_as_a_module_is_taken_as_it_is():
     assert all(p.grad is not None for p in vit.parameters())
 
 
+def test_sizes_that_a_given_network_does_not_have_are_refused():
+    vit = VisionTransformer(img_size=8, patch_size=4, in_chans=1, num_classes=0, embed_dim=16, depth=1, num_heads=2)
+    small = {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
+    MAEPretrainer(vit, image_size=8, in_channels=1, **small)
+    with pytest.raises(ValueError, match=r"image_size is 16, but the backbone given is for \(8, 8\): leave it out"):
+        MAEPretrainer(vit, image_size=16, **small)
+    with pytest.raises(ValueError, match="in_channels is 2, but the backbone given is for 1: leave it out"):
+        MAEPretrainer(vit, in_channels=2, **small)
+
+
 def test_a_network_that_pools_before_its_norm_keeps_the_norm():
     options = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2, "num_classes": 3}
     vit = VisionTransformer(global_pool="avg", **options)
@@ -411,7 +422,7 @@ def test_relatives_of_the_plain_vit(name):
     images, noise = data(model)
     assert torch.allclose(model(images, noise).loss, model.masked_loss(images, noise), rtol=1e-6)
     everything = torch.arange(4).expand(3, -1)
-    tokens = model.eval()._encode(cutting.patchify(images, model.patch_size), everything)[-1]
+    tokens = encode_visible(model.eval().backbone, cutting.patchify(images, model.patch_size), everything)[-1]
     assert torch.allclose(tokens, model.encode(images), atol=1e-5)
     model.masked_loss(images, noise).backward()
     assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []

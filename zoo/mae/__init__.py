@@ -1,7 +1,8 @@
 """Masked autoencoder: learns from images without labels by predicting what was removed from them.
 
 He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022, arXiv 2111.06377. Read ``patches.py``, what is
-masked and what is predicted; ``decoders.py``, what predicts it; ``pretrainer.py``, the encoder's part and the training.
+masked and what is predicted; ``encoder.py``, what sees the rest; ``decoders.py``, what predicts it; ``pretrainer.py``,
+how all of it is put together and trained.
 
 The loss is the paper's to rounding, at less cost: only visible patches are embedded, only removed ones predicted; the
 last decoder block computes removed patches alone, the first one mask tokens once a position and not once an image; one

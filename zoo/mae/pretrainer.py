@@ -3,26 +3,23 @@
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-import torch.nn.functional as F
-from timm.layers import PatchEmbed
-from timm.models.vision_transformer import VisionTransformer
+from timm.layers import to_2tuple
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from torchmetrics import MeanMetric
 
 from zoo import batch as batches
 from zoo import optim, pictures
 from zoo._lightning import LightningModule, rank_zero_info
-from zoo.backbones import create_backbone, name_of
+from zoo.backbones import name_of
 from zoo.knn import LeaveOneOutKNN
 from zoo.log import StepLog
 from zoo.mae.decoders import CrossDecoder, SelfDecoder
+from zoo.mae.encoder import encode_visible, fix_positions, initialize, plain_vit
 from zoo.mae.patches import (
     denormalize_patches,
     normalize_patches,
     patchify,
     random_masking,
-    sincos_positions,
     take,
     unpatchify,
     visible_patches,
@@ -155,6 +152,14 @@ class MAEPretrainer(LightningModule):
             self.backbone.set_grad_checkpointing(True)
 
         embed = self.backbone.patch_embed
+        if given and to_2tuple(image_size) not in ((224, 224), embed.img_size):
+            raise ValueError(
+                f"image_size is {image_size}, but the backbone given is for {embed.img_size}: leave it out"
+            )
+        if given and in_channels not in (3, embed.proj.in_channels):
+            raise ValueError(
+                f"in_channels is {in_channels}, but the backbone given is for {embed.proj.in_channels}: leave it out"
+            )
         self.patch_size, self.grid_size = embed.patch_size, embed.grid_size
         patches, pixels = embed.num_patches, embed.proj.in_channels * embed.patch_size[0] * embed.patch_size[1]
         if norm_pix_loss and pixels < 2:
@@ -210,7 +215,7 @@ class MAEPretrainer(LightningModule):
             noise: (B, L); the patches of least noise stay visible. None: uniformly random.
         """
         patches, visible, removed = self._mask(images, noise)
-        ordered = self.decoder.everywhere(self._encode(patches, visible), visible, removed)
+        ordered = self.decoder.everywhere(encode_visible(self.backbone, patches, visible), visible, removed)
         order = torch.cat([visible, removed], dim=1)
         prediction = torch.empty_like(ordered).scatter(1, order[:, :, None].expand_as(ordered), ordered)
         mask = torch.ones(order.shape, device=order.device).scatter(1, visible, 0.0)
@@ -221,7 +226,7 @@ class MAEPretrainer(LightningModule):
         """The loss of :meth:`forward` without what it does not need; of the decoder "cross", on a random subset."""
         patches, visible, removed = self._mask(images, noise)
         removed = removed[:, : self.predicted]
-        prediction = self.decoder(self._encode(patches, visible), visible, removed)
+        prediction = self.decoder(encode_visible(self.backbone, patches, visible), visible, removed)
         return self._errors(prediction, take(patches, removed)).mean()
 
     def encode(self, images: Tensor) -> Tensor:
@@ -256,33 +261,6 @@ class MAEPretrainer(LightningModule):
         elif noise.shape != patches.shape[:2]:
             raise ValueError(f"noise is {tuple(noise.shape)}: expected {tuple(patches.shape[:2])}, one for each patch")
         return patches, *random_masking(noise, self.visible)
-
-    def _encode(self, patches: Tensor, visible: Tensor) -> list[Tensor]:
-        """The encoder on visible patches: its embeddings and every block's output, the last one normalised."""
-        backbone = self.backbone
-        proj = backbone.patch_embed.proj
-        weight = proj.weight.permute(0, 2, 3, 1).flatten(1)  # a patch's pixels come in (row, column, channel) order
-        tokens = backbone.patch_embed.norm(F.linear(take(patches, visible), weight, proj.bias))
-        prefix = [token for token in (backbone.cls_token, backbone.reg_token) if token is not None]
-        tokens = torch.cat([*(token.expand(len(tokens), -1, -1) for token in prefix), tokens], dim=1)
-        if backbone.pos_embed is not None:
-            tokens = tokens + self._positions(visible)
-        tokens = backbone.norm_pre(backbone.pos_drop(tokens))
-        features = [tokens]
-        for block in backbone.blocks:
-            if backbone.grad_checkpointing and torch.is_grad_enabled():
-                tokens = checkpoint(block, tokens, use_reentrant=False)
-            else:
-                tokens = block(tokens)
-            features.append(tokens)
-        return [*features[:-1], backbone.norm(tokens)]
-
-    def _positions(self, visible: Tensor) -> Tensor:
-        """Position embeddings (B, prefix + V, D); 0 for tokens that have none."""
-        table, prefix = self.backbone.pos_embed, self.backbone.num_prefix_tokens
-        patches = table.shape[1] - self.backbone.patch_embed.num_patches
-        first = F.pad(table[:, :patches], (0, 0, 0, prefix - patches))
-        return torch.cat([first.expand(len(visible), -1, -1), F.embedding(visible, table[0, patches:])], dim=1)
 
     def _errors(self, prediction: Tensor, patches: Tensor) -> Tensor:
         """Mean squared error of each patch, float32."""
@@ -367,56 +345,3 @@ class MAEPretrainer(LightningModule):
 def make_metrics() -> Any:
     """What is averaged over an evaluation, by the name it is logged as."""
     return nn.ModuleDict({"loss": MeanMetric(), "loss_visible": MeanMetric(), "acc_knn": LeaveOneOutKNN()})
-
-
-def plain_vit(backbone: str | nn.Module, **options: Any) -> Any:
-    """A ViT whose patches are independent of each other until its blocks, without head or pooling of its own.
-
-    Raises:
-        ValueError: For anything else; options are those of :func:`zoo.backbones.create_backbone`.
-    """
-    hint = "a masked autoencoder needs a plain ViT such as vit_base_patch16_224, whose patches can be left out"
-    try:
-        vit = create_backbone(backbone, **options)
-    except ValueError as error:
-        if isinstance(error.__cause__, TypeError):
-            raise ValueError(f"{backbone} is no plain ViT, or cannot take its options: {hint} ({error})") from error
-        raise
-    name = name_of(backbone)
-    if not isinstance(vit, VisionTransformer) or hasattr(vit, "dist_token"):
-        raise ValueError(f"{name} is a {type(vit).__name__}: {hint}")
-    proj = getattr(vit.patch_embed, "proj", None)
-    if not isinstance(vit.patch_embed, PatchEmbed) or not isinstance(proj, nn.Conv2d) or vit.dynamic_img_size:
-        raise ValueError(f"{name} does not cut its images into patches of a fixed size and number: {hint}")
-    vit.attn_pool = None  # type: ignore[assignment]  # what pools is not trained here
-    if isinstance(vit.norm, nn.Identity):  # the same norm, behind the mean instead of before
-        vit.norm, vit.fc_norm = vit.fc_norm, nn.Identity()
-    return vit
-
-
-@torch.no_grad()
-def initialize(module: nn.Module) -> None:
-    """The released code's initial weights: Xavier-uniform matrices, the three attention projections taken as one.
-
-    Patch kernels are a matrix, too; tokens are normal with a deviation of 0.02; biases are 0, but the patches' keep
-    torch's default.
-    """
-    for name, part in module.named_modules():
-        if isinstance(part, nn.Linear):
-            nn.init.xavier_uniform_(part.weight)
-            nn.init.zeros_(part.bias)
-        elif name == "patch_embed":
-            nn.init.xavier_uniform_(part.proj.weight.view(len(part.proj.weight), -1))
-    for name, parameter in module.named_parameters():
-        if name in ("cls_token", "reg_token", "mask_token"):
-            nn.init.normal_(parameter, std=0.02)
-
-
-@torch.no_grad()
-def fix_positions(vit: Any) -> None:
-    """Sin-cos positions that are not trained; class token and registers have 0."""
-    if vit.pos_embed is None:
-        return
-    table = sincos_positions(vit.patch_embed.grid_size, vit.embed_dim)
-    vit.pos_embed.copy_(F.pad(table, (0, 0, vit.pos_embed.shape[1] - len(table), 0))[None])
-    vit.pos_embed.requires_grad_(False)

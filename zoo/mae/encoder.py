@@ -23,7 +23,7 @@ def plain_vit(backbone: str | nn.Module, **options: Any) -> Any:
     try:
         vit = create_backbone(backbone, **options)
     except ValueError as error:
-        if isinstance(error.__cause__, TypeError):
+        if isinstance(error.__cause__, TypeError | AssertionError):
             raise ValueError(f"{backbone} is no plain ViT, or cannot take its options: {hint} ({error})") from error
         raise
     name = name_of(backbone)

@@ -8,8 +8,9 @@ The loss is the paper's to rounding, at less cost: only visible patches are embe
 last decoder block computes removed patches alone, the first one mask tokens once a position and not once an image; one
 sort makes the mask. Nothing has a shape that depends on data, so that all of it is one compiled graph.
 
-Deviations: class and mask token do not take weight decay, while the released code's do. ``decoder="cross"`` is another
-paper's; its last encoder feature is the normalised one, so that the encoder's final norm is trained.
+Deviations: class and mask token do not take weight decay, while the released code's do; the number of visible patches
+is reckoned exactly, so that 10 of 100 stay at a ratio of 0.9, where the released code keeps 9. ``decoder="cross"`` is
+another paper's; its last encoder feature is the normalised one, so that the encoder's final norm is trained.
 """
 
 from zoo.mae.pretrainer import MAEOutput, MAEPretrainer, Reconstruction

@@ -82,15 +82,15 @@ class MAEPretrainer(LightningModule):
         in_channels: Channels of the images.
         mask_ratio: Share of the patches to remove: floor(L * (1 - mask_ratio)) of L stay.
         norm_pix_loss: Whether each patch to be predicted is first given mean 0 and variance 1.
-        decoder: "self", the paper's; or "cross", CrossMAE's (:class:`zoo.mae.decoders.CrossDecoder`): up to half the
-            time, and as good to fine-tune from; for linear probes nothing is claimed of it.
+        decoder: "self", the paper's; or "cross", CrossMAE's (:class:`zoo.mae.decoders.CrossDecoder`): less than
+            half the time for a small ViT, and as good to fine-tune from; for linear probes nothing is claimed of it.
         decoder_dim, decoder_depth, decoder_heads: Size of the decoder.
         weights: Weights to start from: see :func:`zoo.weights.load`.
         predict_ratio: Share of all patches that "cross" predicts in a training step, at most ``mask_ratio``. None:
             0.25. The decoder "self" predicts all that is removed.
         patch_size: Side of a patch in pixels. None: the backbone's own.
         width, depth, heads: Size of the encoder, if not the backbone's own.
-        class_token: Whether the encoder has one. Without, features are the mean over patches.
+        class_token: Whether the encoder has one, for a backbone by name. Without, features are the mean over patches.
         reg_tokens: Register tokens (Darcet et al. 2024). 0: the backbone's own number.
         grad_checkpointing: Recompute encoder blocks in the backward pass: less memory, more time.
         optimizer: Name of an optimizer of timm.

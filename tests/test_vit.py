@@ -10,7 +10,7 @@ from torch import nn
 
 from zoo import ViTClassifier
 from zoo._lightning import Trainer
-from zoo.classification import check_labels, classification_loss
+from zoo.classification import check_labels, classification_loss, classification_metrics
 from zoo.vit import block_attentions
 
 TINY = {
@@ -432,6 +432,16 @@ def test_metrics_on_worked_answers():
     assert metrics["test/acc"] == pytest.approx(3 / 4)
     assert metrics["test/f1"] == pytest.approx((2 / 3 + 2 / 3 + 1) / 3)
     assert metrics["test/loss"] == pytest.approx(F.cross_entropy(images[:, :, 0, 0], labels).item())
+
+
+def test_metrics_that_agree_on_the_first_batch_are_still_counted_apart():
+    metrics = classification_metrics(10, multi_label=False, prefix="val/")
+    labels = torch.arange(10)
+    metrics.update(F.one_hot(labels, 10).float(), labels)  # all right: F1 and top-5 accuracy have counted the same
+    wrong = F.one_hot(labels.roll(1), 10) + 0.5 * F.one_hot(labels, 10)  # all wrong, and all right at the second guess
+    metrics.update(wrong, labels)
+    expected = {"val/acc": 0.5, "val/acc5": 1.0, "val/f1": 0.5}
+    assert {name: value.item() for name, value in metrics.compute().items()} == pytest.approx(expected)
 
 
 def test_several_labels_an_image_are_learned():

@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import (
     MulticlassAccuracy,
@@ -17,7 +17,7 @@ from torchmetrics.classification import (
 )
 
 from zoo import batch as batches
-from zoo import optim, pictures
+from zoo import norms, optim, pictures
 from zoo._lightning import LightningModule
 from zoo.log import StepLog
 from zoo.seeding import differ_between_ranks
@@ -68,7 +68,9 @@ def classification_metrics(num_classes: int, multi_label: bool, prefix: str) -> 
         }
         if num_classes > 5:
             metrics["acc5"] = MulticlassAccuracy(num_classes, average="micro", top_k=5)
-    return MetricCollection(metrics, prefix=prefix)
+    # No groups: torchmetrics would take metrics for one whose counts agree after the first batch, as those of F1 and of
+    # top-5 accuracy do if that batch is all right, and from then on would count for one of them only.
+    return MetricCollection(metrics, prefix=prefix, compute_groups=False)
 
 
 def check_labels(labels: Tensor, num_classes: int, batch_idx: int) -> None:
@@ -156,6 +158,12 @@ class Classifier(LightningModule):
                 for text, is_right, label in zip(captions, right, labels.tolist(), strict=True)
             ]
         return {"predictions": pictures.captioned(images, captions, right)}
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """As ``nn.Module.add_module``. Conversions of BatchNorm, and back, end in it: they put each child in anew."""
+        super().add_module(name, module)
+        if module is not None:
+            norms.restore_activations(module)
 
     def on_fit_start(self) -> None:
         differ_between_ranks(self)

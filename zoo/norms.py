@@ -1,0 +1,22 @@
+"""BatchNorm that holds the activation behind it, as many of timm's networks have it, and synchronising it.
+
+``Trainer(sync_batchnorm=True)`` turns every BatchNorm into torch's SyncBatchNorm for the fit, and back after it.
+Neither way knows timm's BatchNormAct2d: its activation is carried along as a child that nothing calls, and the
+network goes on as a nearly linear one, without a word.
+"""
+
+from timm.layers import BatchNormAct2d, SyncBatchNormAct
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def restore_activations(module: nn.Module) -> None:
+    """Lets each BatchNorm that was converted apply its activation again, synchronised or not. In place.
+
+    Only the class of these modules changes: parameters, buffers, names and hooks stay the same objects.
+    """
+    for part in module.modules():
+        # What was converted is no BatchNorm2d any more. One that is, of whatever class, knows what to do itself.
+        converted = isinstance(part, _BatchNorm) and not isinstance(part, nn.BatchNorm2d | SyncBatchNormAct)
+        if converted and isinstance(getattr(part, "act", None), nn.Module):
+            part.__class__ = SyncBatchNormAct if isinstance(part, nn.SyncBatchNorm) else BatchNormAct2d

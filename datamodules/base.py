@@ -8,6 +8,7 @@ choice: a sample's from (seed, epoch, index), whatever the number of workers; th
 rank). A run can therefore be continued anywhere without asking a loader for its state.
 """
 
+import copy
 import math
 import os
 import random
@@ -167,12 +168,20 @@ class SeededBatches(Dataset[list[Any]]):
         samples: The data set.
         seed: Seed of the samples' random choices.
         substitute: Whether another sample takes the place of one that cannot be read.
+        stages: By the epoch they start in, the same samples as they are made from then on.
     """
 
     attempts = 100  # a data set in which a hundred samples in a row cannot be read has no use for a hundred and first
 
-    def __init__(self, samples: Samples, seed: int, substitute: bool = False) -> None:
+    def __init__(
+        self,
+        samples: Samples,
+        seed: int,
+        substitute: bool = False,
+        stages: Mapping[int, Samples] | None = None,
+    ) -> None:
         self.samples, self.seed, self.substitute = samples, seed, substitute
+        self.stages = dict(sorted((stages or {}).items(), reverse=True))
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -190,11 +199,12 @@ class SeededBatches(Dataset[list[Any]]):
 
     def _make(self, key: Key) -> Any:
         epoch, copy, index = key
+        samples = next((made for first, made in self.stages.items() if first <= epoch), self.samples)
         for attempt in range(self.attempts if self.substitute else 1):
             seed = mix(self.seed, epoch, copy, index, attempt)
-            if getattr(self.samples, "random", True):
+            if getattr(samples, "random", True):
                 seed_all(seed)
-            sample = self.samples[index if attempt == 0 else seed % len(self)]
+            sample = samples[index if attempt == 0 else seed % len(self)]
             if sample is not None:
                 return sample
         return None
@@ -208,6 +218,13 @@ class SeededBatches(Dataset[list[Any]]):
         """(index, name) of those samples of a loaded batch that could be read, in the batch's order."""
         unreadable = getattr(self.samples, "unreadable", None)
         return [(i, self.name(i)) for i in indices if unreadable is None or not unreadable[i]]
+
+
+def with_transform(samples: Any, transform: Callable[[Any], Tensor]) -> Samples:
+    """The same samples, made by another transform; the originals stay as they are."""
+    changed = copy.copy(samples)
+    changed.transform = transform
+    return changed
 
 
 def default_workers(processes: int = 1) -> int:
@@ -239,6 +256,9 @@ class ImageDataModule(LightningDataModule):
 
     in_memory = False
     """Whether samples lie decoded in memory, so that workers would only cost."""
+
+    stage_settings: tuple[str, ...] = ()
+    """The arguments that may change in the course of training: see :meth:`train_in_stages`."""
 
     def __init__(
         self,
@@ -272,11 +292,16 @@ class ImageDataModule(LightningDataModule):
         self.degrees, self.translate, self.zoom, self.shear = degrees, translate, zoom, shear
         self.drop_last, self.repeats = drop_last, repeats
         self.classes: list[str] | None = None
+        self._stages: dict[int, Callable[[Samples], Samples]] = {}
 
     # What a subclass says.
 
     def samples(self, split: Split) -> Samples | None:
         """The samples of one split, or None if there is no such split."""
+        raise NotImplementedError
+
+    def in_stage(self, settings: dict[str, Any]) -> Callable[[Samples], Samples]:
+        """What makes, of the training samples, those with some of ``stage_settings`` replaced."""
         raise NotImplementedError
 
     @property
@@ -287,6 +312,29 @@ class ImageDataModule(LightningDataModule):
         return len(self.classes)
 
     # Order and workers.
+
+    def train_in_stages(self, stages: Mapping[int, Mapping[str, Any]]) -> None:
+        """Lets training images change from stage to stage: their size, say, or how strongly they are augmented.
+
+        A sample's key holds its epoch, so what is made of it stays a function of its key: workers keep running, and a
+        run can be continued anywhere. Validation, testing and prediction keep the constructor's arguments.
+
+        Args:
+            stages: By the epoch that a stage starts in, arguments of the constructor and their values in it; those in
+                ``stage_settings`` are possible. What a stage leaves out, and epochs before the first stage, are as the
+                constructor says. Empty: no stages. Loaders that are there already do not change.
+
+        Raises:
+            ValueError: For an argument that cannot change, and for values that the constructor would refuse.
+        """
+        name = type(self).__name__
+        if stages and not self.stage_settings:
+            raise ValueError(f"{name} cannot train in stages: it has no stage_settings")
+        for setting in (setting for settings in stages.values() for setting in settings):
+            if setting not in self.stage_settings:
+                possible = ", ".join(self.stage_settings)
+                raise ValueError(f"{name} cannot change {setting} from stage to stage: it can change {possible}")
+        self._stages = {epoch: self.in_stage(dict(settings)) for epoch, settings in stages.items()}
 
     def _loader(self, split: Split) -> DataLoader[Any] | None:
         samples = self.samples(split)
@@ -315,7 +363,12 @@ class ImageDataModule(LightningDataModule):
         if self.in_memory:
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # here they would not help
         return DataLoader(
-            SeededBatches(samples, self.seed, substitute=training),
+            SeededBatches(
+                samples,
+                self.seed,
+                substitute=training,
+                stages={epoch: made_of(samples) for epoch, made_of in self._stages.items()} if training else None,
+            ),
             batch_size=None,  # the order yields whole batches
             sampler=order,
             collate_fn=default_collate,

@@ -7,7 +7,8 @@ The split is fixed: 1,077 / 180 / 540 images for training, validation and testin
 each. It is scikit-learn's stratified shuffle, twice, with ``random_state=split_seed``; a test holds its checksum.
 """
 
-from functools import cached_property
+from collections.abc import Callable
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,7 @@ class DigitsDataModule(ImageDataModule):
     """
 
     in_memory = True
+    stage_settings = ("image_size",)
     val_size, test_size = 180, 540
 
     def __init__(
@@ -92,8 +94,7 @@ class DigitsDataModule(ImageDataModule):
             drop_last=drop_last,
             repeats=repeats,
         )
-        if image_size < 1:
-            raise ValueError(f"image_size is {image_size}: expected at least 1")
+        _check_side(image_size)
         if labels_per_class is not None and not 1 <= labels_per_class <= 100:
             raise ValueError(f"labels_per_class is {labels_per_class}: expected 1 to 100, or null for all")
         self.image_size, self.split_seed, self.predict_root = image_size, split_seed, predict_root
@@ -102,8 +103,21 @@ class DigitsDataModule(ImageDataModule):
 
     def samples(self, split: Split) -> Samples | None:
         if split == "predict":
-            return ImageFiles.under(self.predict_root, self._resize, channels=1) if self.predict_root else None
+            return (
+                ImageFiles.under(self.predict_root, partial(_resize, size=self.image_size), channels=1)
+                if self.predict_root
+                else None
+            )
         return DigitSamples(*self._arrays, self.indices(split))
+
+    def in_stage(self, settings: dict[str, Any]) -> Callable[[Samples], Samples]:
+        size = settings.get("image_size", self.image_size)
+        _check_side(size)
+        return partial(self._resized, size=size)
+
+    def _resized(self, samples: Samples, size: int) -> Samples:
+        """The training samples at another size: from the scans, not from what the samples were resized to."""
+        return DigitSamples(*self._arrays_at(size), self.indices("train"))
 
     def indices(self, split: Split) -> np.ndarray:
         """Which of the 1,797 digits make up a split, ascending."""
@@ -136,10 +150,21 @@ class DigitsDataModule(ImageDataModule):
 
     @cached_property
     def _arrays(self) -> tuple[Tensor, Tensor]:
+        return self._arrays_at(self.image_size)
+
+    def _arrays_at(self, size: int) -> tuple[Tensor, Tensor]:
         digits = load_digits()
         images = torch.from_numpy(digits.images * (255 / 16)).round().to(torch.uint8)[:, None]
-        return self._resize(images), torch.from_numpy(digits.target)
+        return _resize(images, size), torch.from_numpy(digits.target)
 
-    def _resize(self, images: Any) -> Tensor:
-        images = images if isinstance(images, Tensor) else F.pil_to_tensor(images)
-        return F.resize(images, [self.image_size] * 2, F.InterpolationMode.BICUBIC, antialias=True)
+
+def _resize(images: Any, size: int) -> Tensor:
+    images = images if isinstance(images, Tensor) else F.pil_to_tensor(images)
+    return F.resize(images, [size, size], F.InterpolationMode.BICUBIC, antialias=True)
+
+
+def _check_side(size: Any) -> None:
+    if not isinstance(size, int):
+        raise ValueError(f"image_size is {size}: expected one side in pixels, since digits are square")
+    if size < 1:
+        raise ValueError(f"image_size is {size}: expected at least 1")

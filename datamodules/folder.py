@@ -20,6 +20,7 @@ and chosen by ``split_seed`` and the files' names: the same on every machine, an
 import hashlib
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +31,7 @@ from torch import Tensor
 
 from datamodules import listing, transforms
 from datamodules._lightning import rank_zero_warn
-from datamodules.base import IMAGENET_MEAN, IMAGENET_STD, ImageDataModule, Samples, Split
+from datamodules.base import IMAGENET_MEAN, IMAGENET_STD, ImageDataModule, Samples, Split, with_transform
 from datamodules.images import UnreadableImageError, decode
 
 OnError = Literal["raise", "skip"]
@@ -168,6 +169,8 @@ class ImageFolderDataModule(ImageDataModule):
             not; and from ``samples``, which lists the images, if a class folder holds none.
     """
 
+    stage_settings = transforms.TRAIN_OPTIONS
+
     def __init__(
         self,
         root: str,
@@ -227,16 +230,17 @@ class ImageFolderDataModule(ImageDataModule):
         self.on_error: OnError = on_error
         self.image_size = image_size
         self.val_fraction, self.test_fraction, self.split_seed = val_fraction, test_fraction, split_seed
-        self.train_transform = transforms.train_transform(
-            image_size,
-            scale=scale,
-            ratio=ratio,
-            interpolation=interpolation,
-            auto_augment=auto_augment,
-            color_jitter=color_jitter,
-            padding=padding,
-            fill=self.mean,
-        )
+        self.train_options: dict[str, Any] = {
+            "image_size": image_size,
+            "scale": scale,
+            "ratio": ratio,
+            "interpolation": interpolation,
+            "auto_augment": auto_augment,
+            "color_jitter": color_jitter,
+            "padding": padding,
+            "fill": self.mean,
+        }
+        self.train_transform = transforms.train_transform(**self.train_options)
         self.eval_transform = transforms.eval_transform(image_size, crop_ratio, interpolation)
         self._folders: dict[str, Path] = {}
         self._unlabelled_test: Path | None = None
@@ -249,6 +253,9 @@ class ImageFolderDataModule(ImageDataModule):
         if split not in self._samples:
             self._samples |= self._predicted() if split == "predict" else self._listed(split)
         return self._samples[split]
+
+    def in_stage(self, settings: dict[str, Any]) -> Callable[[Samples], Samples]:
+        return partial(with_transform, transform=transforms.train_transform(**self.train_options | settings))
 
     # What there is, by listing folders only.
 

@@ -7,6 +7,7 @@ labels are not public: its validation images serve as both.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from torchvision import datasets
 
 from datamodules import transforms
-from datamodules.base import IMAGENET_MEAN, IMAGENET_STD, ImageDataModule, Samples, Split
+from datamodules.base import IMAGENET_MEAN, IMAGENET_STD, ImageDataModule, Samples, Split, with_transform
 from datamodules.folder import ImageFiles, stratified_split
 from datamodules.images import UnreadableImageError, convert
 
@@ -116,6 +117,8 @@ class TorchvisionDataModule(ImageDataModule):
         FileNotFoundError: If the set is not under ``root`` and cannot be downloaded.
     """
 
+    stage_settings = transforms.TRAIN_OPTIONS
+
     def __init__(
         self,
         dataset: Name = "CIFAR10",
@@ -174,15 +177,16 @@ class TorchvisionDataModule(ImageDataModule):
         self.val_fraction, self.test_fraction, self.split_seed = val_fraction, test_fraction, split_seed
         self.predict_root = predict_root
         size = image_size or self.source.image_size
-        self.train_transform = transforms.train_transform(
-            size,
-            scale=scale,
-            ratio=ratio,
-            interpolation=interpolation,
-            auto_augment=auto_augment,
-            color_jitter=color_jitter,
-            padding=padding,
-        )
+        self.train_options: dict[str, Any] = {
+            "image_size": size,
+            "scale": scale,
+            "ratio": ratio,
+            "interpolation": interpolation,
+            "auto_augment": auto_augment,
+            "color_jitter": color_jitter,
+            "padding": padding,
+        }
+        self.train_transform = transforms.train_transform(**self.train_options)
         self.eval_transform = transforms.eval_transform(size, crop_ratio, interpolation)
 
     @property
@@ -216,6 +220,9 @@ class TorchvisionDataModule(ImageDataModule):
             return None
         transform = self.train_transform if split == "train" else self.eval_transform
         return TorchvisionSamples(source, f"{self.dataset}/{split}", indices, transform, self.channels)
+
+    def in_stage(self, settings: dict[str, Any]) -> Callable[[Samples], Samples]:
+        return partial(with_transform, transform=transforms.train_transform(**self.train_options | settings))
 
     def _open(self, options: dict[str, Any], download: bool = False) -> Any:
         kwargs = options | ({"download": download} if self.source.downloads else {})

@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from typing import Any
 
 import torch
 import torch.nn.functional as nnf
@@ -33,6 +34,9 @@ POLICIES = {
     "augmix": ("m#", "w#", "d#", "a%", "b#", "mstd%"),
     **dict.fromkeys(("original", "originalr", "v0", "v0r", "3a"), ("mstd%",)),
 }
+
+TRAIN_OPTIONS = ("image_size", "scale", "ratio", "interpolation", "auto_augment", "color_jitter", "padding")
+"""What a data module passes to :func:`train_transform` as its user gave it."""
 
 LONGEST = 16
 """Longer than this many times its width, an image is cut before it is resized, since it could fill the memory."""
@@ -156,16 +160,31 @@ def _policy(
         if not re.fullmatch(known, setting):
             forms = ", ".join(POLICIES[kind]).replace("#", "9").replace("%", "0.5")
             raise ValueError(f"auto_augment {name!r}: unknown setting {setting!r}, {kind} takes those like {forms}")
+    values = {letters: float(number) for letters, number in re.findall(r"-([a-z]+)([\d.]+)", name)}
+    if kind == "rand" and values.get("m", 0) > values.get("mmax", 10):  # timm would take the lesser of the two
+        wanted = f"{values['m']:.0f}"
+        raise ValueError(f"auto_augment {name!r}: a magnitude above 10 needs a higher limit, add -mmax{wanted}")
     hparams = {  # as timm's own transform factory sets them
         "translate_const": int(min(size) * 0.45),
         "img_mean": tuple(min(255, round(255 * value)) for value in (*fill, *fill, *fill)[:3]),
         "interpolation": Image.Resampling[interpolation.upper()],
     }
+    policy: Any
     if kind == "rand":
-        return policies.rand_augment_transform(name, hparams)
-    if kind == "augmix":
-        return policies.augment_and_mix_transform(name, hparams | {"translate_pct": 0.3})
-    return policies.auto_augment_transform(name, hparams)
+        policy = policies.rand_augment_transform(name, hparams)
+    elif kind == "augmix":
+        policy = policies.augment_and_mix_transform(name, hparams | {"translate_pct": 0.3})
+    else:
+        policy = policies.auto_augment_transform(name, hparams)
+    for step in policy.ops if hasattr(policy, "ops") else [step for steps in policy.policy for step in steps]:
+        if step.aug_fn is policies.posterize:
+            step.aug_fn = _posterize
+    return policy
+
+
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """As timm does it, but without an error from Pillow 13 for the 0 bits of strong settings: these leave black."""
+    return policies.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
 
 
 def _interpolation(name: str) -> v2.InterpolationMode:

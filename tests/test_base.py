@@ -256,6 +256,68 @@ def test_each_augmentation_changes_training_images(option):
     assert torch.equal(changed._to_float(gradient, False), plain._to_float(gradient, False))
 
 
+# Stages.
+
+
+class Levels:
+    """Samples of one level each, by its stage."""
+
+    random = False
+
+    def __init__(self, level: int) -> None:
+        self.level = level
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int):
+        return torch.full((1, 2, 2), self.level, dtype=torch.uint8), index
+
+
+class LevelsDataModule(ImageDataModule):
+    stage_settings = ("level",)
+
+    def samples(self, split):
+        return Levels(0)
+
+    def in_stage(self, settings):
+        return lambda samples: Levels(settings["level"])
+
+
+def test_a_sample_is_made_by_the_stage_that_its_epoch_lies_in():
+    batches = SeededBatches(Levels(0), seed=0, stages={7: Levels(7), 3: Levels(3)})  # in whatever order
+    levels = [int(batches[[(epoch, 0, 1)]][0][0].max()) for epoch in range(10)]
+    assert levels == [0, 0, 0, 3, 3, 3, 3, 7, 7, 7]
+
+
+def test_stages_are_for_training_and_can_be_taken_back():
+    data = LevelsDataModule(batch_size=2, num_workers=0)
+    data.train_in_stages({1: {"level": 5}})
+
+    def levels(loader) -> list[int]:
+        found = []
+        for epoch in range(3):
+            loader.sampler.set_epoch(epoch)
+            found.append(int(next(iter(loader))[0].max()))
+        return found
+
+    train_loader = data.train_dataloader()
+    assert levels(train_loader) == [0, 5, 5]
+    assert levels(data.val_dataloader()) == levels(data.test_dataloader()) == [0, 0, 0]
+    data.train_in_stages({})
+    assert levels(data.train_dataloader()) == [0, 0, 0]
+    assert levels(train_loader) == [0, 5, 5]  # a loader stays as it was made
+
+
+def test_settings_that_cannot_change_are_named():
+    with pytest.raises(ValueError, match="NoiseDataModule cannot train in stages"):
+        NoiseDataModule().train_in_stages({0: {"image_size": 8}})
+    with pytest.raises(
+        ValueError, match="LevelsDataModule cannot change size from stage to stage: it can change level"
+    ):
+        LevelsDataModule().train_in_stages({0: {"level": 1}, 2: {"size": 8}})
+
+
 # Bad input.
 
 

@@ -686,6 +686,51 @@ def test_each_option_changes_training_images(tmp_path, option):
     assert not torch.equal(*made) if made[0].shape == made[1].shape else "image_size" in option or "channels" in option
 
 
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"image_size": (8, 10)},
+        {"scale": (0.1, 0.2)},
+        {"ratio": (3.0, 4.0)},
+        {"scale": None, "padding": 4},
+        {"auto_augment": "rand-m10-n3-p1"},
+        {"color_jitter": 0.9},
+        {"interpolation": "nearest"},
+    ],
+)
+def test_a_stage_makes_images_as_its_settings_would_throughout(tmp_path, option):
+    noise = np.random.default_rng(0).integers(0, 256, (24, 30, 3), dtype=np.uint8)
+    for number in range(3):
+        saved(Image.fromarray(noise), tmp_path / "cat" / f"{number}.png")
+    staged, always, plain = (module(tmp_path, batch_size=1, **options) for options in ({}, option, {}))
+    staged.train_in_stages({4: option})
+    staged, always, plain = (data.train_dataloader().dataset for data in (staged, always, plain))
+    for epoch, expected in ((3, plain), (4, always), (9, always)):
+        assert torch.equal(staged[[(epoch, 0, 0)]][0][0], expected[[(epoch, 0, 0)]][0][0])
+
+
+def test_a_stage_takes_what_the_constructor_would(tmp_path):
+    data = module(animals(tmp_path))
+    with pytest.raises(
+        ValueError, match="cannot change batch_size from stage to stage: it can change image_size, scale"
+    ):
+        data.train_in_stages({0: {"batch_size": 8}})
+    with pytest.raises(ValueError, match="image_size is 0: expected a side in pixels"):
+        data.train_in_stages({0: {"image_size": 0}})
+    with pytest.raises(ValueError, match="unknown auto_augment 'what'"):
+        data.train_in_stages({0: {"auto_augment": "what"}})
+
+
+def test_stages_share_what_was_found_unreadable(damaged):
+    data = module(damaged, batch_size=5, on_error="skip")
+    data.train_in_stages({1: {"image_size": 8}})
+    batches = data.train_dataloader().dataset
+    index = [str(name) for name in batches.samples.names].index("train/cat/0.png")
+    image, _ = batches[[(1, 0, index)]][0]
+    assert image.shape == (3, 8, 8)  # another one in its place, of the stage's size
+    assert data.samples("train").unreadable[index]
+
+
 def test_crop_ratio_changes_evaluation(tmp_path):
     saved(Image.fromarray(RAMP), tmp_path / "cat" / "1.png")
     images = [module(tmp_path, predict_root=str(tmp_path), crop_ratio=c).samples("predict")[0] for c in (0.5, 1.0)]

@@ -269,6 +269,18 @@ def test_training_runs_from_archive_to_test(made):
     assert 0 <= metrics["test/acc"] <= 1
 
 
+def test_training_in_stages_leaves_evaluation_alone(made):
+    data = made("CIFAR10", padding=4)
+    data.train_in_stages({0: {"image_size": 16}, 2: {"image_size": (24, 20), "padding": 0}})
+    batches = data.train_dataloader().dataset
+    shapes = [tuple(batches[[(epoch, 0, 0)]][0][0].shape) for epoch in range(4)]
+    assert shapes == [(3, 16, 16)] * 2 + [(3, 24, 20)] * 2
+    for loader in (data.val_dataloader(), data.test_dataloader()):
+        assert loader.dataset[[(3, 0, 0)]][0][0].shape == (3, 32, 32)
+    with pytest.raises(ValueError, match="TorchvisionDataModule cannot change dataset from stage to stage"):
+        data.train_in_stages({0: {"dataset": "MNIST"}})
+
+
 def test_unknown_sets_list_the_known(tmp_path):
     with pytest.raises(ValueError, match="unknown dataset 'CIFAR': expected one of CIFAR10, CIFAR100, MNIST"):
         TorchvisionDataModule("CIFAR", str(tmp_path))

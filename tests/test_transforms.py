@@ -352,6 +352,17 @@ def test_three_augment_is_grey_solarized_or_blurred():
     assert min(kinds.values()) > 70
 
 
+@pytest.mark.parametrize("policy", ["rand-m10-n1-p1-inc1", "rand-m1-n1-p1", "v0"])
+def test_posterizing_to_no_bits_leaves_black(policy):
+    """Which Pillow 13 raises for, in one image of a hundred or so."""
+    image, black = Image.new("RGB", (8, 8), (100, 100, 100)), 0
+    transform = train_transform(8, scale=None, auto_augment=policy)
+    for seed in range(200):
+        seed_all(seed)
+        black += not transform(image).any()
+    assert black > 0
+
+
 def test_fill_is_what_rotations_uncover():
     image = Image.new("RGB", (32, 32), "white")
     corners = set()
@@ -392,6 +403,8 @@ def test_interpolation_matters_in_training(interpolation):
         ({"auto_augment": "rand-m9-std0.5"}, "unknown setting 'std0.5', rand takes those like m9, n9, p0.5, mstd0.5"),
         ({"auto_augment": "rand-mstdinf"}, "unknown setting 'mstdinf'"),
         ({"auto_augment": "rand-m9.5"}, "unknown setting 'm9.5'"),
+        ({"auto_augment": "rand-m15-n2"}, "'rand-m15-n2': a magnitude above 10 needs a higher limit, add -mmax15"),
+        ({"auto_augment": "rand-m25-mmax20"}, "a magnitude above 10 needs a higher limit, add -mmax25"),
         ({"auto_augment": "3a-m9"}, "'3a-m9': unknown setting 'm9', 3a takes those like mstd0.5"),
         (
             {"interpolation": "cubic"},

@@ -328,10 +328,10 @@ def test_wrong_schedules(arguments, message):
 class Tiny(LightningModule):
     """A ViT with a head, with each step's learning rates noted before the step is taken."""
 
-    def __init__(self, lr=8e-3, warmup_epochs=1.0, min_lr=0.0, layer_decay=0.5, weight_decay=0.1):
+    def __init__(self, lr=8e-3, warmup_epochs=1.0, min_lr=0.0, layer_decay=0.5, weight_decay=0.1, staircase=None):
         super().__init__()
         self.backbone, self.head = vit(), nn.Linear(12, 3)
-        self.options = (lr, weight_decay, layer_decay, warmup_epochs, min_lr)
+        self.options = (lr, weight_decay, layer_decay, warmup_epochs, min_lr, staircase)
         self.rates = []
 
     def training_step(self, batch, batch_idx):
@@ -341,9 +341,9 @@ class Tiny(LightningModule):
         self.rates.append([group["lr"] for group in optimizer.param_groups])
 
     def configure_optimizers(self):
-        lr, weight_decay, layer_decay, warmup_epochs, min_lr = self.options
+        lr, weight_decay, layer_decay, *schedule = self.options
         optimizer = optim.create_optimizer(self, "adamw", lr, weight_decay, layer_decay=layer_decay)
-        return optim.lightning_schedule(self, optimizer, warmup_epochs, min_lr)
+        return optim.lightning_schedule(self, optimizer, *schedule)
 
 
 class Stream(IterableDataset):
@@ -453,6 +453,97 @@ def half_way(tmp_path):
 def test_continuing_follows_the_same_curve(half_way):
     rates = fit(Tiny(warmup_epochs=0.5), ckpt_path=half_way, max_epochs=2)
     assert rates == curve(8e-3, 3, 12)[6:]
+
+
+# The staircase.
+
+
+def test_a_staircase_by_hand():
+    factors = [optim.warmup_staircase_factor(step, 4, 3, 0.5) for step in range(13)]
+    assert factors == [0, 0.25, 0.5, 0.75, *[0.5] * 2, *[0.25] * 3, *[0.125] * 3, 0.0625]
+    assert [optim.warmup_staircase_factor(step, 0, 2.5, 0.1) for step in range(6)] == pytest.approx(
+        [1, 1, 1, 0.1, 0.1, 0.01]
+    )
+    assert [optim.warmup_staircase_factor(step, 0, 2, 1.0) for step in range(5)] == [1.0] * 5
+
+
+def test_the_staircase_of_the_paper():
+    """350 epochs of batches of 2048 are 218,949 steps; with 0.97 every 2.4 epochs the last stair is the 145th."""
+    epoch = 1_281_167 / 2048
+    rate = lambda epochs: optim.warmup_staircase_factor(math.ceil(epochs * epoch), round(5 * epoch), 2.4 * epoch, 0.97)  # noqa: E731
+    assert [rate(epochs) for epochs in (5.1, 7.1, 7.3)] == pytest.approx([0.97**2, 0.97**2, 0.97**3])
+    assert rate(2.5) == pytest.approx(0.5, abs=1e-3)
+    assert optim.warmup_staircase_factor(218_949, 3128, 2.4 * epoch, 0.97) == pytest.approx(0.97**145)
+
+
+def stairs(peak: float, warmup: int, width: float, rate: float, total: int) -> list[float]:
+    rise = [peak * step / warmup for step in range(warmup)]
+    return rise + [peak * rate ** math.floor(step / width) for step in range(warmup, total)]
+
+
+def test_layers_keep_their_ratio_down_the_stairs():
+    module = Tiny(staircase=(0.5, 1.5))  # 6 steps an epoch
+    rates = fit(module, max_epochs=4)
+    assert rates == pytest.approx(stairs(8e-3, 6, 9, 0.5, 24))
+    for step in (6, 9, 23):
+        per_layer = sorted(set(module.rates[step]), reverse=True)
+        assert per_layer == pytest.approx([rates[step] * 0.5**layer for layer in range(4)])
+
+
+def test_stairs_are_counted_in_steps_of_the_optimizer():
+    rates = fit(Tiny(staircase=(0.1, 0.5)), images(8), max_epochs=2, accumulate_grad_batches=2)
+    assert rates == pytest.approx(stairs(8e-3, 4, 2, 0.1, 8))
+    assert fit(Tiny(staircase=(0.5, 0.5), warmup_epochs=0), max_steps=9) == pytest.approx(stairs(8e-3, 0, 3, 0.5, 9))
+
+
+def test_stairs_need_no_end():
+    module = Tiny(staircase=(0.5, 0.5))
+    rates = fit(module, max_epochs=-1, callbacks=[StopAfter(14)])
+    assert rates == pytest.approx(stairs(8e-3, 6, 3, 0.5, 14))
+
+
+def test_a_staircase_warns_of_a_run_that_only_rises():
+    with pytest.warns(UserWarning, match="warmup_epochs=3 is 18 steps, and the run ends after 12"):
+        assert max(fit(Tiny(warmup_epochs=3, staircase=(0.9, 1)), max_epochs=2)) == pytest.approx(8e-3 * 11 / 18)
+
+
+def test_continuing_goes_on_down_the_same_stairs(tmp_path):
+    options = {"warmup_epochs": 0.5, "staircase": (0.5, 0.7)}
+    trainer = Trainer(**QUIET, max_epochs=3, min_epochs=0, callbacks=[StopAfter(6)])
+    trainer.fit(Tiny(**options), images())
+    trainer.save_checkpoint(tmp_path / "six.ckpt")
+    torch.load(tmp_path / "six.ckpt", weights_only=True)
+    rates = fit(Tiny(**options), ckpt_path=tmp_path / "six.ckpt", max_epochs=3)
+    assert rates == pytest.approx(stairs(8e-3, 3, 4.2, 0.5, 18)[6:])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"staircase": (0.0, 1)},
+            r"decay_rate is 0.0, decay_epochs 1: expected a rate in \(0, 1\], and epochs above 0",
+        ),
+        ({"staircase": (1.1, 1)}, "decay_rate is 1.1"),
+        ({"staircase": (0.5, 0)}, "decay_rate is 0.5, decay_epochs 0: expected"),
+        ({"staircase": (0.5, 1), "min_lr": 1e-3}, "min_lr is 0.001, but a staircase has no floor: leave it at 0"),
+        ({"staircase": (0.5, 1), "warmup_epochs": -1}, "warmup_epochs is -1: expected 0 or more"),
+    ],
+)
+def test_wrong_stairs(options, message):
+    with pytest.raises(ValueError, match=message):
+        fit(Tiny(**options), max_epochs=2)
+
+
+def test_stairs_of_a_stream_without_length():
+    stream = DataLoader(Stream(), batch_size=1)
+    for warmup_epochs, setting in ((0, "a staircase"), (1, "warmup_epochs=1")):
+        with pytest.raises(
+            ValueError, match=f"^{setting} needs epochs of known length, .* use the cosine and no warm-up"
+        ):
+            fit(Tiny(warmup_epochs=warmup_epochs, staircase=(0.5, 1)), stream, max_steps=5)
+    module = Tiny(warmup_epochs=0.5, staircase=(0.5, 0.5))
+    assert fit(module, stream, max_steps=5, limit_train_batches=4) == pytest.approx(stairs(8e-3, 2, 2, 0.5, 5))
 
 
 # Fused optimizers, and LARS.

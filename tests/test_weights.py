@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import torchvision
 from lightning.pytorch import Trainer
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
@@ -17,7 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.utils.data import DataLoader
 
-from zoo import ViTClassifier, weights
+from zoo import EfficientNetClassifier, ViTClassifier, layouts, weights
 
 TINY = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
 NAME = "vit_tiny_patch16_224"
@@ -265,6 +266,50 @@ def test_positions_without_the_class_token(tmp_path, images):
     assert same(before, snapshot(bare))
 
 
+# torchvision's EfficientNets.
+
+
+@pytest.mark.parametrize("variant", ["b0", "b1", "b2", "b3", "b4", "b5", "b6", "b7", "v2_s", "v2_m", "v2_l"])
+def test_torchvisions_names_are_all_known(variant):
+    with torch.device("meta"):
+        theirs = getattr(torchvision.models, f"efficientnet_{variant}")(weights=None)
+        ours = EfficientNetClassifier(variant).state_dict()
+    kind, state = layouts.translate(theirs.state_dict())
+    assert kind == "torchvision"
+    own = {name.removeprefix("backbone."): tuple(value.shape) for name, value in ours.items()}
+    own |= {f"classifier.{name}": own.pop(f"head.{name}") for name in ("weight", "bias")}
+    assert {name: tuple(value.shape) for name, value in state.items()} == own
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_a_file_of_torchvisions_names(tmp_path, prefix):
+    """The second as torchvision's own training writes it: an average, whose module is wrapped."""
+    theirs = torchvision.models.efficientnet_b0(num_classes=5)
+    state = {prefix + name: tensor for name, tensor in theirs.state_dict().items()}
+    path = tmp_path / "a.pth"
+    torch.save({"model_ema": state | {"n_averaged": torch.tensor(3)}} if prefix else state, path)
+    ours = EfficientNetClassifier("b0", num_classes=5)
+    report = weights.load(ours, path)
+    title = f"{path} (model_ema) (torchvision); left out: n_averaged" if prefix else f"{path} (torchvision)"
+    assert str(report) == f"loaded 360 of {360 + bool(prefix)} tensors from {title}"
+    assert weights.describe(path) == ("torchvision", {})
+    # The same order in both, so that each tensor can be seen to be in its place.
+    for mine, their in zip(ours.backbone.state_dict().values(), theirs.state_dict().values(), strict=False):
+        assert torch.equal(mine, their)
+    assert torch.equal(ours.head.weight, theirs.classifier[1].weight)
+
+
+def test_a_checkpoint_describes_itself(tmp_path):
+    torch.save({"state_dict": network().state_dict(), "hyper_parameters": {"lr": 0.1}}, tmp_path / "a.ckpt")
+    assert weights.describe(tmp_path / "a.ckpt") == ("", {"lr": 0.1})
+    assert weights.describe(file_of(network(num_classes=0), tmp_path / "b.pth")) == ("encoder alone", {})
+    save_file(network().state_dict(), tmp_path / "c.safetensors")
+    assert weights.describe(tmp_path / "c.safetensors") == ("", {})
+    (tmp_path / "d.pth").write_text("no weights at all")
+    with pytest.raises(ValueError, match="is not a file of weights, or is damaged"):
+        weights.describe(tmp_path / "d.pth")
+
+
 # timm's tags.
 
 
@@ -329,6 +374,7 @@ def failing(tmp_path: Path) -> dict[str, tuple[Path, str]]:
     torch.save(state | {"module.cls_token": torch.zeros(1, 1, 16)}, tmp_path / "twice.pth")
     torch.save(incomplete, tmp_path / "incomplete.pth")
     file_of(wider, tmp_path / "wider.pth")
+    file_of(network(depth=3), tmp_path / "deeper.pth")
     file_of(timm.create_model("test_efficientnet"), tmp_path / "other.pth")
     file_of(network(in_chans=5), tmp_path / "channels.pth")
     said = {
@@ -344,6 +390,7 @@ def failing(tmp_path: Path) -> dict[str, tuple[Path, str]]:
         "twice.pth": "has two tensors for backbone.cls_token: cls_token and module.cls_token",
         "incomplete.pth": "4 of the encoder's 28 tensors are missing, backbone.blocks.1.mlp",
         "wider.pth": "backbone.cls_token is (1, 1, 32) there and (1, 1, 16) here; image size",
+        "deeper.pth": "is of a larger network than ViTClassifier: blocks.* (12) are not part of this one",
         "other.pth": "does not fit ViTClassifier: 28 of the encoder's 28 tensors are missing",
         "channels.pth": "backbone.patch_embed.proj.weight is (16, 5, 4, 4) there and (16, 3, 4, 4) here",
     }

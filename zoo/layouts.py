@@ -32,6 +32,25 @@ HUGGING_FACE = (
     (r"\.intermediate\.dense\b", ".mlp.fc1"),
     (r"(\d)\.output\.dense\b", r"\1.mlp.fc2"),
 )
+# torchvision's EfficientNets, V2 as well, but for what is within blocks.
+TORCHVISION = (
+    (r"(^|\.)features\.0\.0\.", r"\1conv_stem."),
+    (r"(^|\.)features\.0\.1\.", r"\1bn1."),
+    (r"(^|\.)features\.\d+\.0\.weight$", r"\1conv_head.weight"),
+    (r"(^|\.)features\.\d+\.1\.(\w+)$", r"\1bn2.\2"),
+    (r"(^|\.)classifier\.1\.", r"\1classifier."),
+)
+# It numbers the layers of a block. Which they are shows in how many there are: a convolution alone, a fused inverted
+# residual, a depthwise separable block, an inverted residual.
+TORCHVISION_BLOCK = re.compile(
+    r"(?P<before>(?:.*\.)?)features\.(?P<block>(?P<stage>\d+)\.\d+)\.block\.(?P<layer>\d+)\.(?P<part>\w+)\.(?P<rest>\w+)"
+)
+TORCHVISION_LAYERS = {
+    1: ("conv",),
+    2: ("conv_exp", "conv_pwl"),
+    3: ("conv_dw", "se", "conv_pw"),
+    4: ("conv_pw", "conv_dw", "se", "conv_pwl"),
+}
 
 
 def translate(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
@@ -46,6 +65,9 @@ def translate(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
         state = _merged(_renamed(state, HUGGING_FACE))
     elif any("decoder_blocks." in key for key in state):
         state = _renamed(state, MAE_RELEASE)
+    elif any(TORCHVISION_BLOCK.fullmatch(key) for key in state):
+        kinds.append("torchvision")
+        state = _renamed(_named_blocks(state), TORCHVISION)
     names = [f".{name}" for name in state]
     if any(".decoder.blocks." in name for name in names):
         kinds.append("MAE, encoder and decoder")
@@ -61,6 +83,28 @@ def _renamed(state: Mapping[str, Tensor], rules: tuple[tuple[str, str], ...]) ->
             key = re.sub(pattern, replacement, key)
         renamed[key] = value
     return renamed
+
+
+def _named_blocks(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """torchvision's blocks, by the names that their layers have here."""
+    matches = {key: TORCHVISION_BLOCK.fullmatch(key) for key in state}
+    lengths: dict[str, int] = {}
+    for found in filter(None, matches.values()):
+        lengths[found["block"]] = max(lengths.get(found["block"], 0), int(found["layer"]) + 1)
+    named = {}
+    for key, value in state.items():
+        match = matches[key]
+        if match and (layers := TORCHVISION_LAYERS.get(lengths[match["block"]])):
+            index = int(match["layer"])
+            name = layers[index]
+            if name == "se":
+                name = {"fc1": "se.conv_reduce", "fc2": "se.conv_expand"}.get(match["part"], name)
+            elif match["part"] == "1":
+                name = f"bn{index + 1 - layers[:index].count('se')}"  # behind each convolution, counted from 1
+            stage = int(match["stage"]) - 1
+            key = f"{match['before']}blocks.{stage}.{match['block'].rpartition('.')[2]}.{name}.{match['rest']}"
+        named[key] = value
+    return named
 
 
 def _merged(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -194,20 +194,33 @@ def warmup_cosine(optimizer: Optimizer, warmup_steps: int, total_steps: int, min
     return LambdaLR(optimizer, lambda step: warmup_cosine_factor(step, warmup_steps, total_steps, min_lr_ratio))
 
 
+def warmup_staircase_factor(step: int, warmup_steps: int, decay_steps: float, decay_rate: float) -> float:
+    """What the learning rate is multiplied by at a step, counted from 0, as EfficientNet was trained.
+
+    It rises in a straight line from 0 at step 0 until ``warmup_steps``; from then on it is ``decay_rate`` to the number
+    of whole ``decay_steps`` since step 0, those of the warm-up included (Tan and Le 2019, section 5.2, and their code).
+    """
+    return step / warmup_steps if step < warmup_steps else decay_rate ** (step // decay_steps)
+
+
 def lightning_schedule(
-    module: LightningModule, optimizer: Optimizer, warmup_epochs: float, min_lr: float = 0.0
+    module: LightningModule,
+    optimizer: Optimizer,
+    warmup_epochs: float,
+    min_lr: float = 0.0,
+    staircase: tuple[float, float] | None = None,
 ) -> dict[str, Any]:
-    """What ``configure_optimizers`` returns for warm-up and half-cosine over the length of the Trainer's run.
+    """What ``configure_optimizers`` returns for warm-up and half-cosine, or staircase, over the Trainer's run.
 
     Args:
         module: Attached to a Trainer, which knows how many steps of the optimizer there will be.
         optimizer: Its ``lr`` is that of the layers without layer decay.
         warmup_epochs: Length of the warm-up in epochs; fractions count. A shorter run ends on the way up, and says so.
-        min_lr: Where the cosine ends; layers with layer decay end proportionally lower.
+        min_lr: Where the cosine ends; layers with layer decay end proportionally lower. A staircase has no such floor.
+        staircase: ``(rate, epochs)``: multiply the learning rate by ``rate`` every so many epochs, and no cosine.
 
     Raises:
-        ValueError: If the run has no end, the warm-up cannot be counted, or ``min_lr`` is not between 0 and the
-            learning rate.
+        ValueError: If the run has no end, epochs cannot be counted, or a value is out of range.
     """
     trainer: Any = module.trainer  # Any: the Trainer sets some of its attributes out of mypy's sight
     lr = float(optimizer.defaults["lr"])
@@ -215,24 +228,42 @@ def lightning_schedule(
         raise ValueError(f"warmup_epochs is {warmup_epochs}: expected 0 or more")
     if not 0 <= min_lr <= lr:
         raise ValueError(f"min_lr is {min_lr}: expected a number from 0 to lr, which is {lr}")
-    total = trainer.estimated_stepping_batches
-    if total < 0 or math.isinf(total):
-        raise ValueError("a learning rate schedule needs a run with an end: set the Trainer's max_epochs or max_steps")
-    warmup_steps = 0
-    if warmup_epochs:
-        if trainer.train_dataloader is None:  # with max_steps alone the Trainer has not counted batches yet
-            trainer.fit_loop.setup_data()
-        if math.isinf(trainer.num_training_batches):
+    if staircase is not None:
+        rate, epochs = staircase
+        if not 0 < rate <= 1 or epochs <= 0:
             raise ValueError(
-                f"warmup_epochs={warmup_epochs} needs epochs of known length, and the training data has none: "
-                "set warmup_epochs to 0, or the Trainer's limit_train_batches"
+                f"decay_rate is {rate}, decay_epochs {epochs}: expected a rate in (0, 1], and epochs above 0"
             )
-        epoch_steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
-        warmup_steps = round(warmup_epochs * epoch_steps)
-        if warmup_steps > total and not trainer.fast_dev_run:
-            rank_zero_warn(
-                f"warmup_epochs={warmup_epochs} is {warmup_steps} steps, and the run ends after {int(total)}: "
-                f"the learning rate only rises, to {lr * total / warmup_steps:.2g} of {lr:.2g}"
-            )
-    scheduler = warmup_cosine(optimizer, warmup_steps, int(total), min_lr / lr if lr else 0.0)
+        if min_lr:
+            raise ValueError(f"min_lr is {min_lr}, but a staircase has no floor: leave it at 0")
+    total = trainer.estimated_stepping_batches
+    if staircase is None and (total < 0 or math.isinf(total)):
+        raise ValueError("a learning rate schedule needs a run with an end: set the Trainer's max_epochs or max_steps")
+    epoch_steps = _epoch_steps(trainer, warmup_epochs, staircase) if warmup_epochs or staircase else 0
+    warmup_steps = round(warmup_epochs * epoch_steps)
+    if 0 <= total < warmup_steps and not trainer.fast_dev_run:
+        rank_zero_warn(
+            f"warmup_epochs={warmup_epochs} is {warmup_steps} steps, and the run ends after {int(total)}: "
+            f"the learning rate only rises, to {lr * total / warmup_steps:.2g} of {lr:.2g}"
+        )
+    if staircase is None:
+        scheduler = warmup_cosine(optimizer, warmup_steps, int(total), min_lr / lr if lr else 0.0)
+    else:
+        scheduler = LambdaLR(
+            optimizer, lambda step: warmup_staircase_factor(step, warmup_steps, epochs * epoch_steps, rate)
+        )
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _epoch_steps(trainer: Any, warmup_epochs: float, staircase: tuple[float, float] | None) -> int:
+    """Steps of the optimizer in an epoch."""
+    if trainer.train_dataloader is None:  # with max_steps alone the Trainer has not counted batches yet
+        trainer.fit_loop.setup_data()
+    if math.isinf(trainer.num_training_batches):
+        setting = f"warmup_epochs={warmup_epochs}" if warmup_epochs else "a staircase"
+        remedy = "set warmup_epochs to 0" if staircase is None else "use the cosine and no warm-up"
+        raise ValueError(
+            f"{setting} needs epochs of known length, and the training data has none: {remedy}, or set the "
+            "Trainer's limit_train_batches"
+        )
+    return math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)

@@ -10,7 +10,7 @@ without class token is shown as the mean over its queries, which neither paper o
 from typing import Any, Literal, get_args
 
 import torch
-from timm.layers import DropPath
+from timm.layers import DropPath, to_2tuple
 from torch import Tensor, nn
 
 from zoo import batch as batches
@@ -141,6 +141,17 @@ class ViTClassifier(Classifier):
             rank_zero_info(str(load_weights(self, weights)))
         if compile:
             self.backbone.compile()
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images it takes."""
+        size = self.hparams.image_size
+        embed = getattr(self.backbone, "patch_embed", None)
+        if embed is not None:
+            return embed.proj.in_channels, *embed.img_size
+        if size is None:
+            raise ValueError(f"{type(self.backbone).__name__} does not say what images it takes: set image_size")
+        return self.hparams.in_channels, *to_2tuple(size)
 
     def train(self, mode: bool = True) -> "ViTClassifier":
         super().train(mode)

@@ -10,7 +10,7 @@ import math
 import os
 import pickle
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -66,17 +66,19 @@ class Report:
 def load(module: nn.Module, source: str | Path) -> Report:
     """Fills a module with weights.
 
-    All of the encoder has to be there: the module's ``backbone``, or, in a module without one, everything but the
-    classifier. Its position embeddings are interpolated to another image size, its patch kernels to another patch size
-    (Beyer et al. 2023, FlexiViT), its first kernels to another number of channels. Every other part, such as a head or
-    a decoder, is taken whole if its names and shapes agree. A head of another size, or a part that the source does not
-    have at all, is left as it is; half of a decoder, or one of another size, is refused.
+    All of the encoder has to be there, and no more blocks than it has: the module's ``backbone``, or, in a module
+    without one, everything but the classifier. Its position embeddings are interpolated to another image size, its
+    patch kernels to another patch size (Beyer et al. 2023, FlexiViT), its first kernels to another number of channels.
+    Every other part, such as a head or a decoder, is taken whole if its names and shapes agree. A head of another size,
+    or a part that the source does not have at all, is left as it is; half of a decoder, or one of another size, is
+    refused.
 
     Args:
         module: Any module. The encoder has timm's parameter names.
         source: A file, ``.ckpt``, ``.pth``, ``.pt`` or ``.safetensors``; or a name that timm has pretrained weights
             for, such as "vit_base_patch16_224.mae", which timm fetches. An average of the weights is preferred. Names
-            are ours, timm's, those of the MAE releases, or Hugging Face's for ViT and ViTMAE.
+            are ours, timm's, those of the MAE releases, torchvision's for EfficientNet, or Hugging Face's for ViT and
+            ViTMAE.
 
     Raises:
         FileNotFoundError: If there is no such file or name.
@@ -85,10 +87,7 @@ def load(module: nn.Module, source: str | Path) -> Report:
         OSError: If timm cannot fetch the weights.
     """
     name, tensors = read(source)
-    try:
-        kind, state = layouts.translate(tensors)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+    kind, state = _translated(name, tensors)
     name = f"{name} ({kind})" if kind else name
     values, resized = _fit(module, name, state)
     own = module.state_dict()  # shares memory with the module
@@ -133,14 +132,33 @@ def read(source: str | Path) -> tuple[str, dict[str, Tensor]]:
         raise ValueError(f"{name} is a folder: give one file, .ckpt, .pth, .pt or .safetensors")
     if not path.exists():
         return name, _fetch(name)
+    return _tensors(name, _content(path))
+
+
+def describe(path: str | Path) -> tuple[str, Mapping[str, Any]]:
+    """What a file of weights says of itself. Errors: see :func:`load`.
+
+    Returns:
+        What kind of file it is, if that can be told, as :func:`load` reports it; and a Lightning checkpoint's
+        hyperparameters, of any other file nothing.
+    """
+    content = _content(Path(path))
+    kind, _ = _translated(*_tensors(str(path), content))
+    hyperparameters = content.get("hyper_parameters")
+    return kind, hyperparameters if isinstance(hyperparameters, Mapping) else {}
+
+
+def _content(path: Path) -> Any:
+    """What a file holds."""
+    name = str(path)
     if path.suffix == ".safetensors":
         try:
-            return name, safetensors.torch.load_file(path)
+            return safetensors.torch.load_file(path)
         except safetensors.SafetensorError as error:
             raise ValueError(f"{name} is not a safetensors file, or is damaged: {error}") from error
     try:
         with torch.serialization.safe_globals([Namespace]):  # which many training scripts keep beside the weights
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "GLOBAL" in str(error):
             raise ValueError(
@@ -150,7 +168,6 @@ def read(source: str | Path) -> tuple[str, dict[str, Tensor]]:
         raise ValueError(f"{name} is not a file of weights, or is damaged") from error
     except (RuntimeError, EOFError, ValueError, KeyError) as error:  # no archive, or one cut short
         raise ValueError(f"{name} is not a file of weights, or is damaged") from error
-    return _tensors(name, content)
 
 
 def _tensors(name: str, content: Any) -> tuple[str, dict[str, Tensor]]:
@@ -167,6 +184,13 @@ def _tensors(name: str, content: Any) -> tuple[str, dict[str, Tensor]]:
         holds = ", ".join(map(str, list(content)[:5])) if isinstance(content, Mapping) else type(content).__name__
         raise ValueError(f"{name} holds no weights by name: found {holds or 'nothing'}")
     return title, found
+
+
+def _translated(name: str, tensors: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
+    try:
+        return layouts.translate(tensors)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def _fetch(name: str) -> dict[str, Tensor]:
@@ -207,6 +231,20 @@ def _fit(
         raise ValueError(
             f"{source} does not fit {type(module).__name__}: {len(missing)} of the encoder's {needed} tensors are "
             f"missing, {_brief(missing)}; it holds {_brief(list(state))}"
+        )
+    used = set(found.values())
+    ours = _numbered(name.removeprefix("backbone.") for name in own if _is_encoder(name, own))
+    lists = {part.rpartition(".")[0] for part in ours}
+    larger = [
+        key
+        for key in state
+        if key not in used
+        and any(part not in ours and part.rpartition(".")[0] in lists for part in _numbered([_unwrapped(key)]))
+    ]
+    if larger:
+        raise ValueError(
+            f"{source} is of a larger network than {type(module).__name__}: {_brief(larger)} are not part of this one; "
+            "build it alike"
         )
     values: dict[str, tuple[str, Tensor]] = {}
     resized = []
@@ -250,6 +288,19 @@ def _place(key: str, own: Mapping[str, Tensor]) -> str | None:
         if wrapper is None:
             return None
         key = key.removeprefix(wrapper)
+
+
+def _unwrapped(key: str) -> str:
+    key = key.replace("._orig_mod.", ".")
+    while wrapper := next((wrapper for wrapper in WRAPPERS if key.startswith(wrapper)), None):
+        key = key.removeprefix(wrapper)
+    return key
+
+
+def _numbered(names: Iterable[str]) -> set[str]:
+    """The parts that have a number, such as ``blocks.1`` and ``blocks.1.2`` of ``blocks.1.2.bn1.weight``."""
+    split = (name.split(".") for name in names)
+    return {".".join(words[: i + 1]) for words in split for i, word in enumerate(words) if word.isdecimal()}
 
 
 def _is_encoder(name: str, own: Mapping[str, Tensor]) -> bool:

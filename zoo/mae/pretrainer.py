@@ -269,6 +269,16 @@ class MAEPretrainer(LightningModule):
 
     # Training.
 
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images it takes."""
+        embed = self.backbone.patch_embed
+        return embed.proj.in_channels, *embed.img_size
+
+    def training_forward(self, images: Tensor) -> Tensor:
+        """What a training step computes, which is less than :meth:`forward`."""
+        return self.masked_loss(images)
+
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """As ``nn.Module.compile``, and what training runs as well."""
         super().compile(*args, **kwargs)

@@ -1,0 +1,230 @@
+"""How the rule's coefficients are found, and what the rule is worth: ``zoo scaling-search`` and ``scaling-compare``.
+
+Both train many small networks by one recipe, each some seeds, and can be stopped and continued at any time.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from zoo import plots
+from zoo.efficientnet.scaling import CompoundScaling
+from zoo.mistakes import Mistake
+from zoo.sweep import sweep
+
+EQUAL = 0.8  # of the budget: less is not called equal cost
+
+
+def candidates(step: float = 0.1, target: float = 2.0) -> list[tuple[float, float, float]]:
+    """Coefficients (alpha, beta, gamma), at least 1 each, with alpha · beta² · gamma² = ``target``.
+
+    Beta and gamma are multiples of ``step`` above 1, and alpha is what the constraint leaves for it.
+
+    Raises:
+        ValueError: For a step that is not positive or leaves one candidate only.
+    """
+    if step <= 0:
+        raise ValueError(f"step is {step}: expected a positive number")
+    count = math.floor((math.sqrt(target) - 1) / step + 1e-9)
+    values = [1 + step * index for index in range(count + 1)]
+    found = [(target / (beta * gamma) ** 2, beta, gamma) for beta in values for gamma in values]
+    found = [(max(alpha, 1.0), beta, gamma) for alpha, beta, gamma in found if alpha > 1 - 1e-9]
+    if len(found) < 2:
+        raise ValueError(f"step is {step}: expected at most {math.sqrt(target) - 1:.3f}")
+    return found
+
+
+def search(
+    base: CompoundScaling,
+    configs: Sequence[str],
+    options: Sequence[str],
+    out: Path,
+    num_classes: int = 1000,
+    step: float = 0.1,
+    seeds: int = 1,
+    jobs: int = 1,
+) -> str:
+    """The paper's first step (section 3.3): phi 1, twice the cost, and a small grid of coefficients; the best are kept.
+
+    Args:
+        base: The network that is to be scaled; its own coefficients do not matter.
+        configs, options, out, jobs: See :func:`zoo.sweep.sweep`.
+        num_classes: Of the data, for counting what the networks cost.
+        step: See :func:`candidates`.
+        seeds: Runs of each candidate, with seeds from 0.
+
+    Returns:
+        A markdown table, the most accurate on the validation data first, and the winner's coefficients. It is in
+        ``out/table.md`` as well, and the figure in ``out/plot.png``.
+    """
+    tried = {
+        f"alpha{alpha:.4g}_beta{beta:.4g}_gamma{gamma:.4g}": _rescaled(base, alpha, beta, gamma)
+        for alpha, beta, gamma in candidates(step)
+    }
+    networks = {name: (scaling, 1.0) for name, scaling in tried.items()}
+    results = _train(networks, configs, options, out, seeds, jobs, "val/acc")
+    order = sorted(tried, key=lambda name: (-mean(results[name]["val/acc"]), mean(results[name]["val/loss"])))
+    lines = ["| alpha | beta | gamma | pixels | parameters | MACs | validation accuracy | validation loss |"]
+    lines += ["|---" * 8 + "|"]
+    for name in order:
+        scaling, cost = tried[name], tried[name].count(1, num_classes=num_classes)
+        lines.append(
+            f"| {scaling.alpha:.4g} | {scaling.beta:.4g} | {scaling.gamma:.4g} | {scaling.side(1)} | "
+            f"{cost.parameters:,} | {cost.macs:,} | {_percent(results[name]['val/acc'])} | "
+            f"{mean(results[name]['val/loss']):.4f} |"
+        )
+    best = tried[order[0]]
+    lines += ["", f"best: --model.alpha {best.alpha:.4g} --model.beta {best.beta:.4g} --model.gamma {best.gamma:.4g}"]
+    by_gamma: dict[str, list[tuple[float, float, float]]] = {}
+    for name, scaling in tried.items():
+        series = by_gamma.setdefault(f"gamma {scaling.gamma:.4g}", [])
+        series.append((scaling.beta, *_spread(results[name]["val/acc"])))
+    plots.lines(
+        out / "plot.png",
+        by_gamma,
+        "beta; alpha is what is left of alpha · beta² · gamma² = 2",
+        "validation accuracy, %",
+    )
+    return _written(lines, out)
+
+
+def compare(
+    base: CompoundScaling,
+    configs: Sequence[str],
+    options: Sequence[str],
+    out: Path,
+    num_classes: int = 1000,
+    multiples: Sequence[float] = (2, 4, 8),
+    seeds: int = 3,
+    jobs: int = 1,
+) -> str:
+    """Scaling by width, by depth, by resolution and by all three, at equal cost: figure 8 of the paper.
+
+    Args:
+        base: The network that is scaled, and the coefficients of the compound.
+        configs, options, out, jobs: See :func:`zoo.sweep.sweep`.
+        num_classes: Of the data, for counting what the networks cost.
+        multiples: Budgets, in multiples of the base's multiply-accumulates. The largest network within each counts.
+        seeds: Runs of each, with seeds from 0.
+
+    Returns:
+        A markdown table. It is in ``out/table.md`` as well, and the figure in ``out/plot.png``.
+
+    Raises:
+        ValueError: For a multiple that is not above 1, or too small for one of the ways to make a network within it.
+    """
+    if min(multiples) <= 1:
+        raise ValueError(f"multiples are {', '.join(f'{each:g}' for each in multiples)}: expected all above 1")
+    ways = {
+        "width": _rescaled(base, 1.0, math.sqrt(2), 1.0),
+        "depth": _rescaled(base, 2.0, 1.0, 1.0),
+        "resolution": _rescaled(base, 1.0, 1.0, math.sqrt(2)),
+        "compound": base,
+    }
+    networks, unit, unequal = {"base": (base, 0.0)}, base.count(0, num_classes=num_classes).macs, []
+    for multiple in multiples:
+        for way, scaling in ways.items():
+            phi = scaling.for_macs(multiple * unit, num_classes=num_classes)
+            networks[f"{way}_x{multiple:g}"] = scaling, phi
+            share = scaling.count(phi, num_classes=num_classes).macs / (multiple * unit)
+            unequal += [f"{way} x{multiple:g} {share:.0%}"] if share < EQUAL else []
+    # Channels come in eights, blocks and pixels of the last feature map in ones: small networks grow in leaps.
+    note = (
+        f"not at equal cost, as the next larger network is beyond the budget: {', '.join(unequal)}" if unequal else ""
+    )
+    if note:
+        print(note, flush=True)  # before hours of training
+    results = _train(networks, configs, options, out, seeds, jobs, "test/acc")
+    lines = ["| scaled by | budget | depth | width | pixels | parameters | MACs | test accuracy | each seed |"]
+    lines += ["|---" * 9 + "|"]
+    series: dict[str, list[tuple[float, float, float]]] = {way: [] for way in ways}
+    for name, (scaling, phi) in networks.items():
+        way, _, budget = name.partition("_")
+        scale, cost, accuracies = (
+            scaling.at(phi),
+            scaling.count(phi, num_classes=num_classes),
+            results[name]["test/acc"],
+        )
+        lines.append(
+            f"| {way} | {budget} | {scale.depth:.2f} | {scale.width:.2f} | {scaling.side(phi)} | {cost.parameters:,} | "
+            f"{cost.macs:,} | {_percent(accuracies)} | {', '.join(f'{100 * value:.2f}' for value in accuracies)} |"
+        )
+        for points in series.values() if way == "base" else [series[way]]:
+            points.append((cost.macs / 1e6, *_spread(accuracies)))
+    lines += ["", note] if note else []
+    plots.lines(out / "plot.png", series, "million multiply-accumulates an image", "test accuracy, %", log_x=True)
+    return _written(lines, out)
+
+
+def base_of(arguments: Mapping[str, Any]) -> CompoundScaling:
+    """The network that an :class:`EfficientNetClassifier` with all these arguments has, as something to scale further.
+
+    Raises:
+        Mistake: For a published variant, which the rule does not scale.
+    """
+    if arguments["variant"] is not None:
+        raise Mistake(
+            f"variant {arguments['variant']} is a network of the table: scale phi, or depth and width, instead"
+        )
+    names = ("alpha", "beta", "gamma", "family", "depth", "width", "stem_stride", "in_channels")
+    rule = CompoundScaling(**{name: arguments[name] for name in names})
+    phi, size = float(arguments["phi"] or 0), arguments["image_size"]
+    if isinstance(size, Sequence):
+        raise Mistake(f"image_size is {size}: the images that are scaled are square, give one side")
+    rule.check(phi, size)
+    size = rule.side(phi) if size is None else size
+    return _rescaled(rule, rule.alpha, rule.beta, rule.gamma, phi, size)
+
+
+def _rescaled(
+    base: CompoundScaling, alpha: float, beta: float, gamma: float, phi: float = 0.0, image_size: int | None = None
+) -> CompoundScaling:
+    """The base at a phi as a base of its own, scaled by other coefficients."""
+    scale = base.at(phi)
+    size = base.image_size if image_size is None else image_size
+    depth, width = base.depth * scale.depth, base.width * scale.width
+    return CompoundScaling(alpha, beta, gamma, base.family, depth, width, size, base.stem_stride, base.in_channels)
+
+
+def _train(
+    networks: Mapping[str, tuple[CompoundScaling, float]],
+    configs: Sequence[str],
+    options: Sequence[str],
+    out: Path,
+    seeds: int,
+    jobs: int,
+    needs: str,
+) -> dict[str, dict[str, list[float]]]:
+    """For each network the metrics of all its seeds."""
+    runs = {}
+    for name, (scaling, phi) in networks.items():
+        scaling.check(phi)
+        scale, side = scaling.at(phi), scaling.side(phi)
+        depth, width = scaling.depth * scale.depth, scaling.width * scale.width
+        network = ["--model.phi", "0", "--model.depth", repr(depth), "--model.width", repr(width)]
+        network += ["--model.image_size", str(side), "--data.image_size", str(side)]
+        for seed in range(seeds):
+            runs[f"{name}_seed{seed}"] = [*network, "--seed_everything", str(seed), "--data.seed", str(seed)]
+    metrics = sweep(configs, options, runs, out, jobs, needs)
+    return {
+        name: {key: [metrics[f"{name}_seed{seed}"][key] for seed in range(seeds)] for key in metrics[f"{name}_seed0"]}
+        for name in networks
+    }
+
+
+def _spread(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation in percent."""
+    return 100 * mean(values), 100 * stdev(values) if len(values) > 1 else 0.0
+
+
+def _percent(values: Sequence[float]) -> str:
+    middle, spread = _spread(values)
+    return f"{middle:.2f} ± {spread:.2f} %" if len(values) > 1 else f"{middle:.2f} %"
+
+
+def _written(lines: Iterable[str], out: Path) -> str:
+    text = "\n".join(lines)
+    (out / "table.md").write_text(text + "\n", encoding="utf-8")
+    return f"{text}\n\ntable {out / 'table.md'}\nplot {out / 'plot.png'}"

@@ -1,0 +1,120 @@
+"""Many runs of one recipe, each ``zoo fit`` in a process of its own; what is finished is kept when it is run again."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from zoo.mistakes import MARK, Mistake
+
+
+def sweep(
+    configs: Sequence[str],
+    options: Sequence[str],
+    runs: Mapping[str, Sequence[str]],
+    out: Path,
+    jobs: int = 1,
+    needs: str | None = None,
+) -> dict[str, dict[str, float]]:
+    """Runs what is not finished yet, and returns the metrics of all.
+
+    A run's directory is ``out/NAME``, whatever logger the recipe has, and what it printed ``out/NAME.log``. It is
+    finished when ``out/NAME.json`` is there, which holds its metrics; one that was interrupted starts anew.
+
+    Args:
+        configs: The recipe's files.
+        options: Options of ``zoo fit`` that all runs share.
+        runs: By a name that makes a good directory, the options of each.
+        out: Where everything goes. It remembers the recipe and the shared options.
+        jobs: How many runs at a time. Unless OMP_NUM_THREADS is set, they share the CPU's cores.
+        needs: The metric that the runs are for, ``val/acc`` for example: the first one without it is a failure.
+
+    Returns:
+        By run, the metrics at its end, ``val/acc`` and so on, and ``seconds``, the process's wall time.
+
+    Raises:
+        Mistake: If a run fails, or if ``out`` holds runs of something else. Runs beside it are brought to their end.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    _same_as_before(configs, options, out)
+    finished = {name: _read(out / f"{name}.json") for name in runs if (out / f"{name}.json").exists()}
+    missing = [name for name in runs if name not in finished]
+    print(f"{len(runs)} runs, {len(finished)} of them finished already", flush=True)
+    width, start = max(map(len, runs), default=0), time.perf_counter()
+    threads = {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // jobs, 1))} if jobs > 1 else {}
+    run = partial(run_apart, configs, out=out, needs=needs, env=threads | os.environ)
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = {pool.submit(run, [*options, *runs[name]], name): name for name in missing}
+        try:
+            for number, future in enumerate(as_completed(futures), 1):
+                name = futures[future]
+                metrics = finished[name] = future.result()
+                shown = ", ".join(f"{key} {value:.4f}" for key, value in metrics.items() if key.endswith("/acc"))
+                left = (time.perf_counter() - start) / number * (len(missing) - number) / 60
+                count, seconds = f"{len(finished)} of {len(runs)}", f"{metrics['seconds']:.0f} s"
+                print(f"{count}  {name:{width}}  {shown}  {seconds}, {left:.0f} min left", flush=True)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return {name: finished[name] for name in runs}
+
+
+def run_apart(
+    configs: Sequence[str], options: Sequence[str], name: str, out: Path, needs: str | None, env: Mapping[str, str]
+) -> dict[str, float]:
+    """One run, from the start: a process, its log and its metrics."""
+    shutil.rmtree(out / name, ignore_errors=True)
+    command = [sys.executable, "-m", "zoo", "fit", *(arg for file in configs for arg in ("-c", file)), *options]
+    command += ["--trainer.logger=TensorBoardLogger", "--trainer.logger.default_hp_metric=false"]
+    place = {"save_dir": str(out), "name": "", "version": name}
+    command += [f"--trainer.logger.{key}={value}" for key, value in place.items()]
+    command += ["--trainer.enable_progress_bar", "false"]
+    log, start = out / f"{name}.log", time.perf_counter()
+    with log.open("w", encoding="utf-8") as file:
+        status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=env, check=False).returncode
+    if status:
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        last = lines[-1].removeprefix(MARK) if lines and status > 0 else f"exit status {status}"
+        raise Mistake(f"{name} failed: {last}; all that it said is in {log}")
+    written = out / name / "metrics.json"
+    metrics: dict[str, float] = _read(written) if written.exists() else {}
+    if not metrics or needs not in (None, *metrics):
+        known = f", only {', '.join(metrics)}" if metrics else ""
+        raise Mistake(f"{name} ended without {needs or 'metrics'}{known}; all that it said is in {log}")
+    metrics["seconds"] = time.perf_counter() - start
+    write_json(out / f"{name}.json", metrics)
+    return metrics
+
+
+def _same_as_before(configs: Sequence[str], options: Sequence[str], out: Path) -> None:
+    """Lets no finished run of another recipe, or under other options, pass for one of these."""
+    texts = [Path(file).read_bytes() if Path(file).is_file() else file.encode() for file in configs]
+    now = {"configs": [sha256(text).hexdigest() for text in texts], "options": list(options)}
+    record = out / "sweep.json"
+    before = _read(record) if record.exists() else None
+    if before is None or not any(file != record for file in out.glob("*.json")):
+        write_json(record, now)
+    elif before != now:
+        options_before = f"other options, {' '.join(before['options']) or 'none'}"
+        what = options_before if before["configs"] == now["configs"] else "another recipe"
+        raise Mistake(f"{out} holds runs of {what}: choose another --out, or remove it")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a file that appears complete or not at all."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(beside, path)

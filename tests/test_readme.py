@@ -42,6 +42,9 @@ def run_python(program: str) -> None:
 
 
 def run_zoo(command: list[str]) -> None:
+    if "--strict-imports" in command:  # which the process would keep to from then on
+        run_python(f"import sys, zoo.cli; sys.exit(zoo.cli.main({shortened(command)!r}))")
+        return
     try:
         status = main(shortened(command))
     except SystemExit as end:  # --print_config and help

@@ -8,6 +8,9 @@ With ``ZOO_DEBUG=1`` every error shows its traceback.
 
 import os
 import sys
+from argparse import ArgumentParser, ArgumentTypeError
+from pathlib import Path
+from typing import NoReturn
 
 import datamodules
 import zoo
@@ -22,13 +25,16 @@ COMMANDS = {
     "validate": "measure a checkpoint on the validation data",
     "test": "measure a checkpoint on the test data",
     "predict": "write predictions, of the test data or of a folder",
+    "cost": "parameters and operations of a recipe's model",
+    "scaling-search": "find the coefficients of compound scaling for a network and data of yours",
+    "scaling-compare": "scale by width, depth, resolution and all three, at equal cost",
     "list": "modules, data and recipes",
 }
 
 USAGE = f"""\
 usage: zoo COMMAND [-c RECIPE ...] [--option VALUE ...]
 
-{chr(10).join(f"  {name:10} {line}" for name, line in COMMANDS.items())}
+{chr(10).join(f"  {name:16} {line}" for name, line in COMMANDS.items())}
 
   zoo fit -c vit/digits
   zoo test -c vit/digits --ckpt_path FILE
@@ -50,6 +56,51 @@ usage: zoo {command} [-c RECIPE ...] [--option VALUE ...]
   --print_config           show the whole configuration and stop
   --strict-imports         for a configuration from a stranger, or from a URL: it may name the classes of the zoo,
                            torch, torchvision, timm, torchmetrics and lightning only (or ZOO_STRICT_IMPORTS=1)"""
+
+
+COST = """\
+usage: zoo cost RECIPE [-c RECIPE ...] [--option VALUE ...]
+       zoo cost --model CLASS [--option VALUE ...]
+
+Prints the parameters of a model, the multiply-accumulates of its forward pass, and the floating-point operations of a
+training step, for one image. It takes neither weights nor data, only seconds.
+
+  RECIPE                   by name (zoo list) or a YAML file; several are merged, the last one wins
+  --model CLASS            a class of the zoo, or your own by its dotted path, with an input_shape (C, H, W)
+  --model.image_size 64    an option of the model; every option of zoo fit may stand here
+  --strict-imports         see zoo fit --help"""
+
+SWEEPS = """\
+usage: zoo {command} -c RECIPE [options of this command] [--option VALUE ...]
+
+{purpose}
+
+  -c RECIPE                a recipe of EfficientNetClassifier; what is scaled is its network, at its phi
+  --out FOLDER             where runs, table and plot go; run it again to continue (runs/{command})
+  --seeds N                runs of each network, {seeds}
+  --jobs N                 how many run at a time (1)
+{own}
+
+Every other option is one of zoo fit, and goes to all runs: --trainer.max_epochs 20"""
+
+SWEEP_HELP = {
+    "scaling-search": {
+        "purpose": """\
+Trains the recipe's network at twice its cost, scaled by each alpha, beta and gamma of a grid with
+alpha * beta^2 * gamma^2 = 2, and says which are the most accurate on the validation data. There are 12 of them with a
+step of 0.1; after each run it says how long the others will take.""",
+        "seeds": 1,
+        "own": "  --step X                 between the betas, and the gammas, that are tried (0.1)",
+    },
+    "scaling-compare": {
+        "purpose": """\
+Trains the recipe's network, and that scaled by width, by depth, by resolution and by all three (the recipe's alpha,
+beta, gamma) within the same budgets, and compares them on the test data. After each run it says how long the others
+will take.""",
+        "seeds": 3,
+        "own": "  --multiples X ...        budgets, in multiples of the network's own cost, above 1 (2 4 8)",
+    },
+}
 
 
 def main(args: list[str] | None = None) -> int:
@@ -86,14 +137,67 @@ def _dispatch(args: list[str]) -> int:
         hint = did_you_mean(command, COMMANDS) or f"; expected {', '.join(COMMANDS)}"
         raise Mistake(f"unknown command {command!r}{hint}")
     elif "--help" in options or "-h" in options:
-        print(OPTIONS.format(command=command))
+        text = COST if command == "cost" else SWEEPS if command in SWEEP_HELP else OPTIONS
+        print(text.format(command=command, **SWEEP_HELP.get(command, {})))
     else:
+        if command == "cost" and options and not options[0].startswith("-"):
+            configs.insert(0, options.pop(0))  # `zoo cost vit/digits` as well
         files = [recipes.find(config, urls=strict) for config in configs]
-        from zoo.run import run  # only here: it takes seconds to import torch and Lightning
+        if command in SWEEP_HELP:
+            _sweep(command, files, options, strict)
+            return 0
+        from zoo import run  # only here: it takes seconds to import torch and Lightning
 
         options = ["--help" if option == "--trainer.help" else option for option in options]
-        run(command, files, options, strict, PACKAGES.values())
+        if command == "cost":
+            print(run.cost(files, options, strict, PACKAGES.values()))
+        else:
+            run.run(command, files, options, strict, PACKAGES.values())
     return 0
+
+
+def _sweep(command: str, files: list[str], args: list[str], strict: bool) -> None:
+    """Reads the options of the scaling commands, and calls them."""
+    parser = Arguments(prog=f"zoo {command}", allow_abbrev=False, add_help=False)
+    parser.add_argument("--out", type=Path, default=Path("runs", command))
+    parser.add_argument("--seeds", type=_positive, default=SWEEP_HELP[command]["seeds"])
+    parser.add_argument("--jobs", type=_positive, default=1)
+    if command == "scaling-search":
+        parser.add_argument("--step", type=float, default=0.1)
+    else:
+        parser.add_argument("--multiples", type=float, nargs="+", default=[2.0, 4.0, 8.0])
+    own, options = parser.parse_known_args(args)
+    if not files:
+        raise Mistake(f"{command} needs a recipe: -c RECIPE (zoo list)")
+    from zoo import run
+    from zoo.efficientnet import search
+
+    config = run.configuration(files, options, strict, PACKAGES.values())
+    model, data = config.model, config.data
+    if not model.class_path.endswith(".EfficientNetClassifier"):
+        raise Mistake(f"{command} scales an EfficientNetClassifier, but the recipe has {model.class_path}")
+    if data is None:
+        raise Mistake("--data is missing: name a recipe with -c (zoo list)")
+    if missing := {"image_size", "seed"} - set(vars(data.init_args)):
+        raise Mistake(f"{command} sets the data's image_size and seed: {data.class_path} has no {min(missing)}")
+    base, classes = search.base_of(model.init_args.as_dict()), model.init_args.num_classes
+    if strict:
+        options = [*options, "--strict-imports"]
+    task = search.search if command == "scaling-search" else search.compare
+    print(task(base, files, options, num_classes=classes, **vars(own)))
+
+
+class Arguments(ArgumentParser):
+    """An argument parser whose errors are a line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise Mistake(message)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
 
 
 def _split(args: list[str]) -> tuple[list[str], list[str]]:

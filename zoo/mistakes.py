@@ -125,5 +125,6 @@ def root_cause(error: Exception) -> Exception:
 
 
 def was_running(error: BaseException) -> bool:
-    """Whether it happened after everything was built: while fitting, validating, testing or predicting."""
-    return any(frame.name == "_run_subcommand" for frame in traceback.extract_tb(error.__traceback__))
+    """Whether it happened after everything was built: while fitting, validating, testing or predicting, also apart."""
+    names = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+    return not names.isdisjoint({"_run_subcommand", "run_apart"})

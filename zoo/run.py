@@ -5,17 +5,20 @@ import os
 import sys
 import warnings
 from argparse import ArgumentError
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from jsonargparse import Namespace, set_parsing_settings
 
 from zoo import mistakes, recipes
 from zoo._lightning import NAMESPACE, Callback, LightningDataModule, LightningModule
 from zoo.callbacks import WritePredictions
+from zoo.cost import count
 from zoo.mistakes import Mistake
+from zoo.sweep import write_json
 
 if TYPE_CHECKING or NAMESPACE == "lightning":
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -53,6 +56,64 @@ def run(command: str, configs: list[str], options: list[str], strict: bool, pack
         strict: Whether a configuration may name the classes of the zoo and its libraries only.
         packages: Those whose classes can be named without their path.
     """
+    _cli(ZooCLI, command, configs, options, strict, packages)
+
+
+def cost(configs: list[str], options: list[str], strict: bool, packages: Iterable[ModuleType]) -> str:
+    """What ``zoo cost`` prints: parameters and operations of the model that ``zoo fit`` would train.
+
+    The model is built on the meta device, where tensors have no memory. Arguments: see :func:`run`.
+    """
+    cli = _cli(Blueprint, "fit", configs, options, strict, packages)
+    name = cli.config.fit.model.class_path.split(".")[-1]
+    try:
+        cli.ask_data()
+    except (OSError, ValueError) as error:
+        classes = cli.config.fit.model.init_args.num_classes
+        told = f"counted with num_classes {classes}, since the data does not say: {mistakes.root_cause(error)}"
+        print(f"zoo: {told}", file=sys.stderr)
+    try:
+        model = cli.build_model("meta")
+        shape = getattr(model, "input_shape", None)
+        if shape is None:
+            raise Mistake(f"{name} does not say what images it takes: give it an input_shape, (C, H, W)")
+        found = count(model, shape)
+    except Exception as error:
+        reason = mistakes.root_cause(error)
+        if not isinstance(reason, RuntimeError | TypeError) or "meta" not in str(reason):
+            raise
+        line = str(reason).split("\n")[0]
+        raise Mistake(
+            f"{name} looks at values, and on the meta device tensors have none: count it with zoo.cost.count. {line}"
+        ) from error
+    how = (
+        "three times the forward pass" if found.macs == found.training_macs else "three times what of it training needs"
+    )
+    return "\n".join(
+        [
+            f"{name}, images of {' x '.join(map(str, shape))}",
+            f"parameters      {found.parameters:,}",
+            f"forward MACs    {found.macs:,} an image",
+            f"training FLOPs  {found.training_flops:,} an image, {how}",
+        ]
+    )
+
+
+def configuration(configs: list[str], options: list[str], strict: bool, packages: Iterable[ModuleType]) -> Namespace:
+    """Model and data as ``zoo fit`` would build them, with the data's number of classes. Arguments: see :func:`run`."""
+    cli = _cli(Blueprint, "fit", configs, options, strict, packages)
+    cli.ask_data()
+    return Namespace({key: cli.config.fit[key] for key in ("model", "data")})
+
+
+def _cli(
+    kind: type["ZooCLI"],
+    command: str,
+    configs: list[str],
+    options: list[str],
+    strict: bool,
+    packages: Iterable[ModuleType],
+) -> Any:
     set_parsing_settings(
         import_path_denylist=["*", *NEVER] if strict else [],  # an empty one enforces jsonargparse's own
         import_path_allowlist=ALLOWED if strict else [],
@@ -66,7 +127,7 @@ def run(command: str, configs: list[str], options: list[str], strict: bool, pack
         for name in package._EXPORTS:
             getattr(package, name)  # once imported, a class can be named without its path
     Parser.given = configs, options
-    ZooCLI(
+    return kind(
         LightningModule,
         LightningDataModule,
         subclass_mode_model=True,
@@ -223,26 +284,68 @@ class ZooCLI(LightningCLI):
         trainer: Any = self.trainer
         if trainer.fast_dev_run:
             return
-        lines = []
+        lines, metrics = [], _numbers(trainer.callback_metrics)
         checkpoints, folder = trainer.checkpoint_callback, trainer.log_dir  # log_dir: all ranks have to ask
         checkpoint = getattr(checkpoints, "best_model_path", "") or getattr(checkpoints, "last_model_path", "")
         if _has_test(self.model, self.datamodule):
             results = trainer.test(
                 self.model, self.datamodule, ckpt_path=checkpoint or None, verbose=False, weights_only=True
             )
-            lines += [_metric(name, value) for metrics in results for name, value in metrics.items()]
+            for found in results:  # one for each of the data's loaders
+                lines += [_metric(name, value) for name, value in found.items()]
+                metrics |= found
             if trainer.is_global_zero and hasattr(self.datamodule, "baselines") and "test/acc" in results[0]:
                 baselines = self.datamodule.baselines().items()
                 lines += [f"{name} on the same split {100 * value:.2f} %" for name, value in baselines]
         lines += [f"{name} {path}" for name, path in _written(trainer)]
         lines += [f"checkpoint {checkpoint}"] if checkpoint else []
         if trainer.is_global_zero:
+            if folder is not None and "://" not in folder:
+                write_json(Path(folder, "metrics.json"), metrics)
             print(*lines, f"run {folder}", sep="\n")
 
     def after_predict(self) -> None:
         if self.trainer.is_global_zero:
             for name, path in _written(self.trainer):
                 print(name, path)
+
+
+class Blueprint(ZooCLI):
+    """Reads a configuration as ``zoo fit`` does, though it may lack data; builds the model if asked, runs nothing."""
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        parser.add_lightning_class_args(self._model_class, "model", subclass_mode=True)
+        parser.add_lightning_class_args(self._datamodule_class, "data", subclass_mode=True, required=False)
+
+    def _set_seed(self) -> None:
+        pass
+
+    def before_instantiate_classes(self) -> None:
+        pass
+
+    def instantiate_classes(self) -> None:
+        pass
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+    def ask_data(self) -> None:
+        """Takes the number of classes from the data, if there is some and the model has classes."""
+        config = self.config[str(self.subcommand)]
+        if config.get("data") is not None and "num_classes" in config.model.get("init_args", {}):
+            self.datamodule = self._instantiate(Namespace(data=config.data)).data
+            self._count_classes(config.model)
+
+    def build_model(self, device: str) -> Any:
+        """The model, without its weights."""
+        config = self.config[str(self.subcommand)]
+        for name, value in {"weights": None, "compile": False}.items():
+            if name in config.model.get("init_args", {}):
+                config.model.init_args[name] = value
+        with torch.device(device):
+            model = self._instantiate(Namespace(model=config.model)).model
+        return model.to(device)  # what came from elsewhere, such as a NumPy array
 
 
 class KeepOptimizerSettings(Callback):
@@ -305,6 +408,10 @@ def _has_test(model: Any, data: Any) -> bool:
         return False
     samples = getattr(data, "samples", None)
     return not callable(samples) or samples("test") is not None
+
+
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items()}
 
 
 def _metric(name: str, value: float) -> str:

@@ -8,12 +8,20 @@ import yaml
 from test_torchvision_sets import WRITERS, jpeg
 
 from zoo.cli import main
+from zoo.efficientnet import PUBLISHED, CompoundScaling
 from zoo.recipes import recipes
 
-SMALL_MODEL = ["--model.width", "24", "--model.depth", "1", "--model.heads", "2", "--model.compile", "false"]
+SMALL_VIT = ["--model.width", "24", "--model.depth", "1", "--model.heads", "2", "--model.compile", "false"]
 SMALL_DECODER = ["--model.decoder_dim", "16", "--model.decoder_depth", "1", "--model.decoder_heads", "2"]
+SMALL_MODEL = {
+    "zoo.ViTClassifier": SMALL_VIT,
+    "zoo.MAEPretrainer": SMALL_VIT + SMALL_DECODER,
+    "zoo.EfficientNetClassifier": ["--model.image_size", "32", "--data.image_size", "32", "--model.compile", "false"],
+}
+LARGE = ("b4", "b5", "b6", "b7")  # they take long to train: B0 runs in their place, with all of their settings
 SMALL_RUN = ["--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.precision", "32-true"]
-SMALL_RUN += ["--data.batch_size", "4", "--data.num_workers", "0", "--trainer.fast_dev_run", "true"]
+SMALL_RUN += ["--trainer.sync_batchnorm", "false", "--trainer.fast_dev_run", "true"]
+SMALL_RUN += ["--data.batch_size", "4", "--data.num_workers", "0"]
 
 
 def write_data(settings: dict, root: Path, monkeypatch) -> list[str]:
@@ -37,8 +45,10 @@ def test_recipe_runs(name, tmp_path, monkeypatch):
     recipe = yaml.safe_load(recipes()[name].read_text())
     data = write_data(recipe["data"], tmp_path / "data", monkeypatch)
     weights = ["--model.weights", "null"] if recipe["model"]["init_args"].get("weights") else []
-    decoder = SMALL_DECODER if recipe["model"]["class_path"] == "zoo.MAEPretrainer" else []
-    assert main(["fit", "-c", name, *SMALL_MODEL, *decoder, *SMALL_RUN, *data, *weights]) == 0
+    model = list(SMALL_MODEL[recipe["model"]["class_path"]])
+    if recipe["model"]["init_args"].get("variant") in LARGE:
+        model += ["--model.variant", "b0"]
+    assert main(["fit", "-c", name, *model, *SMALL_RUN, *data, *weights]) == 0
 
 
 @pytest.mark.parametrize("name", list(recipes()))
@@ -57,3 +67,38 @@ def test_recipe_is_complete_and_says_where_it_comes_from(name):
     if "imagenet" in name:
         assert "arXiv" in header
         assert "Not ours" in header
+
+
+# Parameters of Tan and Le 2019, table 2, in millions.
+PUBLISHED_SIZE = {"b0": 5.3, "b1": 7.8, "b2": 9.2, "b3": 12, "b4": 19, "b5": 30, "b6": 43, "b7": 66}
+
+
+@pytest.mark.parametrize("variant", PUBLISHED_SIZE)
+def test_recipe_of_a_published_efficientnet_is_that_network_and_its_training(variant, capsys):
+    name = f"efficientnet/{variant}_imagenet"
+    recipe = yaml.safe_load(recipes()[name].read_text())
+    trainer, model, data = recipe["trainer"], recipe["model"]["init_args"], recipe["data"]["init_args"]
+    network = PUBLISHED[variant]
+    assert model["variant"] == variant
+    assert model["image_size"] == data["image_size"] == network.image_size
+    assert model["dropout"] == network.dropout
+    assert data["crop_ratio"] == pytest.approx(network.image_size / (network.image_size + 32), abs=1e-4)
+    batch = data["batch_size"] * trainer["devices"] * trainer.get("accumulate_grad_batches", 1)
+    assert model["lr"] == pytest.approx(0.016 * batch / 256)
+    callbacks = {callback["class_path"] for callback in trainer["callbacks"]}
+    assert ("zoo.callbacks.DistributeBatchNorm" in callbacks) != trainer.get("sync_batchnorm", False)
+    assert not (trainer.get("sync_batchnorm", False) and model["compile"])
+    assert main(["cost", name]) == 0
+    printed = capsys.readouterr().out
+    assert f"images of 3 x {network.image_size} x {network.image_size}" in printed
+    parameters = int(printed.split("parameters")[1].split()[0].replace(",", ""))
+    assert parameters / 1e6 == pytest.approx(PUBLISHED_SIZE[variant], rel=0.03)
+
+
+def test_recipe_for_cifar_has_the_largest_network_of_its_budget():
+    model = yaml.safe_load(recipes()["efficientnet/cifar10"].read_text())["model"]["init_args"]
+    scaling = CompoundScaling(stem_stride=model["stem_stride"])
+    cost = [
+        scaling.count(phi, model["image_size"], model["num_classes"]) for phi in (model["phi"], model["phi"] + 1e-3)
+    ]
+    assert cost[0].macs <= 50e6 < cost[1].macs

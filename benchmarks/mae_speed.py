@@ -13,16 +13,12 @@ for every row: what a row saves counts as speed. MFU is against the dense peak o
 """
 
 import argparse
-import os
-import platform
-import statistics
-import time
 from collections.abc import Callable
 from functools import partial
-from importlib.metadata import version
 from typing import Any
 
 import torch
+from side_by_side import Row, Training, add_arguments, measure, report, where
 from torch import Tensor
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
@@ -84,93 +80,41 @@ def forward_flops(size: str) -> float:
     return 2 * patches * pixels * width + blocks(depth, tokens, width) + decoder
 
 
-class Row:
-    """One way to train, and the times of its steps."""
-
-    def __init__(self, name: str, make: Callable[[], tuple[torch.nn.Module, Callable[[Tensor], Tensor]]], dtype: Any):
-        self.name, self.make, self.dtype = name, make, dtype
-        self.seconds: list[float] = []
-        self.memory = 0.0
-
-    def build(self, images: Tensor) -> None:
-        module, self.loss = self.make()
-        module.to(images.device).train()
-        self.images = images
-        self.optimizer = optim.create_optimizer(module, "adamw", 1.5e-4, 0.05, betas=(0.9, 0.95))
-        self.scaler = torch.amp.GradScaler(images.device.type, enabled=self.dtype == torch.float16)
-
-    def forget(self) -> None:
-        del self.loss, self.optimizer, self.scaler
-        torch.cuda.empty_cache()
-
-    def step(self) -> None:
-        with torch.autocast(self.images.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            loss = self.loss(self.images)
-        self.scaler.scale(loss).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
-
-    def run(self, steps: int) -> float:
-        """Seconds a step."""
-        on_gpu = self.images.device.type == "cuda"
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats()
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(steps):
-            self.step()
-        if on_gpu:
-            torch.cuda.synchronize()
-            self.memory = torch.cuda.max_memory_allocated() / 2**30
-        return (time.perf_counter() - start) / steps
+def training(make: Callable[[], tuple[torch.nn.Module, Callable[[Tensor], Tensor]]], device: torch.device) -> Training:
+    module, loss = make()
+    module.to(device)
+    return Training(module, loss, optim.create_optimizer(module, "adamw", 1.5e-4, 0.05, betas=(0.9, 0.95)))
 
 
 def rows(size: str, on_gpu: bool) -> list[Row]:
+    def row(name: str, dtype: torch.dtype, make: Callable[..., Any], *args: Any, **options: Any) -> Row:
+        return Row(name, partial(training, partial(make, size, *args, **options)), dtype)
+
     cross = {"decoder": "cross", "predict_ratio": 0.25}
     fp32, bf16 = torch.float32, torch.bfloat16
     if on_gpu:
         return [
-            Row("Hugging Face, eager, fp16", partial(peer, size, False, "eager"), torch.float16),
-            Row("Hugging Face, SDPA, bf16, compiled", partial(peer, size, True), bf16),
-            Row("ours, bf16", partial(ours, size, False), bf16),
-            Row("ours, bf16, compiled", partial(ours, size, True), bf16),
-            Row("ours, cross 25 %, bf16, compiled", partial(ours, size, True, **cross), bf16),
+            row("Hugging Face, eager, fp16", torch.float16, peer, False, "eager"),
+            row("Hugging Face, SDPA, bf16, compiled", bf16, peer, True),
+            row("ours, bf16", bf16, ours, False),
+            row("ours, bf16, compiled", bf16, ours, True),
+            row("ours, cross 25 %, bf16, compiled", bf16, ours, True, **cross),
         ]
     return [
-        Row("Hugging Face, SDPA", partial(peer, size, False), fp32),
-        Row("Hugging Face, SDPA, compiled", partial(peer, size, True), fp32),
-        Row("ours", partial(ours, size, False), fp32),
-        Row("ours, compiled", partial(ours, size, True), fp32),
-        Row("ours, cross 25 %", partial(ours, size, False, **cross), fp32),
-        Row("ours, cross 25 %, compiled", partial(ours, size, True, **cross), fp32),
-        Row("ours, cross 25 %, 12 blocks, compiled", partial(ours, size, True, decoder_depth=12, **cross), fp32),
+        row("Hugging Face, SDPA", fp32, peer, False),
+        row("Hugging Face, SDPA, compiled", fp32, peer, True),
+        row("ours", fp32, ours, False),
+        row("ours, compiled", fp32, ours, True),
+        row("ours, cross 25 %", fp32, ours, False, **cross),
+        row("ours, cross 25 %, compiled", fp32, ours, True, **cross),
+        row("ours, cross 25 %, 12 blocks, compiled", fp32, ours, True, decoder_depth=12, **cross),
     ]
-
-
-def measure(size: str, images: Tensor, rounds: int, steps: int) -> list[Row]:
-    """On a GPU one row after the other, since their memory is measured; on a CPU in turns."""
-    on_gpu = images.device.type == "cuda"
-    results = rows(size, on_gpu)
-    for group in [[row] for row in results] if on_gpu else [results]:
-        for row in group:
-            row.build(images)
-            row.run(3)  # warms up and compiles
-        for _ in range(rounds):
-            for row in group:
-                row.seconds.append(row.run(steps))
-        for row in group:
-            row.forget()
-    return results
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", nargs="+", choices=SIZES, default=["small"])
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=2, help="steps in a row, in each round")
+    add_arguments(parser)
     parser.add_argument(
         "--peak", type=float, default=989.0, help="dense bf16 TFLOP/s of the device: H100 and H200, 989"
     )
@@ -178,31 +122,15 @@ def main() -> None:
     on_gpu = arguments.device == "cuda"
     if on_gpu:
         torch.set_float32_matmul_precision("high")  # for what autocast leaves in float32
-    where = torch.cuda.get_device_name() if on_gpu else f"{len(os.sched_getaffinity(0))} CPU cores"
-    print(f"Python {platform.python_version()}, torch {version('torch')}, timm {version('timm')}, ", end="")
-    print(f"transformers {version('transformers')}, {where}")
+    print(where(arguments.device, "torch", "timm", "transformers"))
     for size in arguments.size:
         torch.manual_seed(0)
         images = torch.randn(arguments.batch_size, 3, IMAGE, IMAGE, device=arguments.device)
-        results = measure(size, images, arguments.rounds, arguments.steps)
-        report(size, arguments.batch_size, results, arguments.peak if on_gpu else None)
-
-
-def report(size: str, batch: int, results: list[Row], peak: float | None) -> None:
-    print(f"\nViT-{size[0].upper()}/{SIZES[size][3]} at {IMAGE}, batch {batch}; paper's arithmetic: ", end="")
-    print(f"{3 * forward_flops(size) / 1e9:.1f} GFLOP an image and step\n")
-    gpu = " images/s | GiB | MFU |" if peak else ""
-    print(f"| | ms a step | lowest to highest | relative |{gpu}")
-    print("|---|---|---|---|" + "---|---|---|" * bool(peak))
-    first = statistics.median(results[0].seconds)
-    for row in results:
-        median = statistics.median(row.seconds)
-        line = f"| {row.name} | {1e3 * median:.0f} | {1e3 * min(row.seconds):.0f} to {1e3 * max(row.seconds):.0f} | "
-        line += f"{median / first:.3f} |"
-        if peak:
-            mfu = 3 * forward_flops(size) * batch / median / (peak * 1e12)
-            line += f" {batch / median:.0f} | {row.memory:.1f} | {100 * mfu:.0f} % |"
-        print(line)
+        results, flops = rows(size, on_gpu), 3 * forward_flops(size)
+        measure(results, images, arguments.rounds, arguments.steps)
+        print(f"\nViT-{size[0].upper()}/{SIZES[size][3]} at {IMAGE}, batch {arguments.batch_size}; ", end="")
+        print(f"paper's arithmetic: {flops / 1e9:.1f} GFLOP an image and step\n")
+        report(results, arguments.batch_size, on_gpu, flops, arguments.peak)
 
 
 if __name__ == "__main__":

@@ -321,6 +321,12 @@ def test_debugging_shows_every_traceback(monkeypatch: pytest.MonkeyPatch) -> Non
         main(["fit", "--model", "ToyClasifier"])
 
 
+def test_a_batch_of_one_pixel_under_batchnorm_is_a_line(monkeypatch, tmp_path, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", "-c", "efficientnet/digits", "--data.batch_size", "1", "--data.num_workers", "0"]) == 1
+    assert "zoo: error: the last feature map of a batch of one small image" in capsys.readouterr().err
+
+
 def test_on_purpose_means_a_raise_statement_of_ours() -> None:
     def message(call: object) -> str | None:
         try:

@@ -446,12 +446,47 @@ def test_arguments_that_change_what_is_learned(option):
         ({"schedule": "linear"}, "unknown schedule 'linear': expected one of staircase, cosine"),
         ({"loss": "hinge"}, "unknown loss 'hinge'"),
         ({"num_classes": 1}, "num_classes is 1: expected at least 2"),
+        ({"image_size": [64, 8]}, r"image_size is \[64, 8\]: less than the total stride"),
+        ({"width": float("nan")}, "depth and width are 1.0 and nan: expected positive multipliers"),
+        ({"in_channels": 0}, "in_channels is 0: expected at least 1"),
+        ({"dropout": -0.1}, r"dropout is -0.1: expected a rate in \[0, 1\)"),
+        ({"drop_path": 1.5}, r"drop_path is 1.5: expected a rate in \[0, 1\)"),
+        ({"norm_eps": -1.0}, "norm_eps is -1.0: expected a positive number"),
+        ({"norm_momentum": 2.0}, r"norm_momentum is 2.0: expected a share in \[0, 1\]"),
+        ({"label_smoothing": 1.5}, r"label_smoothing is 1.5: expected a number in \[0, 1\)"),
     ],
 )
 def test_wrong_arguments_are_refused_in_one_line(options, message):
     with pytest.raises(ValueError, match=message) as error:
         on_meta(EfficientNetClassifier, **options)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"family": "resnet"}, "unknown family 'resnet': expected one of efficientnet, .*, v2_l"),
+        ({"family": "v2_s", "depth": 2.0}, "v2_s comes in one size: leave depth and width at 1"),
+        ({"family": "efficientnet", "depth": -1.0}, "depth is -1.0: expected a positive multiplier"),
+        ({"family": "efficientnet", "padding": "valid"}, "unknown padding 'valid': expected one of symmetric, same"),
+    ],
+)
+def test_no_other_network_is_made_than_was_asked_for(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        on_meta(create_network, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((2, 3, 64, 31), r"image_size is \(64, 31\): less than the total stride, expected at least 32, or 16 with"),
+        ((2, 1, 64, 64), r"images are \(2, 1, 64, 64\): expected \(B, 3, H, W\), by in_channels"),
+        ((3, 64, 64), r"images are \(3, 64, 64\): expected \(B, 3, H, W\)"),
+    ],
+)
+def test_images_that_the_network_is_not_for_are_refused(shape, message):
+    with pytest.raises(ValueError, match=message):
+        small()(torch.randn(shape))
 
 
 def test_an_optimizer_setting_that_there_is_not_is_refused():

@@ -297,7 +297,10 @@ def test_table_of_the_paper():
         ({"alpha": 1, "beta": 1, "gamma": 1}, "expected at least 1 each, and not all 1"),
         ({"family": "vgg"}, "unknown family 'vgg': expected one of efficientnet, mobilenetv2, resnet50"),
         ({"stem_stride": 3}, "stem_stride is 3: expected 1 or 2"),
+        ({"depth": 51.0}, "depth is 51.0: too many blocks to count, expected 50 or less"),
         ({"depth": 0.0}, "depth and width are 0.0 and 1.0: expected positive multipliers"),
+        ({"depth": float("inf")}, "depth and width are inf and 1.0: expected positive multipliers"),
+        ({"beta": float("nan")}, r"alpha, beta, gamma are \(1.2, nan, 1.15\): expected at least 1 each"),
         ({"width": 0.2}, "width is 0.2: a stage of 16 channels would vanish, the least is 0.25"),
         ({"width": 0.05, "family": "resnet50"}, "a stage of 64 channels would vanish, the least is 0.0625"),
         ({"image_size": 31}, "less than the total stride, expected at least 32, or 16 with stem_stride 1"),
@@ -332,6 +335,11 @@ def test_a_phi_too_small_names_the_least_one(arguments, image_size, why):
     scale = scaling.at(least)
     assert scaling.width * scale.width * {"resnet50": 64}.get(scaling.family, 16) >= 4
     assert image_size is not None or scaling.side(least) >= 16 * scaling.stem_stride
+
+
+def test_nothing_is_counted_on_images_below_the_total_stride():
+    with pytest.raises(ValueError, match="image_size is 8: less than the total stride, expected at least 32"):
+        CompoundScaling().count(0, image_size=8)
 
 
 def test_a_phi_too_large_names_the_largest_one():

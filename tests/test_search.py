@@ -1,6 +1,7 @@
 """Sweeps of runs, and the two commands that scale a network by them. Each run is a process, so that there are few."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -159,6 +160,14 @@ def test_a_failed_run_ends_with_the_line_it_ended_with_and_the_name_of_its_log()
     assert sweep([config], ["--model.lr", "1"], {}, out) == {}
 
 
+def test_runs_read_a_copy_of_the_recipe_which_may_be_edited_meanwhile():
+    out = Path("runs")
+    config = recipe(model="EfficientNetClassifier", data="DigitsDataModule", trainer={"max_epoch": 1})
+    with pytest.raises(Mistake, match=r"^one failed: runs/recipe0.yaml, line \d: .*max_epoch"):
+        sweep([config], [], {"one": []}, out)
+    assert (out / "recipe0.yaml").read_text() == Path(config).read_text()
+
+
 def test_a_sweep_keeps_to_one_recipe_and_its_options():
     out = Path("runs")
     config = recipe(model="EfficientNetClassifier", data="DigitsDataModule")
@@ -239,9 +248,9 @@ def test_candidates_keep_to_the_constraint(step, number):
     assert CompoundScaling(1.2, 1.1, 1.15).cost(1) == pytest.approx(1.92, abs=1e-3)
 
 
-@pytest.mark.parametrize("step", [0, -0.1, 0.42, 9])
+@pytest.mark.parametrize("step", [0, -0.1, 1e-6, math.nan, 0.42, 9])
 def test_a_step_that_leaves_no_grid(step):
-    with pytest.raises(ValueError, match=f"step is {step}: expected .*(positive|at most 0.414)"):
+    with pytest.raises(ValueError, match=f"step is {step}: expected at (least 0.01|most 0.414)"):
         search.candidates(step)
 
 
@@ -283,7 +292,7 @@ def test_search_continues_and_names_the_winner(capsys):
     assert head[:3] == ["alpha", "beta", "gamma"]
     assert [row[:3] for row in (first, second)] == [["1.02", "1.4", "1"], ["2", "1", "1"]]  # by loss where equal
     assert first[6:] == ["100.00 %", "0.2500"]
-    assert third[:4] == ["1.02", "1", "1.4", "34"]
+    assert third[:4] == ["1.02", "1", "1.4", "22"]
     assert third[6:] == [f"{100 * metrics['val/acc']:.2f} %", f"{metrics['val/loss']:.4f}"]
     assert "best: --model.alpha 1.02 --model.beta 1.4 --model.gamma 1\n" in printed
     assert printed.endswith(f"table {out / 'table.md'}\nplot {out / 'plot.png'}\n")
@@ -291,7 +300,7 @@ def test_search_continues_and_names_the_winner(capsys):
     assert is_picture(out / "plot.png")
     # The run had the network that the table speaks of.
     model, data = saved["model"]["init_args"], saved["data"]["init_args"]
-    assert (model["phi"], model["image_size"], data["image_size"]) == (0, 34, 34)
+    assert (model["phi"], model["image_size"], data["image_size"]) == (0, 22, 22)
     assert (model["depth"], model["width"]) == pytest.approx((0.5 * base.alpha, 0.25))
     built = EfficientNetClassifier(**model | {"num_classes": 10, "weights": None})
     assert third[4] == f"{sum(parameter.numel() for parameter in built.parameters()):,}"
@@ -317,13 +326,15 @@ def test_comparison_end_to_end(capsys):
     assert main(["scaling-compare", "--jobs", "2", *args]) == 0
     printed = capsys.readouterr().out
     head, _, *body = rows(printed)
-    assert head[-2:] == ["test accuracy", "each seed"]
+    assert head[-3:] == ["test accuracy", "each seed", "test loss"]
     ways = ("width", "depth", "resolution", "compound")
     assert [row[:2] for row in body] == [["base", ""], *([way, "x4"] for way in ways)]
     unit = int(body[0][6].replace(",", ""))
-    for way, budget, depth, width, side, _, macs, accuracy, each in body:
+    for way, budget, depth, width, side, _, macs, accuracy, each, loss in body:
         name = "_".join(filter(None, (way, budget)))
-        runs = [json.loads((out / f"{name}_seed{seed}.json").read_text())["test/acc"] for seed in range(2)]
+        ended = [json.loads((out / f"{name}_seed{seed}.json").read_text()) for seed in range(2)]
+        runs = [metrics["test/acc"] for metrics in ended]
+        assert loss == f"{mean(metrics['test/loss'] for metrics in ended):.4f}"
         assert each == ", ".join(f"{100 * value:.2f}" for value in runs)
         assert accuracy == f"{100 * mean(runs):.2f} ± {100 * stdev(runs):.2f} %"
         times = float(budget[1:] or 1)
@@ -338,7 +349,7 @@ def test_comparison_end_to_end(capsys):
     stamps = {path: path.stat().st_mtime_ns for path in out.glob("*.json")}
     assert main(["scaling-compare", *args]) == 0
     assert "10 runs, 10 of them finished already" in (again := capsys.readouterr().out)
-    assert rows(again) == [head, ["---"] * 9, *body]
+    assert rows(again) == [head, ["---"] * 10, *body]
     assert {path: path.stat().st_mtime_ns for path in out.glob("*.json")} == stamps
     assert "holds runs of other options" in refused(capsys, "scaling-compare", *args, "--model.lr", "1")
 
@@ -367,7 +378,7 @@ def test_a_search_that_is_killed_goes_on_where_it_stopped():
     [
         (["-c", RECIPE, "--seeds", "0"], "argument --seeds: '0' is not a whole number of at least 1"),
         (["-c", RECIPE, "--jobs", "two"], "argument --jobs: 'two' is not a whole number of at least 1"),
-        ([], " needs a recipe: -c RECIPE (zoo list)"),
+        ([], " RECIPE (zoo list)"),
         (["-c", "efficientnet/digit"], "no recipe or file 'efficientnet/digit'; did you mean efficientnet/digits?"),
         (["-c", "vit/digits"], " scales an EfficientNetClassifier, but the recipe has zoo.ViTClassifier"),
         (["-c", RECIPE, "--model.variant=b1"], "variant b1 is a network of the table: scale phi, or depth and width"),
@@ -413,7 +424,7 @@ def test_help_answers_at_once(command):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for option in ("-c RECIPE", "--out FOLDER", "--seeds N", "--jobs N", f"runs/{command}"):
+    for option in ("RECIPE [options", "--out FOLDER", "--seeds N", "--jobs N", f"runs/{command}"):
         assert option in done.stdout
     assert ("--step X" in done.stdout, "--multiples X" in done.stdout) == (
         command == COMMANDS[0],

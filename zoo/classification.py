@@ -106,6 +106,8 @@ class Classifier(LightningModule):
         least = 1 if hp.multi_label else 2
         if hp.num_classes < least:
             raise ValueError(f"num_classes is {hp.num_classes}: expected at least {least}")
+        if not 0 <= hp.label_smoothing < 1:
+            raise ValueError(f"label_smoothing is {hp.label_smoothing}: expected a number in [0, 1)")
         if hp.loss not in get_args(Loss):
             raise ValueError(f"unknown loss {hp.loss!r}: expected one of {', '.join(get_args(Loss))}")
         if hp.multi_label and hp.loss == "cross_entropy":

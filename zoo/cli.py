@@ -2,7 +2,8 @@
 
     zoo fit -c vit/digits --model.lr 3e-4
 
-``zoo/recipes.py`` knows the recipes, ``zoo/run.py`` is the LightningCLI, ``zoo/mistakes.py`` words what went wrong.
+``zoo/recipes.py`` knows the recipes, ``zoo/run.py`` is the LightningCLI, ``zoo/blueprint.py`` reads a configuration
+without running it, ``zoo/mistakes.py`` words what went wrong.
 With ``ZOO_DEBUG=1`` every error shows its traceback.
 """
 
@@ -71,11 +72,11 @@ training step, for one image. It takes neither weights nor data, only seconds.
   --strict-imports         see zoo fit --help"""
 
 SWEEPS = """\
-usage: zoo {command} -c RECIPE [options of this command] [--option VALUE ...]
+usage: zoo {command} RECIPE [options of this command] [--option VALUE ...]
 
 {purpose}
 
-  -c RECIPE                a recipe of EfficientNetClassifier; what is scaled is its network, at its phi
+  RECIPE                   a recipe of EfficientNetClassifier; what is scaled is its network, at its phi
   --out FOLDER             where runs, table and plot go; run it again to continue (runs/{command})
   --seeds N                runs of each network, {seeds}
   --jobs N                 how many run at a time (1)
@@ -140,18 +141,20 @@ def _dispatch(args: list[str]) -> int:
         text = COST if command == "cost" else SWEEPS if command in SWEEP_HELP else OPTIONS
         print(text.format(command=command, **SWEEP_HELP.get(command, {})))
     else:
-        if command == "cost" and options and not options[0].startswith("-"):
+        if command in ("cost", *SWEEP_HELP) and options and not options[0].startswith("-"):
             configs.insert(0, options.pop(0))  # `zoo cost vit/digits` as well
         files = [recipes.find(config, urls=strict) for config in configs]
         if command in SWEEP_HELP:
             _sweep(command, files, options, strict)
             return 0
-        from zoo import run  # only here: it takes seconds to import torch and Lightning
-
         options = ["--help" if option == "--trainer.help" else option for option in options]
-        if command == "cost":
-            print(run.cost(files, options, strict, PACKAGES.values()))
+        if command == "cost":  # imports only here: torch and Lightning take seconds
+            from zoo import blueprint
+
+            print(blueprint.cost(files, options, strict, PACKAGES.values()))
         else:
+            from zoo import run
+
             run.run(command, files, options, strict, PACKAGES.values())
     return 0
 
@@ -168,11 +171,11 @@ def _sweep(command: str, files: list[str], args: list[str], strict: bool) -> Non
         parser.add_argument("--multiples", type=float, nargs="+", default=[2.0, 4.0, 8.0])
     own, options = parser.parse_known_args(args)
     if not files:
-        raise Mistake(f"{command} needs a recipe: -c RECIPE (zoo list)")
-    from zoo import run
+        raise Mistake(f"{command} needs a recipe: zoo {command} RECIPE (zoo list)")
+    from zoo import blueprint
     from zoo.efficientnet import search
 
-    config = run.configuration(files, options, strict, PACKAGES.values())
+    config = blueprint.configuration(files, options, strict, PACKAGES.values())
     model, data = config.model, config.data
     if not model.class_path.endswith(".EfficientNetClassifier"):
         raise Mistake(f"{command} scales an EfficientNetClassifier, but the recipe has {model.class_path}")

@@ -106,6 +106,11 @@ def on_purpose(error: BaseException) -> str | None:
         return (
             f"the checkpoint is not one of this {found[1]}; to start from its weights: --model.weights. {found[2]} ..."
         )
+    if str(error).startswith("Expected more than 1 value per channel when training"):  # torch's BatchNorm
+        return (
+            "the last feature map of a batch of one small image has a single pixel, which leaves BatchNorm nothing to "
+            "normalise by: set a larger batch_size or image_size, and drop_last for the rest of an epoch"
+        )
     if type(error).__name__ == "MisconfigurationException":  # Lightning's own word to its user
         return str(error)
     return None

@@ -10,13 +10,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-import torch
 from jsonargparse import Namespace, set_parsing_settings
 
 from zoo import mistakes, recipes
 from zoo._lightning import NAMESPACE, Callback, LightningDataModule, LightningModule
 from zoo.callbacks import WritePredictions
-from zoo.cost import count
 from zoo.mistakes import Mistake
 from zoo.sweep import write_json
 
@@ -37,7 +35,8 @@ else:
 ALLOWED = ["zoo", "datamodules", "torch.optim", "torch.nn", "torch.utils.data", "torchvision", "timm", "torchmetrics"]
 ALLOWED += ["lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric"]
 # Parts of those which import or run what their arguments name.
-NEVER = ["lightning.pytorch.cli", "pytorch_lightning.cli", "lightning.fabric.cli", "zoo.cli", "zoo.run"]
+NEVER = ["lightning.pytorch.cli", "pytorch_lightning.cli", "lightning.fabric.cli"]
+NEVER += ["zoo.cli", "zoo.run", "zoo.blueprint"]
 # What an option of the Trainer switches off, and the callback that goes with it.
 SWITCHES = {
     "logger": "LearningRateMonitor",
@@ -56,57 +55,10 @@ def run(command: str, configs: list[str], options: list[str], strict: bool, pack
         strict: Whether a configuration may name the classes of the zoo and its libraries only.
         packages: Those whose classes can be named without their path.
     """
-    _cli(ZooCLI, command, configs, options, strict, packages)
+    launch(ZooCLI, command, configs, options, strict, packages)
 
 
-def cost(configs: list[str], options: list[str], strict: bool, packages: Iterable[ModuleType]) -> str:
-    """What ``zoo cost`` prints: parameters and operations of the model that ``zoo fit`` would train.
-
-    The model is built on the meta device, where tensors have no memory. Arguments: see :func:`run`.
-    """
-    cli = _cli(Blueprint, "fit", configs, options, strict, packages)
-    name = cli.config.fit.model.class_path.split(".")[-1]
-    try:
-        cli.ask_data()
-    except (OSError, ValueError) as error:
-        classes = cli.config.fit.model.init_args.num_classes
-        told = f"counted with num_classes {classes}, since the data does not say: {mistakes.root_cause(error)}"
-        print(f"zoo: {told}", file=sys.stderr)
-    try:
-        model = cli.build_model("meta")
-        shape = getattr(model, "input_shape", None)
-        if shape is None:
-            raise Mistake(f"{name} does not say what images it takes: give it an input_shape, (C, H, W)")
-        found = count(model, shape)
-    except Exception as error:
-        reason = mistakes.root_cause(error)
-        if not isinstance(reason, RuntimeError | TypeError) or "meta" not in str(reason):
-            raise
-        line = str(reason).split("\n")[0]
-        raise Mistake(
-            f"{name} looks at values, and on the meta device tensors have none: count it with zoo.cost.count. {line}"
-        ) from error
-    how = (
-        "three times the forward pass" if found.macs == found.training_macs else "three times what of it training needs"
-    )
-    return "\n".join(
-        [
-            f"{name}, images of {' x '.join(map(str, shape))}",
-            f"parameters      {found.parameters:,}",
-            f"forward MACs    {found.macs:,} an image",
-            f"training FLOPs  {found.training_flops:,} an image, {how}",
-        ]
-    )
-
-
-def configuration(configs: list[str], options: list[str], strict: bool, packages: Iterable[ModuleType]) -> Namespace:
-    """Model and data as ``zoo fit`` would build them, with the data's number of classes. Arguments: see :func:`run`."""
-    cli = _cli(Blueprint, "fit", configs, options, strict, packages)
-    cli.ask_data()
-    return Namespace({key: cli.config.fit[key] for key in ("model", "data")})
-
-
-def _cli(
+def launch(
     kind: type["ZooCLI"],
     command: str,
     configs: list[str],
@@ -114,6 +66,7 @@ def _cli(
     strict: bool,
     packages: Iterable[ModuleType],
 ) -> Any:
+    """The command line of a kind, once it has done what it does. Other arguments: see :func:`run`."""
     set_parsing_settings(
         import_path_denylist=["*", *NEVER] if strict else [],  # an empty one enforces jsonargparse's own
         import_path_allowlist=ALLOWED if strict else [],
@@ -308,44 +261,6 @@ class ZooCLI(LightningCLI):
         if self.trainer.is_global_zero:
             for name, path in _written(self.trainer):
                 print(name, path)
-
-
-class Blueprint(ZooCLI):
-    """Reads a configuration as ``zoo fit`` does, though it may lack data; builds the model if asked, runs nothing."""
-
-    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_lightning_class_args(self.trainer_class, "trainer")
-        parser.add_lightning_class_args(self._model_class, "model", subclass_mode=True)
-        parser.add_lightning_class_args(self._datamodule_class, "data", subclass_mode=True, required=False)
-
-    def _set_seed(self) -> None:
-        pass
-
-    def before_instantiate_classes(self) -> None:
-        pass
-
-    def instantiate_classes(self) -> None:
-        pass
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        pass
-
-    def ask_data(self) -> None:
-        """Takes the number of classes from the data, if there is some and the model has classes."""
-        config = self.config[str(self.subcommand)]
-        if config.get("data") is not None and "num_classes" in config.model.get("init_args", {}):
-            self.datamodule = self._instantiate(Namespace(data=config.data)).data
-            self._count_classes(config.model)
-
-    def build_model(self, device: str) -> Any:
-        """The model, without its weights."""
-        config = self.config[str(self.subcommand)]
-        for name, value in {"weights": None, "compile": False}.items():
-            if name in config.model.get("init_args", {}):
-                config.model.init_args[name] = value
-        with torch.device(device):
-            model = self._instantiate(Namespace(model=config.model)).model
-        return model.to(device)  # what came from elsewhere, such as a NumPy array
 
 
 class KeepOptimizerSettings(Callback):

@@ -33,7 +33,8 @@ def sweep(
         configs: The recipe's files.
         options: Options of ``zoo fit`` that all runs share.
         runs: By a name that makes a good directory, the options of each.
-        out: Where everything goes. It remembers the recipe and the shared options.
+        out: Where everything goes. It keeps the recipe, so that an edit on the way changes nothing, and the shared
+            options.
         jobs: How many runs at a time. Unless OMP_NUM_THREADS is set, they share the CPU's cores.
         needs: The metric that the runs are for, ``val/acc`` for example: the first one without it is a failure.
 
@@ -44,7 +45,7 @@ def sweep(
         Mistake: If a run fails, or if ``out`` holds runs of something else. Runs beside it are brought to their end.
     """
     out.mkdir(parents=True, exist_ok=True)
-    _same_as_before(configs, options, out)
+    configs = _kept(configs, options, out)
     finished = {name: _read(out / f"{name}.json") for name in runs if (out / f"{name}.json").exists()}
     missing = [name for name in runs if name not in finished]
     print(f"{len(runs)} runs, {len(finished)} of them finished already", flush=True)
@@ -94,8 +95,12 @@ def run_apart(
     return metrics
 
 
-def _same_as_before(configs: Sequence[str], options: Sequence[str], out: Path) -> None:
-    """Lets no finished run of another recipe, or under other options, pass for one of these."""
+def _kept(configs: Sequence[str], options: Sequence[str], out: Path) -> list[str]:
+    """Copies of the recipe's files, which all runs read, so that none of them is of another recipe.
+
+    Raises:
+        Mistake: If there are finished runs of another recipe, or under other options.
+    """
     texts = [Path(file).read_bytes() if Path(file).is_file() else file.encode() for file in configs]
     now = {"configs": [sha256(text).hexdigest() for text in texts], "options": list(options)}
     record = out / "sweep.json"
@@ -106,6 +111,13 @@ def _same_as_before(configs: Sequence[str], options: Sequence[str], out: Path) -
         options_before = f"other options, {' '.join(before['options']) or 'none'}"
         what = options_before if before["configs"] == now["configs"] else "another recipe"
         raise Mistake(f"{out} holds runs of {what}: choose another --out, or remove it")
+    kept = list(configs)
+    for number, (file, text) in enumerate(zip(configs, texts, strict=True)):
+        if Path(file).is_file():  # else it is a URL
+            kept[number] = str(out / f"recipe{number}.yaml")
+            if before != now:
+                Path(kept[number]).write_bytes(text)
+    return kept
 
 
 def _read(path: Path) -> dict[str, Any]:

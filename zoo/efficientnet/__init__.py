@@ -4,8 +4,8 @@ Tan and Le, "EfficientNet: Rethinking Model Scaling for Convolutional Neural Net
 Read ``scaling.py``, the rule; ``networks.py``, what it scales; ``classifier.py``, how that is trained; ``search.py``,
 how the rule's coefficients are found, and what it is worth beside scaling one dimension alone.
 
-The published B0 to B7 are a table: they do not follow the rule, and from B3 on no phi makes them. ``variant`` is the
-table, ``phi`` the rule.
+The published B0 to B7 are a table: they do not follow the rule. It makes B1's and B2's networks at other image sizes,
+and from B3 on no phi makes them. ``variant`` is the table, ``phi`` the rule.
 
 EfficientNet's initial weights are those of the paper's code: convolutions normal, with variance 2 / (outputs of a group
 · kernel area), and the classifier uniform within 1 / sqrt(classes), its bias zero.

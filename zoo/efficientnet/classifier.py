@@ -187,7 +187,15 @@ class EfficientNetClassifier(Classifier):
         return self.hparams.in_channels, *to_2tuple(self.hparams.image_size)
 
     def features(self, images: Tensor) -> Tensor:
-        """Pooled embeddings (B, D) of images (B, C, H, W)."""
+        """Pooled embeddings (B, D) of images (B, C, H, W).
+
+        Raises:
+            ValueError: For images with other channels than ``in_channels``, or smaller than the total stride.
+        """
+        channels = self.hparams.in_channels
+        if images.ndim != 4 or images.shape[1] != channels:
+            raise ValueError(f"images are {tuple(images.shape)}: expected (B, {channels}, H, W), by in_channels")
+        check_resolution((images.shape[2], images.shape[3]), self.hparams.stem_stride)
         if self.hparams.channels_last:
             images = images.to(memory_format=torch.channels_last)  # contiguous() would leave a single channel as it is
         return self.backbone(images)

@@ -12,7 +12,7 @@ from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg
 from timm.models.efficientnet import EfficientNet
 from torch import nn
 
-from zoo.efficientnet.scaling import round_filters, round_repeats
+from zoo.efficientnet.scaling import NARROWEST, round_filters, round_repeats
 
 # Table 1 of the paper. ds: depthwise separable, an inverted residual without expansion; ir: inverted residual (MBConv);
 # r: repeats, k: kernel, s: stride, e: expansion, c: channels; se: squeeze-and-excitation, as a share of the channels
@@ -68,7 +68,28 @@ def create_network(
         drop_path: Stochastic depth: the probability rises in a straight line from 0 in the first block towards this.
         padding: "symmetric", or "same" as TensorFlow pads, more on the right and below; resnet50 has the first only.
         norm_eps, norm_momentum: Of every BatchNorm.
+
+    Raises:
+        ValueError: For an unknown family, a size or a padding that the family does not have, and values out of range.
     """
+    if family not in (*NARROWEST, *V2):
+        raise ValueError(f"unknown family {family!r}: expected one of {', '.join((*NARROWEST, *V2))}")
+    if family in V2 and (depth, width) != (1, 1):
+        raise ValueError(f"{family} comes in one size: leave depth and width at 1")
+    if padding not in ("symmetric", "same"):
+        raise ValueError(f"unknown padding {padding!r}: expected one of symmetric, same")
+    for name, value, fits, expected in (
+        ("depth", depth, depth > 0, "a positive multiplier"),
+        ("width", width, width > 0, "a positive multiplier"),
+        ("in_channels", in_channels, in_channels >= 1, "at least 1"),
+        ("stem_stride", stem_stride, stem_stride in (1, 2), "1 or 2"),
+        ("dropout", dropout, 0 <= dropout < 1, "a rate in [0, 1)"),
+        ("drop_path", drop_path, 0 <= drop_path < 1, "a rate in [0, 1)"),
+        ("norm_eps", norm_eps, norm_eps > 0, "a positive number"),
+        ("norm_momentum", norm_momentum, 0 <= norm_momentum <= 1, "a share in [0, 1]"),
+    ):
+        if not fits:
+            raise ValueError(f"{name} is {value}: expected {expected}")
     options: dict[str, Any] = {"in_chans": in_channels, "drop_rate": dropout, "drop_path_rate": drop_path}
     norm = partial(nn.BatchNorm2d, eps=norm_eps, momentum=norm_momentum)
     pad_type = "" if padding == "symmetric" else padding

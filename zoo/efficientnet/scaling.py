@@ -110,14 +110,16 @@ class CompoundScaling:
 
     def __post_init__(self) -> None:
         coefficients = (self.alpha, self.beta, self.gamma)
-        if min(coefficients) < 1 or max(coefficients) == 1:
+        if not all(1 <= each < math.inf for each in coefficients) or max(coefficients) == 1:
             raise ValueError(f"alpha, beta, gamma are {coefficients}: expected at least 1 each, and not all 1")
         if self.family not in NARROWEST:
             raise ValueError(f"unknown family {self.family!r}: expected one of {', '.join(NARROWEST)}")
         if self.stem_stride not in (1, 2):
             raise ValueError(f"stem_stride is {self.stem_stride}: expected 1 or 2")
-        if min(self.depth, self.width) <= 0:
+        if not all(0 < each < math.inf for each in (self.depth, self.width)):
             raise ValueError(f"depth and width are {self.depth} and {self.width}: expected positive multipliers")
+        if self.depth > DEEPEST:
+            raise ValueError(f"depth is {self.depth}: too many blocks to count, expected {DEEPEST:g} or less")
         if self.width * NARROWEST[self.family] < DIVISOR / 2:
             raise ValueError(
                 f"width is {self.width}: a stage of {NARROWEST[self.family]} channels would vanish, the least is "
@@ -162,11 +164,13 @@ class CompoundScaling:
         """The largest phi: above it a network is too large even to count."""
         phi = math.log(MOST) / math.log(self.cost(1))
         if self.alpha > 1:
-            phi = min(phi, max(math.log(DEEPEST / self.depth), 0.0) / math.log(self.alpha))
+            phi = min(phi, math.log(DEEPEST / self.depth) / math.log(self.alpha))
         return math.floor(phi * STEP) / STEP
 
     def check(self, phi: float, image_size: int | tuple[int, int] | None = None) -> None:
-        """Raises ValueError for a phi that makes no network, with the nearest one that does."""
+        """Raises ValueError for a phi or an image size that makes no network, with the nearest that does."""
+        if image_size is not None:
+            check_resolution(image_size, self.stem_stride)
         least, why = self._bound(image_size)
         if not phi >= least:  # it may be no number
             raise ValueError(f"phi is {phi}: {why}; the least phi is {least}")
@@ -197,8 +201,6 @@ class CompoundScaling:
         Raises:
             ValueError: If the least network needs more, or the largest one less.
         """
-        if image_size is not None:
-            check_resolution(image_size, self.stem_stride)
         least = self.least(image_size)
         return self._largest(lambda phi: self.count(phi, image_size, num_classes).macs, budget, "MACs", least)
 
@@ -246,7 +248,7 @@ def published_table() -> str:
 
 def check_resolution(image_size: int | tuple[int, int], stem_stride: int = 2) -> None:
     """Raises ValueError for images of which the last feature map would be less than a pixel."""
-    stride, least = total_stride(stem_stride), min(image_size) if isinstance(image_size, tuple) else image_size
+    stride, least = total_stride(stem_stride), image_size if isinstance(image_size, int) else min(image_size)
     if least < stride:
         smaller = f", or {total_stride(1)} with stem_stride 1" if stem_stride == 2 else ""
         raise ValueError(f"image_size is {image_size}: less than the total stride, expected at least {stride}{smaller}")

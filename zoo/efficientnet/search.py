@@ -23,10 +23,10 @@ def candidates(step: float = 0.1, target: float = 2.0) -> list[tuple[float, floa
     Beta and gamma are multiples of ``step`` above 1, and alpha is what the constraint leaves for it.
 
     Raises:
-        ValueError: For a step that is not positive or leaves one candidate only.
+        ValueError: For a step below 0.01, or one that leaves one candidate only.
     """
-    if step <= 0:
-        raise ValueError(f"step is {step}: expected a positive number")
+    if not step >= 0.01:  # it may be no number; 0.01 makes a thousand candidates
+        raise ValueError(f"step is {step}: expected at least 0.01")
     count = math.floor((math.sqrt(target) - 1) / step + 1e-9)
     values = [1 + step * index for index in range(count + 1)]
     found = [(target / (beta * gamma) ** 2, beta, gamma) for beta in values for gamma in values]
@@ -137,8 +137,8 @@ def compare(
     if note:
         print(note, flush=True)  # before hours of training
     results = _train(networks, configs, options, out, seeds, jobs, "test/acc")
-    lines = ["| scaled by | budget | depth | width | pixels | parameters | MACs | test accuracy | each seed |"]
-    lines += ["|---" * 9 + "|"]
+    columns = "scaled by", "budget", "depth", "width", "pixels", "parameters", "MACs", "test accuracy", "each seed"
+    lines = [f"| {' | '.join(columns)} | test loss |", "|---" * 10 + "|"]
     series: dict[str, list[tuple[float, float, float]]] = {way: [] for way in ways}
     for name, (scaling, phi) in networks.items():
         way, _, budget = name.partition("_")
@@ -149,7 +149,8 @@ def compare(
         )
         lines.append(
             f"| {way} | {budget} | {scale.depth:.2f} | {scale.width:.2f} | {scaling.side(phi)} | {cost.parameters:,} | "
-            f"{cost.macs:,} | {_percent(accuracies)} | {', '.join(f'{100 * value:.2f}' for value in accuracies)} |"
+            f"{cost.macs:,} | {_percent(accuracies)} | {', '.join(f'{100 * value:.2f}' for value in accuracies)} | "
+            f"{mean(results[name]['test/loss']):.4f} |"
         )
         for points in series.values() if way == "base" else [series[way]]:
             points.append((cost.macs / 1e6, *_spread(accuracies)))

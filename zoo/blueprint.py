@@ -1,0 +1,100 @@
+"""A configuration that is read and not run: what ``zoo cost`` counts, and what the scaling commands scale."""
+
+import sys
+from collections.abc import Iterable
+from types import ModuleType
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+
+from zoo import mistakes
+from zoo.cost import count
+from zoo.mistakes import Mistake
+from zoo.run import LightningArgumentParser, ZooCLI, launch
+
+
+def cost(configs: list[str], options: list[str], strict: bool, packages: Iterable[ModuleType]) -> str:
+    """What ``zoo cost`` prints: parameters and operations of the model that ``zoo fit`` would train.
+
+    The model is built on the meta device, where tensors have no memory. Arguments: see :func:`zoo.run.run`.
+    """
+    cli = launch(Blueprint, "fit", configs, options, strict, packages)
+    name = cli.config.fit.model.class_path.split(".")[-1]
+    try:
+        cli.ask_data()
+    except (OSError, ValueError) as error:
+        classes = cli.config.fit.model.init_args.num_classes
+        told = f"counted with num_classes {classes}, since the data does not say: {mistakes.root_cause(error)}"
+        print(f"zoo: {told}", file=sys.stderr)
+    try:
+        model = cli.build_model("meta")
+        shape = getattr(model, "input_shape", None)
+        if shape is None:
+            raise Mistake(f"{name} does not say what images it takes: give it an input_shape, (C, H, W)")
+        found = count(model, shape)
+    except Exception as error:
+        reason = mistakes.root_cause(error)
+        if not isinstance(reason, RuntimeError | TypeError) or "meta" not in str(reason):
+            raise
+        line = str(reason).split("\n")[0]
+        raise Mistake(
+            f"{name} looks at values, and on the meta device tensors have none: count it with zoo.cost.count. {line}"
+        ) from error
+    part = "the forward pass" if found.macs == found.training_macs else "the part of it that training computes"
+    return "\n".join(
+        [
+            f"{name}, images of {' x '.join(map(str, shape))}",
+            f"parameters      {found.parameters:,}",
+            f"forward MACs    {found.macs:,} an image",
+            f"training FLOPs  {found.training_flops:,} an image, three times {part}",
+        ]
+    )
+
+
+def configuration(configs: list[str], options: list[str], strict: bool, packages: Iterable[ModuleType]) -> Namespace:
+    """Model and data as ``zoo fit`` would build them, with the data's number of classes.
+
+    Arguments: see :func:`zoo.run.run`.
+    """
+    cli = launch(Blueprint, "fit", configs, options, strict, packages)
+    cli.ask_data()
+    return Namespace({key: cli.config.fit[key] for key in ("model", "data")})
+
+
+class Blueprint(ZooCLI):
+    """Reads a configuration as ``zoo fit`` does, though it may lack data; builds the model if asked, runs nothing."""
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        parser.add_lightning_class_args(self._model_class, "model", subclass_mode=True)
+        parser.add_lightning_class_args(self._datamodule_class, "data", subclass_mode=True, required=False)
+
+    def _set_seed(self) -> None:
+        pass
+
+    def before_instantiate_classes(self) -> None:
+        pass
+
+    def instantiate_classes(self) -> None:
+        pass
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+    def ask_data(self) -> None:
+        """Takes the number of classes from the data, if there is some and the model has classes."""
+        config = self.config[str(self.subcommand)]
+        if config.get("data") is not None and "num_classes" in config.model.get("init_args", {}):
+            self.datamodule = self._instantiate(Namespace(data=config.data)).data
+            self._count_classes(config.model)
+
+    def build_model(self, device: str) -> Any:
+        """The model, without its weights."""
+        config = self.config[str(self.subcommand)]
+        for name, value in {"weights": None, "compile": False}.items():
+            if name in config.model.get("init_args", {}):
+                config.model.init_args[name] = value
+        with torch.device(device):
+            model = self._instantiate(Namespace(model=config.model)).model
+        return model.to(device)  # what came from elsewhere, such as a NumPy array

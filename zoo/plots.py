@@ -20,6 +20,7 @@ def lines(
         log_x: Whether x is drawn on a logarithmic scale.
     """
     from matplotlib.figure import Figure  # here: it takes a third of a second to import
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.subplots()
@@ -28,6 +29,9 @@ def lines(
         axes.errorbar(x, y, error, marker=marker, markersize=5, capsize=3, linewidth=1.4, label=name)
     if log_x:
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))  # 2, and not 2 x 10^0
+        axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.grid(alpha=0.3)

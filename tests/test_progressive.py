@@ -355,12 +355,12 @@ def test_a_compiled_efficientnet_learns_the_same_in_stages():
     def learned(compiled: bool) -> torch.Tensor:
         torch.manual_seed(0)
         module = EfficientNetClassifier(
-            phi=0, width=0.25, stem_stride=1, image_size=16, dropout=0.0, drop_path=0.0, lr=1e-3, **SMALL
+            phi=0, width=0.25, stem_stride=1, image_size=24, dropout=0.0, drop_path=0.0, lr=1e-3, **SMALL
         )
         if compiled:
             module.backbone.compile(backend="aot_eager", fullgraph=True)
-        datamodule = DigitsDataModule(image_size=16, batch_size=64)
-        fit(ProgressiveLearning(2, image_size=(8, 16)), module, datamodule, epochs=2, limit_train_batches=2)
+        datamodule = DigitsDataModule(image_size=24, batch_size=64)
+        fit(ProgressiveLearning(2, image_size=(16, 24)), module, datamodule, epochs=2, limit_train_batches=2)
         return module.head.weight.detach()
 
     torch.testing.assert_close(learned(True), learned(False), rtol=1e-4, atol=1e-5)

@@ -25,8 +25,8 @@ class EfficientNetClassifier(Classifier):
     """Compound-scaled convolutional classifier: EfficientNet B0 to B7, V2, or a network of any size by the rule.
 
     Batch: ``(images (B, C, H, W), labels (B,))``, or labels (B, classes) of 0 and 1 with ``multi_label``; images of any
-    size of at least the total stride, 32 pixels. Logs ``train/loss``, ``val/loss``, ``val/acc``, ``val/acc5``,
-    ``val/f1`` (macro) and the same for ``test``. Predicts class probabilities (B, classes).
+    size from the total stride on, which is 32 pixels, and 16 with ``stem_stride=1``. Logs ``train/loss``, ``val/loss``,
+    ``val/acc``, ``val/acc5``, ``val/f1`` (macro) and the same for ``test``. Predicts class probabilities (B, classes).
 
     Args:
         variant: A published network: "b0" to "b7", or EfficientNetV2's "v2_s", "v2_m", "v2_l".

@@ -7,16 +7,26 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from datamodules.coco import CocoDetectionDataModule
     from datamodules.digits import DigitsDataModule
     from datamodules.folder import ImageFolderDataModule
+    from datamodules.shapes import ShapesDetectionDataModule
     from datamodules.torchvision_sets import TorchvisionDataModule
 
-__all__ = ["DigitsDataModule", "ImageFolderDataModule", "TorchvisionDataModule"]
+__all__ = [
+    "CocoDetectionDataModule",
+    "DigitsDataModule",
+    "ImageFolderDataModule",
+    "ShapesDetectionDataModule",
+    "TorchvisionDataModule",
+]
 
 # The registry: exported name -> submodule. `zoo list` prints it, `zoo.cli` imports it.
 _EXPORTS = {
+    "CocoDetectionDataModule": "coco",
     "DigitsDataModule": "digits",
     "ImageFolderDataModule": "folder",
+    "ShapesDetectionDataModule": "shapes",
     "TorchvisionDataModule": "torchvision_sets",
 }
 

@@ -13,7 +13,7 @@ import math
 import os
 import random
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, Protocol
 
@@ -38,11 +38,21 @@ class Samples(Protocol):
 
     Images are uint8 tensors (C, H, W), labels integers from 0. Optional attributes:
     ``names``, what each sample is called (a file name); ``unreadable``, a shared uint8 tensor that marks samples which
-    could not be read; ``random = False`` when making a sample involves no chance, so that seeding can be left out.
+    could not be read; ``random = False`` when making a sample involves no chance, so that seeding can be left out;
+    ``in_batch(seed)``, the same samples as they are made in one batch, for choices that a whole batch shares: ``seed``
+    is a function of the data module's seed, the epoch and the batch's number, and the same on every rank.
     """
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Any: ...
+
+
+class Keys(list[Key]):
+    """The keys of one rank's share of a batch, and the number of that batch in its epoch."""
+
+    def __init__(self, keys: Iterable[Key], batch: int) -> None:
+        super().__init__(keys)
+        self.batch = batch
 
 
 def mix(*values: int) -> int:
@@ -96,7 +106,12 @@ class BatchOrder(DistributedSampler[Any], SequentialSampler):
             evaluation, and batches may be smaller than ``batch_size``.
         repeats: Each sample comes this often in a row, spread over ranks, the epoch's length unchanged: an epoch then
             sees ``size / repeats`` samples (repeated augmentation, Hoffer et al. 2020, as used by DeiT).
+        groups: (size,) the group of each sample, for batches of samples alike (in shape, say). The shuffled order is
+            cut into chunks of ``chunk`` batches; each is sorted by group, and its batches are shuffled. Within a chunk,
+            only a batch where two groups meet is mixed. Without ``shuffle`` this changes nothing.
     """
+
+    chunk = 64
 
     def __init__(
         self,
@@ -108,14 +123,18 @@ class BatchOrder(DistributedSampler[Any], SequentialSampler):
         shuffle: bool = False,
         drop_last: bool = False,
         repeats: int = 1,
+        groups: np.ndarray | None = None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}: expected at least 1")
         if repeats < 1:
             raise ValueError(f"repeats is {repeats}: expected at least 1")
+        if repeats > 1 and groups is not None:
+            raise ValueError(f"repeats is {repeats}: expected 1 where samples are grouped")
         total = batch_size * world_size
         self.size, self.batch_size, self.repeats = size, batch_size, repeats
         self.rank, self.world_size, self.seed, self.shuffle = rank, world_size, seed, shuffle
+        self.groups = groups
         self.batches = size // total if drop_last else math.ceil(size / total)
         self.used = self.batches * total if drop_last else size
         self.epoch = 0
@@ -132,15 +151,34 @@ class BatchOrder(DistributedSampler[Any], SequentialSampler):
             return np.arange(self.used) // self.repeats
         generator = torch.Generator().manual_seed(mix(self.seed, epoch))
         permutation = torch.randperm(self.size, generator=generator).numpy()
+        if self.groups is not None:
+            return self._grouped(permutation[: self.used], self.groups, generator)
         return permutation[np.arange(self.used) // self.repeats]
+
+    def _grouped(self, order: np.ndarray, groups: np.ndarray, generator: torch.Generator) -> np.ndarray:
+        """An order's samples, rearranged within chunks so that batches hold samples of one group, if possible."""
+        arranged = np.empty_like(order)
+        for first in range(0, self.batches, self.chunk):
+            last = min(first + self.chunk, self.batches)
+            part = order[self._start(first) : self._start(last)]
+            part = part[np.argsort(groups[part], kind="stable")]
+            taken = 0  # batches differ in size by one, so they are filled in a random order rather than moved
+            for batch in (first + torch.randperm(last - first, generator=generator)).tolist():
+                start, end = self._start(batch), self._start(batch + 1)
+                arranged[start:end] = part[taken : taken + end - start]
+                taken += end - start
+        return arranged
+
+    def _start(self, batch: int) -> int:
+        """Where in the global order a batch begins."""
+        shorter, longer = divmod(self.used, self.batches)  # the first `longer` batches have one sample more
+        return batch * shorter + min(batch, longer)
 
     def positions(self, batch: int) -> range:
         """Where in the global order this rank's share of a batch lies."""
-        shorter, longer = divmod(self.used, self.batches)  # the first `longer` batches have one sample more
-        start = batch * shorter + min(batch, longer)
-        return range(start + self.rank, start + shorter + (batch < longer), self.world_size)
+        return range(self._start(batch) + self.rank, self._start(batch + 1), self.world_size)
 
-    def keys_of_batch(self, batch: int, epoch: int | None = None) -> list[Key]:
+    def keys_of_batch(self, batch: int, epoch: int | None = None) -> Keys:
         """This rank's keys of one batch; of the current epoch if none is given."""
         epoch = self.epoch if epoch is None else epoch
         return self._keys(batch, epoch, self.order(epoch))
@@ -149,10 +187,11 @@ class BatchOrder(DistributedSampler[Any], SequentialSampler):
         """This rank's sample indices of one batch; of the current epoch if none is given."""
         return [index for _, _, index in self.keys_of_batch(batch, epoch)]
 
-    def _keys(self, batch: int, epoch: int, order: np.ndarray) -> list[Key]:
-        return [(epoch, position % self.repeats, int(order[position])) for position in self.positions(batch)]
+    def _keys(self, batch: int, epoch: int, order: np.ndarray) -> Keys:
+        keys = ((epoch, position % self.repeats, int(order[position])) for position in self.positions(batch))
+        return Keys(keys, batch)
 
-    def __iter__(self) -> Iterator[list[Key]]:  # type: ignore[override]  # whole batches of keys, not indices
+    def __iter__(self) -> Iterator[Keys]:  # type: ignore[override]  # whole batches of keys, not indices
         epoch, order = self.epoch, self.order(self.epoch)
         for batch in range(self.batches):
             yield self._keys(batch, epoch, order)
@@ -187,19 +226,27 @@ class SeededBatches(Dataset[list[Any]]):
         return len(self.samples)
 
     def __getitem__(self, keys: list[Key]) -> list[Any]:
+        samples = self._samples_for(keys)
         if not getattr(self.samples, "random", True):
-            made = [self._make(key) for key in keys]
+            made = [self._make(samples, key) for key in keys]
         else:
             with isolated_randomness():
-                made = [self._make(key) for key in keys]
+                made = [self._make(samples, key) for key in keys]
         kept = [sample for sample in made if sample is not None]
         if not kept:
             raise ValueError(f"none of a batch's {len(keys)} images can be read, {self.name(keys[0][2])} the first")
         return kept
 
-    def _make(self, key: Key) -> Any:
-        epoch, copy, index = key
+    def _samples_for(self, keys: list[Key]) -> Samples:
+        """The samples as they are made in the epoch of these keys, and in their batch."""
+        epoch = keys[0][0]
         samples = next((made for first, made in self.stages.items() if first <= epoch), self.samples)
+        if isinstance(keys, Keys) and hasattr(samples, "in_batch"):
+            return samples.in_batch(mix(self.seed, epoch, keys.batch))
+        return samples
+
+    def _make(self, samples: Samples, key: Key) -> Any:
+        epoch, copy, index = key
         for attempt in range(self.attempts if self.substitute else 1):
             seed = mix(self.seed, epoch, copy, index, attempt)
             if getattr(samples, "random", True):
@@ -304,6 +351,14 @@ class ImageDataModule(LightningDataModule):
         """What makes, of the training samples, those with some of ``stage_settings`` replaced."""
         raise NotImplementedError
 
+    def groups(self, samples: Samples) -> np.ndarray | None:
+        """(N,) the group of each training sample, if batches are to hold samples alike: see :class:`BatchOrder`."""
+        return None
+
+    def collate(self) -> Callable[[list[Any]], Any]:
+        """The function that makes a batch of its samples. Workers get it by pickling, where they are not forked."""
+        return default_collate
+
     @property
     def num_classes(self) -> int:
         """Number of classes. Unlabelled data has no such attribute."""
@@ -351,6 +406,7 @@ class ImageDataModule(LightningDataModule):
             shuffle=training and not getattr(trainer, "overfit_batches", 0),
             drop_last=training and self.drop_last,
             repeats=self.repeats if training else 1,
+            groups=self.groups(samples) if training else None,
         )
         if len(order) == 0 or len(samples) < world_size:
             raise ValueError(
@@ -371,7 +427,7 @@ class ImageDataModule(LightningDataModule):
             ),
             batch_size=None,  # the order yields whole batches
             sampler=order,
-            collate_fn=default_collate,
+            collate_fn=self.collate(),
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=torch.accelerator.is_available(),

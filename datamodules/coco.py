@@ -1,0 +1,318 @@
+"""Your own boxes, as COCO keeps them: ``CocoDetectionDataModule(root)``, of a JSON file and a folder of images a split.
+
+``root`` may be COCO's own folder, or any other with, for a split ``train``, ``val`` (or ``valid``, ``validation``) and
+``test``, one of
+
+- ``annotations/instances_train*.json`` or ``annotations/train.json``;
+- ``train/_annotations.coco.json`` (as Roboflow exports) or ``train/annotations.json`` (as :func:`export_coco` does);
+- ``train.json``.
+
+The images lie beside the file, in ``images`` there, or in a folder of the split's name (``train2017`` for
+``instances_train2017.json``) beside the file or one level up, possibly within ``images``. All else can be said by
+``train_annotations`` and ``train_images``, and so on.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from datamodules import listing
+from datamodules._lightning import rank_zero_warn
+from datamodules.annotations import Annotations, export_coco, read
+from datamodules.base import IMAGENET_MEAN, IMAGENET_STD, Split
+from datamodules.detection import DetectionDataModule, RawSamples
+from datamodules.detection_transforms import Target
+from datamodules.folder import ImageFiles, OnError
+from datamodules.images import UnreadableImageError, decode
+
+__all__ = ["CocoDetectionDataModule", "CocoSamples", "export_coco"]
+
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
+LAYOUTS = (
+    "annotations/instances_{}*.json",
+    "annotations/{}.json",
+    "{}/_annotations.coco.json",
+    "{}/annotations.json",
+    "{}.json",
+)
+
+
+class CocoSamples:
+    """``(image, target)``: uint8 (3, h, w), upright, and its boxes, labels, iscrowd, area and image_id.
+
+    Args:
+        folder: Where the images lie.
+        annotations: Their boxes.
+        category_ids: By label, the category's id.
+        on_error: "raise" raises :class:`UnreadableImageError` for a file that cannot be read, or that has another size
+            than its annotations say; "skip" gives None for it, and marks it in ``unreadable``.
+    """
+
+    random = False
+
+    def __init__(
+        self, folder: Path, annotations: Annotations, category_ids: Sequence[int], on_error: OnError = "raise"
+    ) -> None:
+        self.folder, self.annotations, self.names = folder, annotations, annotations.names
+        self.labels = np.searchsorted(np.asarray(category_ids), annotations.categories)
+        self.sizes = annotations.sizes if annotations.sizes.all() else None
+        self.unreadable: Tensor | None = None
+        if on_error == "skip":
+            self.unreadable = torch.zeros(len(annotations), dtype=torch.uint8).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.annotations)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Target] | None:
+        try:
+            image = self._read(index)
+        except UnreadableImageError:
+            if self.unreadable is None:
+                raise
+            self.unreadable[index] = 1
+            return None
+        part = slice(*self.annotations.offsets[index : index + 2].tolist())
+        return F.pil_to_tensor(image), {
+            "boxes": torch.from_numpy(self.annotations.boxes[part].copy()),
+            "labels": torch.from_numpy(self.labels[part].copy()),
+            "iscrowd": torch.from_numpy(self.annotations.iscrowd[part].copy()),
+            "area": torch.from_numpy(self.annotations.area[part].copy()),
+            "image_id": int(self.annotations.image_ids[index]),
+        }
+
+    def _read(self, index: int) -> Image.Image:
+        path = self.folder / str(self.names[index])
+        image = decode(path, channels=3)
+        height, width = self.annotations.sizes[index].tolist()
+        if height and width and (image.height, image.width) != (height, width):
+            turned = (image.height, image.width) == (width, height)
+            raise UnreadableImageError(
+                f"{path} is {image.width}x{image.height} pixels, but {width}x{height} in {self.annotations.path}"
+                + (
+                    ": its sides are swapped, as if its boxes had been drawn before its EXIF orientation was applied. "
+                    "Draw them upright, or take the orientation out of the file"
+                    if turned
+                    else ": its boxes belong to another size of it"
+                )
+            )
+        return image
+
+
+class CocoDetectionDataModule(DetectionDataModule):
+    """Images with boxes in COCO's format. See the top of this file for what ``root`` may hold.
+
+    Batches as :mod:`datamodules.detection` says. Labels run from 0 in the order of the categories' ids; ``classes`` and
+    ``category_ids`` are in that order, and in every checkpoint. Crowd regions and images without boxes are kept.
+
+    Args:
+        root: The folder that the other paths are relative to. If none of the annotations is given, they are looked for
+            in it. It may be missing if there is a ``predict_root``, for prediction away from the data.
+        train_annotations, val_annotations, test_annotations: JSON files. That of the test may have no annotations, for
+            prediction.
+        train_images, val_images, test_images: Folders that the files' ``file_name`` is relative to. None: looked for.
+        predict_root: For prediction, a folder, searched at any depth, or one image. None: the test images. Their
+            targets have no boxes, and as ``image_id`` the number in the order of names.
+        category_ids: Categories to detect; boxes of others are left out. None: all of the training file, or if there
+            is none, of the next.
+        keep_empty: Whether to train on images without boxes (or of crowds alone) too, on which nothing is to be found.
+        on_error: What happens at a file that cannot be read, or whose size is not what its annotations say. "raise"
+            stops and names it. "skip" goes on without it, as for :class:`datamodules.ImageFolderDataModule`.
+        batch_size, image_size, max_size, short_sides, square, hflip, scale_jitter, iou_crop, photometric,
+            pad_multiple, size_buckets, group_by_aspect, num_workers, seed, mean, std, drop_last: See
+            :class:`datamodules.detection.DetectionDataModule`.
+
+    Raises:
+        FileNotFoundError: If a file or folder is missing; from ``setup``, if images are.
+        ValueError: If an annotation file is not as it should be (:func:`datamodules.annotations.read`), or means
+            something else by a category than the first, or has none of ``category_ids``.
+    """
+
+    def __init__(
+        self,
+        root: str = ".",
+        train_annotations: str | None = None,
+        train_images: str | None = None,
+        val_annotations: str | None = None,
+        val_images: str | None = None,
+        test_annotations: str | None = None,
+        test_images: str | None = None,
+        predict_root: str | None = None,
+        category_ids: Sequence[int] | None = None,
+        keep_empty: bool = True,
+        on_error: OnError = "raise",
+        batch_size: int = 16,
+        image_size: int | None = 800,
+        max_size: int | None = 1333,
+        short_sides: Sequence[int] | None = None,
+        square: int | None = None,
+        hflip: float = 0.5,
+        scale_jitter: tuple[float, float] | None = None,
+        iou_crop: float = 0.0,
+        photometric: float = 0.0,
+        pad_multiple: int = 32,
+        size_buckets: Sequence[tuple[int, int]] | None = None,
+        group_by_aspect: bool = True,
+        num_workers: int | None = None,
+        seed: int = 0,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        drop_last: bool = True,
+    ) -> None:
+        if on_error not in ("raise", "skip"):
+            raise ValueError(f"unknown on_error {on_error!r}: expected raise or skip")
+        super().__init__(
+            batch_size=batch_size,
+            image_size=image_size if square is None else None,
+            max_size=max_size if square is None else None,
+            short_sides=short_sides,
+            square=square,
+            hflip=hflip,
+            scale_jitter=scale_jitter,
+            iou_crop=iou_crop,
+            photometric=photometric,
+            pad_multiple=pad_multiple,
+            size_buckets=size_buckets,
+            group_by_aspect=group_by_aspect,
+            num_workers=num_workers,
+            seed=seed,
+            mean=mean,
+            std=std,
+            drop_last=drop_last,
+        )
+        self.root, self.predict_root = Path(root), predict_root
+        self.keep_empty, self.on_error = keep_empty, on_error
+        given = {"train": train_annotations, "val": val_annotations, "test": test_annotations}
+        folders = {"train": train_images, "val": val_images, "test": test_images}
+        self.files = {split: self.root / path for split, path in given.items() if path is not None}
+        self.folders = {split: self.root / path for split, path in folders.items() if path is not None}
+        self.files = self.files or dict(_annotation_files(self.root))
+        if not self.files and predict_root is None:
+            looked_for = ", ".join(layout.format("train") for layout in LAYOUTS)
+            there = listing.seen(self.root) if self.root.is_dir() else "there is no such folder"
+            raise FileNotFoundError(f"{self.root} has no annotations: looked for {looked_for}, or val or test; {there}")
+        self._annotations: dict[str, Annotations] = {}
+        self._category_names: dict[int, str] = {}
+        first = next(iter(self.files), None)
+        if first is not None and (predict_root is None or self.files[first].exists()):
+            self._choose(first, category_ids)
+
+    def raw_samples(self, split: Split) -> RawSamples | None:
+        if split == "predict":
+            if self.predict_root is None:
+                return None
+            return ImageFiles.under(self.predict_root, F.pil_to_tensor, on_error=self.on_error)
+        if split not in self.files:
+            return None
+        annotations = self._read(split).with_categories(self.category_ids)
+        if split == "train":
+            if annotations.iscrowd.all():
+                raise ValueError(f"{annotations.path} has no boxes of {listing.some(self.classes or [])} to train on")
+            annotations = annotations if self.keep_empty else annotations.not_empty()
+        folder = self._folder(split, annotations)
+        self._check_there(split, folder, annotations.names)
+        return CocoSamples(folder, annotations, self.category_ids, self.on_error)
+
+    def setup(self, stage: str) -> None:
+        """Looks at a stage's annotations and images, so that what is missing is said before anything starts."""
+        splits: dict[str, list[Split]] = {"fit": ["train", "val"], "validate": ["val"], "test": ["test"]}
+        for split in splits.get(stage, ["predict"]):
+            self.samples(split)
+        if stage == "fit" and "train" in self.files and self.files["train"] == self.files.get("val"):
+            rank_zero_warn(f"train and val have one file, {self.files['train']}: validation is on training images")
+
+    # Categories.
+
+    def _choose(self, first: str, category_ids: Sequence[int] | None) -> None:
+        self._category_names = self._read(first).category_names
+        chosen = self._category_names if category_ids is None else category_ids
+        if unknown := [i for i in chosen if i not in self._category_names]:
+            there = listing.some([f"{i} ({name})" for i, name in self._category_names.items()])
+            raise ValueError(f"category_ids has {unknown}: {self.files[first]} has {there}")
+        if not chosen:
+            raise ValueError("category_ids is empty: expected ids of categories, or null for all")
+        self.category_ids = sorted(set(chosen))
+        self.classes = [self._category_names[i] for i in self.category_ids]
+
+    def _read(self, split: str) -> Annotations:
+        """A split's annotations; their categories are those of the first file, or some of them."""
+        if split not in self._annotations:
+            path = self.files[split]
+            found = read(path, need_annotations=split != "test")
+            known = self._category_names or found.category_names
+            used = set(np.unique(found.categories).tolist())
+            for i, name in found.category_names.items():
+                if known.get(i, name) != name or (i not in known and i in used):
+                    theirs = f"is {known[i]}" if i in known else "is missing"
+                    raise ValueError(
+                        f"{path}: category {i} is {name}, but {theirs} in {self.files[next(iter(self.files))]}"
+                    )
+            self._annotations[split] = found
+        return self._annotations[split]
+
+    # Images.
+
+    def _folder(self, split: str, annotations: Annotations) -> Path:
+        if split in self.folders:
+            folder = self.folders[split]
+            if not folder.is_dir():
+                raise FileNotFoundError(f"{folder}: no such folder; {split}_images has to be one")
+            return folder
+        first = str(annotations.names[0])
+        folders = list(_image_folders(self.files[split]))
+        for folder in folders:
+            if (folder / first).is_file():
+                return folder
+        raise FileNotFoundError(
+            f"{first}, the first image of {self.files[split]}, is in none of {', '.join(map(str, folders))}: set "
+            f"{split}_images to the folder that it is in"
+        )
+
+    def _check_there(self, split: str, folder: Path, names: np.ndarray) -> None:
+        """Looks for all images, by one listing of each folder."""
+        parents: dict[str, set[str]] = {}
+        missing = []
+        for name in map(str, names):
+            parent, _, base = name.rpartition("/")
+            if parent not in parents:
+                parents[parent] = set(os.listdir(folder / parent)) if (folder / parent).is_dir() else set()
+            if base not in parents[parent]:
+                missing.append(name)
+        if not missing:
+            return
+        first, hint = missing[0], ""
+        base = first.rpartition("/")[2]
+        for other, path in self.folders.items():
+            if (path / first).is_file():
+                hint = f". {first} is in {path}, which is given as {other}_images"
+        if "/" in first and (folder / base).is_file():
+            hint = f". {base} is there without its folder: set {split}_images to the one that {first} is in"
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(names)} images of {self.files[split]} are not in {folder}: "
+            f"{listing.some(missing)}{hint}"
+        )
+
+
+def _annotation_files(root: Path) -> Iterator[tuple[str, Path]]:
+    """The splits that there are, and the annotation file of each."""
+    for split in SPLITS:
+        patterns = (layout.format(name) for layout in LAYOUTS for name in listing.SPLIT_FOLDERS[split])
+        found = sorted({path for pattern in patterns for path in root.glob(pattern)})
+        if len(found) > 1:
+            raise ValueError(f"{root} has {' and '.join(map(str, found))}: say which is {split}_annotations")
+        if found:
+            yield split, found[0]
+
+
+def _image_folders(file: Path) -> Iterator[Path]:
+    """Where the images of an annotation file may lie, most likely first."""
+    name = file.stem.removeprefix("instances_").removeprefix("image_info_")
+    yield from (file.parent, file.parent / "images")
+    for base in (file.parent, file.parent.parent):
+        yield from (base / name, base / "images" / name)
+    yield from (file.parent.parent, file.parent.parent / "images")

@@ -1,0 +1,247 @@
+"""What all detection data sets share: images and boxes together, and batches of images that differ in size.
+
+    raw_samples(split) -> (image, target) -> DetectionTransform, in the worker -> pad_batch
+                       -> on_after_batch_transfer: float32, normalised, padding 0
+
+A target is a dict. A data set's own file gives ``boxes`` float32 (n, 4), xyxy in pixels, and ``labels`` int64 (n,) from
+0, and may give ``iscrowd`` bool (n,), ``area`` float32 (n,) in pixels squared, ``image_id``, and other tensors with an
+entry for each box. A batch's targets have all of these, and ``size`` and ``orig_size``, (height, width) of the image in
+the batch without its padding, and of the image as it was. Boxes are pixels of the image in the batch, areas of the
+image as it was.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import zip_longest
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datamodules import transforms
+from datamodules.base import IMAGENET_MEAN, IMAGENET_STD, ImageDataModule, Samples, Split
+from datamodules.detection_transforms import DetectionTransform, Target, pad_batch
+
+
+class RawSamples(Protocol):
+    """What a data set's file provides: ``raw[index]`` is ``(image, target)``, or None if unreadable.
+
+    Images are uint8 tensors (3, h, w). Without a target, an image is one to predict. Optional attributes: ``names``,
+    ``unreadable`` and ``random`` as :class:`datamodules.base.Samples` has them; ``sizes`` (N, 2), (height, width) of
+    each image, for ``group_by_aspect``.
+    """
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Any: ...
+
+
+class DetectionSamples:
+    """A data set's samples, transformed, with all that a target may say."""
+
+    def __init__(self, raw: RawSamples, transform: DetectionTransform) -> None:
+        self.raw, self.transform = raw, transform
+        self.names, self.unreadable = getattr(raw, "names", None), getattr(raw, "unreadable", None)
+        self.random = transform.training or getattr(raw, "random", False)
+
+    def __len__(self) -> int:
+        return len(self.raw)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Target] | None:
+        sample = self.raw[index]
+        if sample is None:
+            return None
+        image, target = sample if isinstance(sample, tuple) else (sample, {})
+        target = {"image_id": index, "orig_size": (image.shape[-2], image.shape[-1]), **target}
+        if "boxes" in target:
+            boxes = target["boxes"]
+            target.setdefault("iscrowd", torch.zeros(len(boxes), dtype=torch.bool))
+            target.setdefault("area", (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]))
+        image, target = self.transform(image, target)
+        return image, {**target, "size": (image.shape[-2], image.shape[-1])}
+
+    def in_batch(self, seed: int) -> "DetectionSamples":
+        """The samples at the short side that a batch has in multi-scale training."""
+        sides = self.transform.short_sides
+        return DetectionSamples(self.raw, self.transform.at(sides[seed % len(sides)])) if sides else self
+
+
+class DetectionDataModule(ImageDataModule):
+    """Loaders for detection. Batches ``(images (B, 3, H, W), targets)``, see the top of this file.
+
+    ``classes`` and ``category_ids`` give, by label, a class's name and what a results file says instead of the label;
+    ``size_ranges`` areas by name, (low, high) in pixels squared, for average precision by size (None: COCO's).
+
+    Args:
+        batch_size: Images per process and step.
+        image_size: Short side in pixels that images are resized to. None: they stay as they are.
+        max_size: What the long side may have at most; the short one is then shorter. None: anything.
+        short_sides: Multi-scale training: each training batch has a short side drawn from these, the same on all
+            ranks. ``image_size`` is then that of evaluation.
+        square: Side of a square that all images are resized to fit, and padded to, so that all batches have one shape.
+            In place of ``image_size``, ``max_size`` and ``short_sides``.
+        hflip: Probability of a horizontal flip.
+        scale_jitter, iou_crop, photometric: In training, see
+            :class:`datamodules.detection_transforms.DetectionTransform`.
+        pad_multiple: A batch's height and width are rounded up to a multiple of this.
+        size_buckets: (height, width) that batches are padded to, the smallest that fits, so that a compiled model sees
+            few shapes; in place of ``pad_multiple``. One of them has to hold ``max_size`` in both directions.
+        group_by_aspect: Training batches are of wide images or of others, as far as possible, which saves padding.
+        num_workers, seed, mean, std, drop_last: See :class:`datamodules.base.ImageDataModule`.
+
+    Raises:
+        ValueError: For values out of range, or that contradict each other.
+    """
+
+    stage_settings = ("image_size", "max_size", "short_sides", "hflip", "scale_jitter", "iou_crop", "photometric")
+    category_ids: list[int]
+    size_ranges: dict[str, tuple[float, float]] | None = None
+
+    def __init__(
+        self,
+        batch_size: int = 16,
+        image_size: int | None = None,
+        max_size: int | None = None,
+        short_sides: Sequence[int] | None = None,
+        square: int | None = None,
+        hflip: float = 0.0,
+        scale_jitter: tuple[float, float] | None = None,
+        iou_crop: float = 0.0,
+        photometric: float = 0.0,
+        pad_multiple: int = 32,
+        size_buckets: Sequence[tuple[int, int]] | None = None,
+        group_by_aspect: bool = False,
+        num_workers: int | None = None,
+        seed: int = 0,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        drop_last: bool = True,
+    ) -> None:
+        super().__init__(
+            batch_size=batch_size, num_workers=num_workers, seed=seed, mean=mean, std=std, drop_last=drop_last
+        )
+        if pad_multiple < 1:
+            raise ValueError(f"pad_multiple is {pad_multiple}: expected at least 1")
+        if square is not None:
+            given = {
+                "image_size": image_size,
+                "max_size": max_size,
+                "short_sides": short_sides,
+                "size_buckets": size_buckets,
+            }
+            if names := [name for name, value in given.items() if value is not None]:
+                raise ValueError(f"square and {' and '.join(names)} are given: expected one way to say the size")
+            image_size = max_size = square
+            size_buckets = [(square, square)]
+        self.sizes = [(int(height), int(width)) for height, width in size_buckets or ()]
+        self.train_options: dict[str, Any] = {
+            "image_size": image_size,
+            "max_size": max_size,
+            "short_sides": short_sides,
+            "hflip": hflip,
+            "scale_jitter": scale_jitter,
+            "iou_crop": iou_crop,
+            "photometric": photometric,
+        }
+        self.train_transform = self._training(self.train_options)
+        self.eval_transform = DetectionTransform(image_size=image_size, max_size=max_size)
+        self.pad_multiple, self.group_by_aspect = pad_multiple, group_by_aspect
+        self._samples: dict[Split, DetectionSamples | None] = {}
+        self._reported: dict[Split, int] = {}
+
+    def raw_samples(self, split: Split) -> RawSamples | None:
+        """The samples of one split as they are, or None if there is no such split: what a subclass says."""
+        raise NotImplementedError
+
+    def samples(self, split: Split) -> DetectionSamples | None:
+        if split not in self._samples:
+            raw = self.raw_samples(split)
+            transform = self.train_transform if split == "train" else self.eval_transform
+            self._samples[split] = None if raw is None else DetectionSamples(raw, transform)
+        return self._samples[split]
+
+    def in_stage(self, settings: dict[str, Any]) -> Callable[[Any], Samples]:
+        transform = self._training(self.train_options | settings)
+        return partial(_transformed, transform=transform)
+
+    def _training(self, options: dict[str, Any]) -> DetectionTransform:
+        longest = options["max_size"]
+        if self.sizes and (longest is None or not any(min(size) >= longest for size in self.sizes)):
+            raise ValueError(
+                f"max_size is {longest} and size_buckets are {self.sizes}: expected a max_size, and one bucket that "
+                "holds it in both directions, since a batch may have wide and tall images"
+            )
+        return DetectionTransform(training=True, **options)
+
+    def groups(self, samples: Samples) -> np.ndarray | None:
+        if not self.group_by_aspect:
+            return None
+        sizes = getattr(getattr(samples, "raw", None), "sizes", None)
+        if sizes is None:
+            raise ValueError("group_by_aspect: the training data does not say the sizes of its images; set it to false")
+        return sizes[:, 1] > sizes[:, 0]
+
+    def collate(self) -> Callable[[list[Any]], Any]:
+        return partial(pad_batch, multiple=self.pad_multiple, sizes=self.sizes)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """uint8 images (B, 3, H, W) become normalised float32, 0 where they are padded. Targets stay as they are."""
+        if self.trainer and self.trainer.training and self.trainer.is_last_batch:
+            self._report()
+        images, targets = batch
+        if images.dtype != torch.uint8:
+            return batch
+        images = transforms.normalize(transforms.to_float(images), self.mean, self.std)
+        for image, target in zip(images, targets, strict=True):  # sizes are Python's, so that nothing waits for them
+            height, width = target["size"]
+            image[:, height:] = 0
+            image[:, :height, width:] = 0
+        return images, targets
+
+    # What a checkpoint keeps: which label is which class.
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"classes": self.classes, "category_ids": getattr(self, "category_ids", None)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over a checkpoint's classes where there are none yet, as in prediction away from the data.
+
+        Raises:
+            ValueError: If a label means something else in the checkpoint than in this data.
+        """
+        saved, ids = state_dict.get("classes"), state_dict.get("category_ids")
+        if self.classes is None:
+            self.classes = saved
+            if ids is not None:
+                self.category_ids = ids
+            return
+        ours, theirs = _table(self.classes, getattr(self, "category_ids", None)), _table(saved, ids)
+        if saved is not None and ours != theirs:
+            label = next(i for i, (a, b) in enumerate(zip_longest(ours, theirs)) if a != b)
+            a, b = (table[label] if label < len(table) else "nothing" for table in (ours, theirs))
+            raise ValueError(
+                f"the checkpoint's {len(theirs)} classes are not this data's {len(ours)}: label {label} is {b} there "
+                f"and {a} here. To start from its weights with other classes, give it to the model as weights"
+            )
+
+    # What could not be read is reported after each training epoch and at the end of a run, as for folders.
+
+    def _report(self) -> None:
+        for split, samples in self._samples.items():
+            unreadable = getattr(samples, "unreadable", None)
+            if samples is not None and unreadable is not None and int(unreadable.sum()) > self._reported.get(split, 0):
+                self._reported[split] = int(unreadable.sum())
+                self.report_unreadable(samples)
+
+    def teardown(self, stage: str) -> None:
+        self._report()
+
+
+def _transformed(samples: DetectionSamples, transform: DetectionTransform) -> DetectionSamples:
+    return DetectionSamples(samples.raw, transform)
+
+
+def _table(classes: Sequence[str] | None, category_ids: Sequence[int] | None) -> list[str]:
+    """By label, a class's name and its category id, for comparing and for a message."""
+    names = [str(name) for name in classes or ()]
+    return [f"{name} (category {i})" for name, i in zip(names, category_ids or range(len(names)), strict=True)]

@@ -70,7 +70,7 @@ def test_every_requirement_has_its_reason(requirement):
 
 def test_every_package_that_is_imported_is_named():
     """Nothing may work only because another requirement happens to bring it along."""
-    modules = {"pillow": "PIL", "pyyaml": "yaml", "scikit-learn": "sklearn"}
+    modules = {"faster-coco-eval": "faster_coco_eval", "pillow": "PIL", "pyyaml": "yaml", "scikit-learn": "sklearn"}
     required = [re.match(r"[\w-]+", requirement)[0] for requirement in PROJECT["dependencies"]]
     named = {modules.get(name, name) for name in required} | {"pytorch_lightning"}  # which lightning requires
     own = {"zoo", "datamodules"}

@@ -1,0 +1,365 @@
+"""COCO's average precision as a torchmetrics Metric: exact, gathered once, every image counted once."""
+
+import gc
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from faster_coco_eval import COCO, COCOeval_faster
+from torch import Tensor
+from torchmetrics import Metric
+
+SIZE_RANGES = {"small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, 1e5**2)}  # COCO's
+ANY_SIZE = (0.0, 1e5**2)
+THRESHOLDS, RECALLS, AT_75 = 10, 101, 5  # IoU .50 to .95, recall 0 to 1, and where IoU .75 is
+
+
+class _Images(NamedTuple):
+    """Images with what was found and what is there, in columns: the rows of all images one after the other."""
+
+    ids: list[int | None]
+    found: np.ndarray  # (images,): how many rows of the next three are an image's
+    boxes: np.ndarray  # (n, 4), xyxy
+    scores: np.ndarray
+    labels: np.ndarray
+    there: np.ndarray  # (images,): how many rows of the next four are an image's
+    true_boxes: np.ndarray  # (m, 4), xyxy
+    true_labels: np.ndarray
+    crowd: np.ndarray
+    area: np.ndarray
+
+
+class CocoAveragePrecision(Metric):
+    """Average precision and recall of boxes as COCO computes them, by faster-coco-eval.
+
+    The protocol (Lin et al. 2014, "Microsoft COCO: Common Objects in Context"; as the COCO API's ``cocoeval.py`` has
+    it). In each image, and for each class by itself, the detections of highest score are kept, at most the largest of
+    ``max_detections``: a limit for an image *and* class, not for an image. From the best on, each takes the ground
+    truth box of highest IoU that is still free, if the IoU reaches a threshold, and is then right, else wrong. Over all
+    images, sorted by score (equal scores: by image id, then as they were given), precision at a recall is the highest
+    at that recall or above. AP is its mean over the 101 recalls 0, .01 ... 1, over the ten thresholds .50, .55 ... .95,
+    and over the classes; AR is the mean over thresholds and classes of the recall that all kept detections reach.
+
+    Crowds count neither for nor against: a detection without a match of its own may lie on one, beside others (its IoU
+    is then the share of the detection that the crowd covers), and is left out. So it is, within a size range, with
+    ground truth of other sizes, which is left out too, and with unmatched detections of other sizes.
+
+    A class without ground truth (crowds are none) is undefined and no part of a mean. Without detections, a class that
+    has ground truth has AP 0. Images without ground truth count: what is found in them is wrong.
+
+    Numbers are float64 throughout; what is given as float32 or bfloat16 is converted exactly. Boxes and areas are those
+    of the original image, in pixels, if size ranges are to mean what they say.
+
+    With several processes, :meth:`compute` is a collective: all call it, also those that saw no image. It gathers once,
+    evaluates on rank 0 and gives every rank the result. An image counts once, by its ``image_id``, however often a
+    sampler repeats it to make ranks even. Images without an id all count.
+
+    Args:
+        size_ranges: Name to lowest and highest area in pixels squared, both inclusive; ranges may overlap. None: COCO's
+            small (to 32²), medium (32² to 96²) and large.
+        classes: Names by label. None: the labels that occur, as text.
+        max_detections: Detections kept in an image and class, for which AR is computed. AP and what is by size go by
+            the largest.
+
+    Raises:
+        ValueError: In the constructor, for ranges, names or numbers that mean nothing. In ``update``, for what is
+            missing or has a wrong shape, type, device or value. In ``compute``, on all ranks, for an image id that
+            stands for different images.
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+
+    def __init__(
+        self,
+        size_ranges: Mapping[str, Sequence[float]] | None = None,
+        classes: Sequence[str] | None = None,
+        max_detections: Sequence[int] = (1, 10, 100),
+    ) -> None:
+        # There is no state that torchmetrics knows of, so that it has nothing to gather. Nor does it keep results: a
+        # rank that answered from its memory would leave the others waiting in the collective.
+        super().__init__(sync_on_compute=False, compute_with_cache=False)
+        ranges = SIZE_RANGES if size_ranges is None else size_ranges
+        for name, limits in ranges.items():
+            if len(limits) != 2 or not 0 <= limits[0] <= limits[1]:
+                raise ValueError(f"size range {name!r} is {limits}: expected a lowest and a highest area, 0 or more")
+        if classes is not None and len(set(classes)) < len(classes):
+            raise ValueError(f"classes are {list(classes)}: each name may occur once")
+        numbers = sorted(set(max_detections))
+        if not numbers or not all(isinstance(number, int) and number > 0 for number in numbers):
+            raise ValueError(f"max_detections is {max_detections}: expected one or more positive whole numbers")
+        self.size_ranges = {name: (float(low), float(high)) for name, (low, high) in ranges.items()}
+        self.classes = None if classes is None else list(classes)
+        self.max_detections = numbers
+        self._images: list[_Images] = []
+        self._per_class: dict[str, float] | None = None
+
+    def update(self, detections: Sequence[Mapping[str, Any]], targets: Sequence[Mapping[str, Any]]) -> None:
+        """Takes a batch of B images. It is copied to the CPU in one piece, whatever device it is on.
+
+        Args:
+            detections: B dicts with ``boxes`` (n, 4) xyxy, ``scores`` (n,) and ``labels`` (n,), integers from 0. Their
+                order matters where scores are equal only.
+            targets: B dicts with ``boxes`` (m, 4) xyxy and ``labels`` (m,); if there are any also ``iscrowd`` (m,), 0
+                or 1; ``area`` (m,) in pixels squared, COCO's of the segmentation, else that of the box; ``image_id``,
+                a whole number.
+        """
+        if len(detections) != len(targets):
+            raise ValueError(f"{len(detections)} detections for {len(targets)} targets: expected a dict for each image")
+        if not len(targets):
+            return
+        tensors = {}
+        for index, image in enumerate(detections):
+            name = f"detections[{index}]"
+            tensors[name] = _columns(image, name, ("boxes", "scores", "labels"))
+        for index, image in enumerate(targets):
+            name = f"targets[{index}]"
+            tensors[name] = _columns(image, name, ("boxes", "labels"), ("iscrowd", "area"))
+        arrays = _on_cpu(tensors)
+        for name, columns in arrays.items():
+            self._check_values(columns, name)
+        images = []
+        for index, target in enumerate(targets):
+            one, other = arrays[f"detections[{index}]"], arrays[f"targets[{index}]"]
+            found, there = len(one["boxes"]), len(other["boxes"])
+            crowd, area = other.get("iscrowd", np.zeros(there)), other.get("area", _sizes(other["boxes"]).prod(1))
+            detected = np.array([found]), one["boxes"], one["scores"], one["labels"]
+            true = np.array([there]), other["boxes"], other["labels"], crowd.astype(bool), area
+            images.append(_Images([_image_id(target, index)], *detected, *true))
+        self._images.append(_joined(images))
+
+    def forward(self, detections: Sequence[Mapping[str, Any]], targets: Sequence[Mapping[str, Any]]) -> None:
+        """As :meth:`update`. It returns nothing, since AP of a batch, or its mean over batches, is another figure."""
+        self.update(detections, targets)
+
+    def reset(self) -> None:
+        """Forgets the images. What :meth:`per_class` says stays until the next :meth:`compute`."""
+        super().reset()
+        self._images = []
+
+    def compute(self) -> dict[str, Tensor]:
+        """Scores of all images since the last reset, in [0, 1], or -1 where undefined; float64 (on MPS, float32).
+
+        ``ap``; ``ap50`` and ``ap75``, at that IoU alone; ``ap_<size>`` for each size range; ``ar<n>`` for each of
+        ``max_detections``; ``ar_<size>``.
+        """
+        self._images = [_joined(self._images)] if self._images else []
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            everywhere: list[list[_Images]] = [[] for _ in range(dist.get_world_size())]
+            dist.all_gather_object(everywhere, self._images)
+            outcome: list[Any] = [None]
+            if dist.get_rank() == 0:
+                try:
+                    outcome = [self._evaluate([images for rank in everywhere for images in rank])]
+                except Exception as error:  # whatever it is, the others would wait for what follows
+                    outcome = [ValueError(str(error))]
+            dist.broadcast_object_list(outcome, src=0)
+            if isinstance(outcome[0], ValueError):
+                raise outcome[0]
+            scores, self._per_class = outcome[0]
+        else:
+            scores, self._per_class = self._evaluate(self._images)
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        return {name: torch.tensor(score, dtype=dtype, device=self.device) for name, score in scores.items()}
+
+    def per_class(self) -> dict[str, float]:
+        """AP by class name, -1 where undefined, of what was last computed."""
+        if self._per_class is None:
+            raise RuntimeError("per_class() is of what was last computed: call compute() first")
+        return self._per_class
+
+    def _check_values(self, columns: dict[str, np.ndarray], where: str) -> None:
+        for key in ("boxes", "scores", "area"):
+            if key in columns and not np.isfinite(columns[key]).all():
+                raise ValueError(f"{where}[{key!r}] holds NaN or infinity: expected finite numbers")
+        classes = np.inf if self.classes is None else len(self.classes)
+        wrong = columns["labels"][(columns["labels"] < 0) | (columns["labels"] >= classes)]
+        if wrong.size:
+            known = "" if self.classes is None else f", {classes} classes are known"
+            raise ValueError(f"{where}['labels'] holds {wrong[0]}: labels run from 0{known}")
+
+    def _evaluate(self, parts: list[_Images]) -> tuple[dict[str, float], dict[str, float]]:
+        """The scores, and AP by class name, of images in the order of ranks."""
+        ranges, maxima = [ANY_SIZE, *self.size_ranges.values()], self.max_detections
+        curves, labels = _evaluate_images(_joined(parts), ranges, maxima) if parts else ({}, set())
+        none = np.empty((THRESHOLDS, RECALLS, 0, len(ranges), len(maxima)))
+        precision = np.concatenate([none, *(precision for precision, _ in curves.values())], axis=2)
+        recall = np.concatenate([none[:, 0], *(recall for _, recall in curves.values())], axis=1)
+        sizes = list(enumerate(self.size_ranges, start=1))
+        scores = {
+            "ap": _mean(precision[..., 0, -1]),
+            "ap50": _mean(precision[0, ..., 0, -1]),
+            "ap75": _mean(precision[AT_75, ..., 0, -1]),
+            **{f"ap_{name}": _mean(precision[..., index, -1]) for index, name in sizes},
+            **{f"ar{number}": _mean(recall[..., 0, index]) for index, number in enumerate(maxima)},
+            **{f"ar_{name}": _mean(recall[..., index, -1]) for index, name in sizes},
+        }
+        names = {label: str(label) for label in sorted(labels)} if self.classes is None else enumerate(self.classes)
+        by_class = {label: _mean(precision[..., 0, -1]) for label, (precision, _) in curves.items()}
+        return scores, {name: by_class.get(label, -1.0) for label, name in dict(names).items()}
+
+
+def _columns(
+    image: Mapping[str, Any], where: str, required: Sequence[str], optional: Sequence[str] = ()
+) -> dict[str, Tensor]:
+    """The tensors of an image, after a look at everything that can be seen without their values."""
+    missing = [key for key in required if image.get(key) is None]
+    if missing:
+        also = f", and if there are any {' and '.join(optional)}" if optional else ""
+        raise ValueError(f"{where} has no {' and no '.join(missing)}: expected {', '.join(required)}{also}")
+    columns = {key: image[key] for key in (*required, *optional) if image.get(key) is not None}
+    for key, column in columns.items():
+        if not isinstance(column, Tensor):
+            raise ValueError(f"{where}[{key!r}] is a {type(column).__name__}: expected a tensor")
+    number = len(columns["boxes"]) if columns["boxes"].ndim else 0
+    for key, column in columns.items():
+        shape = (number, 4) if key == "boxes" else (number,)
+        if column.shape != shape:
+            expected = "(n, 4), also (0, 4) without any" if key == "boxes" else f"({number},), as many as boxes"
+            raise ValueError(f"{where}[{key!r}] has shape {tuple(column.shape)}: expected {expected}")
+    if columns["labels"].dtype.is_floating_point or columns["labels"].dtype == torch.bool:
+        raise ValueError(f"{where}['labels'] is {columns['labels'].dtype}: expected integers")
+    return columns
+
+
+def _on_cpu(images: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, np.ndarray]]:
+    """The values, exactly, in one copy from the device: the host waits once, not once a tensor."""
+    tensors = {(name, key): tensor.detach() for name, columns in images.items() for key, tensor in columns.items()}
+    (first, device), *others = ((f"{name}[{key!r}]", tensor.device) for (name, key), tensor in tensors.items())
+    for name, other in others:
+        if other != device:
+            raise ValueError(f"{name} is on {other} and {first} on {device}: expected one device a batch")
+    by_type: dict[torch.dtype, list[tuple[str, str]]] = {}
+    for place, tensor in tensors.items():
+        by_type.setdefault(tensor.dtype, []).append(place)
+    joined = [torch.cat([tensors[place].reshape(-1) for place in places]) for places in by_type.values()]
+    # numpy has no bfloat16. Every bfloat16 and float16 is a float32.
+    joined = [values.float() if values.dtype in (torch.bfloat16, torch.float16) else values for values in joined]
+    pieces = torch.cat([values.view(torch.uint8) for values in joined]).cpu().split([v.nbytes for v in joined])
+    arrays: dict[str, dict[str, np.ndarray]] = {name: {} for name in images}
+    for places, values, piece in zip(by_type.values(), joined, pieces, strict=True):
+        # Cloned: bytes can be seen as another type only where they are aligned for it.
+        rows = piece.clone().view(values.dtype).split([tensors[place].numel() for place in places])
+        for (name, key), row in zip(places, rows, strict=True):
+            arrays[name][key] = row.view(tensors[name, key].shape).numpy()
+    return arrays
+
+
+def _image_id(image: Mapping[str, Any], index: int) -> int | None:
+    image_id = image.get("image_id")
+    if isinstance(image_id, Tensor) and image_id.numel() == 1:
+        image_id = image_id.item()  # torchvision's references have a tensor of one
+    if image_id is not None and not isinstance(image_id, int | np.integer):
+        raise ValueError(f"targets[{index}]['image_id'] is {image_id!r}: expected a whole number")
+    return None if image_id is None else int(image_id)
+
+
+def _joined(parts: list[_Images]) -> _Images:
+    ids = [image_id for part in parts for image_id in part.ids]
+    return _Images(ids, *(np.concatenate(columns) for columns in zip(*(part[1:] for part in parts), strict=True)))
+
+
+def _places(images: _Images) -> np.ndarray:
+    """The place (images,) of each image in the order of ids, then those without; -1 if its id was there before."""
+    ends = np.cumsum(images.there)
+    first: dict[tuple[bool, int], int] = {}
+    keys = [(id_ is None, position if id_ is None else id_) for position, id_ in enumerate(images.ids)]
+    for position, key in enumerate(keys):
+        earlier = first.setdefault(key, position)
+        if earlier != position:
+            one, other = (images.true_labels[ends[at] - images.there[at] : ends[at]] for at in (earlier, position))
+            if not np.array_equal(one, other):
+                raise ValueError(
+                    f"image_id {key[1]} stands for images of different ground truth, labels {one.tolist()} and "
+                    f"{other.tolist()}: an id is of one image, which counts once"
+                )
+    order = {key: place for place, key in enumerate(sorted(first))}
+    return np.array([order[key] if first[key] == position else -1 for position, key in enumerate(keys)], dtype=np.int64)
+
+
+def _sizes(boxes: np.ndarray) -> np.ndarray:
+    """Width and height (n, 2) of boxes (n, 4), float64."""
+    return boxes[:, 2:].astype(np.float64) - boxes[:, :2]
+
+
+def _evaluate_images(
+    images: _Images, ranges: list[tuple[float, float]], maxima: list[int]
+) -> tuple[dict[int, tuple[np.ndarray, np.ndarray]], set[int]]:
+    """Precision and recall by label, of those that have ground truth, and all labels that occur."""
+    place = _places(images)
+    found_in, there_in = np.repeat(place, images.found), np.repeat(place, images.there)
+    found, there = _by_label(images.labels, found_in), _by_label(images.true_labels, there_in)
+    none = np.empty(0, np.int64)
+    curves = {}
+    # One class at a time, and of the images those that have anything of it: memory is that of one class, and the empty
+    # pairs of image and class, which are nearly all when there are many classes, cost nothing.
+    enabled = gc.isenabled()
+    gc.disable()  # or half a million dicts set off a search of everything that the process holds, again and again
+    try:
+        for label, truth in there.items():
+            rows = found.get(label, none)
+            boxes, true_boxes = images.boxes[rows], images.true_boxes[truth]
+            curves[label] = _evaluate_class(
+                _annotations(found_in[rows], boxes, _sizes(boxes).prod(1), "score", images.scores[rows]),
+                _annotations(there_in[truth], true_boxes, images.area[truth], "iscrowd", images.crowd[truth]),
+                ranges,
+                maxima,
+            )
+    finally:
+        if enabled:
+            gc.enable()
+    return curves, {*found, *there}
+
+
+def _by_label(labels: np.ndarray, place: np.ndarray) -> dict[int, np.ndarray]:
+    """The rows of each label, in their order. Those of images without a place are left out."""
+    rows = np.flatnonzero(place >= 0)
+    rows = rows[np.argsort(labels[rows], kind="stable")]
+    names, starts = np.unique(labels[rows], return_index=True)
+    return dict(zip(names.tolist(), np.split(rows, starts)[1:], strict=True))
+
+
+def _annotations(
+    places: np.ndarray, boxes: np.ndarray, areas: np.ndarray, key: str, values: np.ndarray
+) -> list[dict[str, Any]]:
+    """Rows as dicts in COCO's format, of the one class 0. Ids run from 1: 0 would stand for "no match"."""
+    corners = np.concatenate([boxes[:, :2], _sizes(boxes)], axis=1)
+    rows = zip(places.tolist(), corners.tolist(), areas.tolist(), values.tolist(), strict=True)
+    return [
+        {"id": number, "image_id": place, "category_id": 0, "bbox": box, "area": area, key: value}
+        for number, (place, box, area, value) in enumerate(rows, start=1)
+    ]
+
+
+def _evaluate_class(
+    found: list[dict[str, Any]], there: list[dict[str, Any]], ranges: list[tuple[float, float]], maxima: list[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Precision (thresholds, recalls, 1, ranges, maxima) and recall (thresholds, 1, ranges, maxima) of a class."""
+    images = [{"id": place} for place in sorted({row["image_id"] for row in found + there})]
+    data = {"images": images, "categories": [{"id": 0}]}
+    evaluation = COCOeval_faster(
+        COCO({**data, "annotations": there}, print_function=_silent),
+        COCO({**data, "annotations": found}, print_function=_silent),
+        iouType="bbox",
+        print_function=_silent,
+    )
+    # Given as ranges above, those that do not reach from 0 to 1e10 would be warned about.
+    evaluation.params.areaRng = [list(limits) for limits in ranges]
+    evaluation.params.areaRngLbl = [str(index) for index in range(len(ranges))]
+    evaluation.params.maxDets = maxima
+    evaluation.evaluate()
+    evaluation.accumulate()
+    return evaluation.eval["precision"], evaluation.eval["recall"]
+
+
+def _silent(*_: object) -> None:
+    pass
+
+
+def _mean(values: np.ndarray) -> float:
+    """Of what is defined."""
+    values = values[values > -1]
+    return float(values.mean()) if values.size else -1.0

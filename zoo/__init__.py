@@ -8,15 +8,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from zoo.detection import FPNDetector
     from zoo.efficientnet import EfficientNetClassifier
     from zoo.mae import MAEPretrainer
     from zoo.vit import ViTClassifier
 
 __version__ = "0.1.0"
-__all__ = ["EfficientNetClassifier", "MAEPretrainer", "ViTClassifier"]
+__all__ = ["EfficientNetClassifier", "FPNDetector", "MAEPretrainer", "ViTClassifier"]
 
 # The registry: exported name -> submodule. `zoo list` prints it, `zoo.cli` imports it.
-_EXPORTS = {"EfficientNetClassifier": "efficientnet", "MAEPretrainer": "mae", "ViTClassifier": "vit"}
+_EXPORTS = {
+    "EfficientNetClassifier": "efficientnet",
+    "FPNDetector": "detection",
+    "MAEPretrainer": "mae",
+    "ViTClassifier": "vit",
+}
 _PARTS = ("callbacks", "weights")
 
 

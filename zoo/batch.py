@@ -1,9 +1,11 @@
-"""What a batch may look like: torchvision's ``(images, labels)``, a bare tensor of images, or a dict of either.
+"""What a batch may look like: torchvision's ``(images, labels)`` or ``(images, targets)``, bare images, or a dict.
 
-Images are float tensors (B, C, H, W); labels are int64 (B,), or for several labels an image (B, classes) of 0 and 1.
+Images are float tensors (B, C, H, W), or a list of B tensors (C, H, W); labels are int64 (B,), or for several labels an
+image (B, classes) of 0 and 1; targets are B dicts of ``boxes`` and ``labels``. Only shapes and types are looked at,
+never values, so that nothing waits for a device.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,19 +13,29 @@ from torch import Tensor
 
 IMAGE_KEYS = ("image", "images", "pixel_values")
 LABEL_KEYS = ("label", "labels")
+TARGET_KEYS = ("target", "targets")
 
 
 def images(batch: Any) -> Tensor:
     """The images of a batch, float (B, C, H, W).
 
     Raises:
-        ValueError: If there are none, or if they are uint8: somebody has to turn them into normalised floats first.
+        ValueError: If there are none, if a list of them is not of one size, or if they are uint8: somebody has to turn
+            them into normalised floats first.
     """
     found = batch
     if isinstance(batch, Mapping):
         found = _first(batch, IMAGE_KEYS)
-    elif isinstance(batch, list | tuple) and batch:
+    elif isinstance(batch, list | tuple) and batch and not _is_list_of_images(batch):
         found = batch[0]
+    if _is_list_of_images(found):
+        odd = next((i for i, image in enumerate(found) if image.shape != found[0].shape), None)
+        if odd is not None:
+            raise ValueError(
+                f"image {odd} of the batch is {tuple(found[odd].shape)}, image 0 {tuple(found[0].shape)}: expected one "
+                "size, the loader's collate_fn has to pad them"
+            )
+        found = torch.stack(list(found))
     if not isinstance(found, Tensor) or found.ndim != 4:
         raise ValueError(f"expected images (B, C, H, W) in the batch, got {_describe(found)}")
     if not found.is_floating_point():
@@ -55,6 +67,89 @@ def has_labels(batch: Any) -> bool:
     if isinstance(batch, Mapping):
         return any(key in batch for key in LABEL_KEYS)
     return isinstance(batch, list | tuple) and len(batch) > 1
+
+
+def images_and_targets(batch: Any) -> tuple[Tensor, list[dict[str, Any]]]:
+    """Images, float (B, C, H, W), and for each a target: ``boxes`` (n, 4) xyxy in pixels, ``labels`` (n,) int64.
+
+    Further keys of a target are handed on; ``iscrowd`` and ``area`` have one entry a box. An image without objects may
+    have boxes and labels of shape (0,).
+
+    Raises:
+        ValueError: If the batch carries no targets, or if they are not of this form.
+    """
+    if _dicts(batch) is None:
+        got = f"the keys {sorted(map(str, batch))}" if isinstance(batch, Mapping) else _describe(batch)
+        raise ValueError(f"expected (images, targets), a dict of boxes and labels for each image, got {got}")
+    return images(batch), [_checked(target, number) for number, target in enumerate(about_images(batch))]
+
+
+def about_images(batch: Any) -> list[Mapping[str, Any]]:
+    """The dict that a batch carries for each image, as it is: where nothing is known of boxes, it may say sizes alone.
+
+    Empty ones, if it carries none.
+
+    Raises:
+        ValueError: If they are not as many as the images.
+    """
+    count, found = len(images(batch)), _dicts(batch)
+    if found is not None and len(found) != count:
+        raise ValueError(f"{len(found)} targets for {count} images: expected one for each")
+    return [{}] * count if found is None else list(found)
+
+
+def has_targets(batch: Any) -> bool:
+    """Whether a batch carries dicts of boxes and labels beside its images."""
+    return any("boxes" in target or "labels" in target for target in _dicts(batch) or [])
+
+
+def _dicts(batch: Any) -> Sequence[Mapping[str, Any]] | None:
+    """A batch's targets, if they are dicts."""
+    found: Any = None
+    if isinstance(batch, Mapping):
+        found = next((batch[key] for key in TARGET_KEYS if key in batch), None)
+    elif isinstance(batch, list | tuple) and len(batch) > 1:
+        found = batch[1]
+    is_dicts = isinstance(found, list | tuple) and bool(found) and all(isinstance(part, Mapping) for part in found)
+    return found if is_dicts else None
+
+
+def _is_list_of_images(value: Any) -> bool:
+    return (
+        isinstance(value, list | tuple)
+        and bool(value)
+        and all(isinstance(part, Tensor) and part.ndim == 3 for part in value)
+    )
+
+
+def _checked(target: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """A target of the promised form, or an error that names the sample and what is wrong with it."""
+    sample = f"sample {number} of the batch"
+    if not isinstance(target.get("image_id"), Tensor | None):  # a tensor's value may lie on a device
+        sample += f" (image_id {target['image_id']})"
+    for key in ("boxes", "labels"):
+        if not isinstance(target.get(key), Tensor):
+            got = f"{key} as {_describe(target[key])}" if key in target else f"the keys {sorted(map(str, target))}"
+            raise ValueError(f"{sample} has {got}: expected tensors boxes (n, 4), xyxy in pixels, and labels (n,)")
+    boxes, labels = target["boxes"], target["labels"]
+    if boxes.shape in ((0,), (0, 4)):  # what torch makes of an empty list is float, and has no second dimension
+        boxes = boxes.reshape(0, 4) if boxes.is_floating_point() else boxes.new_zeros((0, 4), dtype=torch.float32)
+        labels = labels.to(torch.int64) if labels.shape == (0,) else labels
+    form = getattr(getattr(boxes, "format", None), "value", "XYXY")  # torchvision's BoundingBoxes say what they are
+    if boxes.ndim != 2 or boxes.shape[1] != 4 or not boxes.is_floating_point() or form != "XYXY":
+        got = f"{_describe(boxes)} and {boxes.dtype}" + (f" in the format {form}" if form != "XYXY" else "")
+        raise ValueError(f"the boxes of {sample} are {got}: expected (n, 4) floats, xyxy in pixels")
+    if labels.shape != boxes.shape[:1] or labels.is_floating_point() or labels.dtype == torch.bool:
+        got = f"{_describe(labels)} and {labels.dtype}"
+        raise ValueError(
+            f"the labels of {sample} are {got}: expected ({len(boxes)},) integers from 0, one for each box"
+        )
+    for key in ("iscrowd", "area"):
+        if isinstance(target.get(key), Tensor) and target[key].shape != boxes.shape[:1]:
+            raise ValueError(
+                f"{key} of {sample} is {_describe(target[key])}: expected ({len(boxes)},), one for each box"
+            )
+    return {**target, "boxes": boxes, "labels": labels.to(torch.int64)}
 
 
 def _first(batch: Mapping[str, Any], keys: tuple[str, ...]) -> Any:

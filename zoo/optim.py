@@ -7,6 +7,7 @@ own schedulers read: under a scheduler of torch every layer would silently learn
 import inspect
 import math
 import re
+from collections.abc import Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatch
 from typing import Any, cast
@@ -203,14 +204,25 @@ def warmup_staircase_factor(step: int, warmup_steps: int, decay_steps: float, de
     return step / warmup_steps if step < warmup_steps else decay_rate ** (step // decay_steps)
 
 
+def warmup_steps_factor(step: int, warmup_steps: int, milestones: Sequence[float], gamma: float = 0.1) -> float:
+    """What the learning rate is multiplied by at a step, counted from 0, as detectors are trained.
+
+    It rises in a straight line from 0 at step 0 to 1 at ``warmup_steps``, and falls to ``gamma`` of itself at each
+    milestone, in steps, also within the warm-up.
+    """
+    risen = step / warmup_steps if step < warmup_steps else 1.0
+    return risen * gamma ** sum(step >= milestone for milestone in milestones)
+
+
 def lightning_schedule(
     module: LightningModule,
     optimizer: Optimizer,
     warmup_epochs: float,
     min_lr: float = 0.0,
     staircase: tuple[float, float] | None = None,
+    milestones: Sequence[float] | None = None,
 ) -> dict[str, Any]:
-    """What ``configure_optimizers`` returns for warm-up and half-cosine, or staircase, over the Trainer's run.
+    """What ``configure_optimizers`` returns for warm-up and half-cosine, staircase or steps, over the Trainer's run.
 
     Args:
         module: Attached to a Trainer, which knows how many steps of the optimizer there will be.
@@ -218,6 +230,7 @@ def lightning_schedule(
         warmup_epochs: Length of the warm-up in epochs; fractions count. A shorter run ends on the way up, and says so.
         min_lr: Where the cosine ends; layers with layer decay end proportionally lower. A staircase has no such floor.
         staircase: ``(rate, epochs)``: multiply the learning rate by ``rate`` every so many epochs, and no cosine.
+        milestones: Multiply the learning rate by 0.1 at each of these epochs, ascending, and no cosine.
 
     Raises:
         ValueError: If the run has no end, epochs cannot be counted, or a value is out of range.
@@ -236,17 +249,26 @@ def lightning_schedule(
             )
         if min_lr:
             raise ValueError(f"min_lr is {min_lr}, but a staircase has no floor: leave it at 0")
+    if milestones is not None:
+        if staircase is not None or min_lr:
+            raise ValueError("milestones go with neither a staircase nor min_lr: leave these out")
+        if not milestones or sorted(milestones) != list(milestones) or milestones[0] <= 0:
+            raise ValueError(f"milestones are {list(milestones)}: expected epochs above 0, ascending")
+    in_epochs = staircase is not None or milestones is not None
     total = trainer.estimated_stepping_batches
-    if staircase is None and (total < 0 or math.isinf(total)):
+    if not in_epochs and (total < 0 or math.isinf(total)):
         raise ValueError("a learning rate schedule needs a run with an end: set the Trainer's max_epochs or max_steps")
-    epoch_steps = _epoch_steps(trainer, warmup_epochs, staircase) if warmup_epochs or staircase else 0
+    epoch_steps = _epoch_steps(trainer, warmup_epochs, in_epochs) if warmup_epochs or in_epochs else 0
     warmup_steps = round(warmup_epochs * epoch_steps)
     if 0 <= total < warmup_steps and not trainer.fast_dev_run:
         rank_zero_warn(
             f"warmup_epochs={warmup_epochs} is {warmup_steps} steps, and the run ends after {int(total)}: "
             f"the learning rate only rises, to {lr * total / warmup_steps:.2g} of {lr:.2g}"
         )
-    if staircase is None:
+    if milestones is not None:
+        steps = [milestone * epoch_steps for milestone in milestones]
+        scheduler = LambdaLR(optimizer, lambda step: warmup_steps_factor(step, warmup_steps, steps))
+    elif staircase is None:
         scheduler = warmup_cosine(optimizer, warmup_steps, int(total), min_lr / lr if lr else 0.0)
     else:
         scheduler = LambdaLR(
@@ -255,13 +277,13 @@ def lightning_schedule(
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-def _epoch_steps(trainer: Any, warmup_epochs: float, staircase: tuple[float, float] | None) -> int:
+def _epoch_steps(trainer: Any, warmup_epochs: float, in_epochs: bool) -> int:
     """Steps of the optimizer in an epoch."""
     if trainer.train_dataloader is None:  # with max_steps alone the Trainer has not counted batches yet
         trainer.fit_loop.setup_data()
     if math.isinf(trainer.num_training_batches):
         setting = f"warmup_epochs={warmup_epochs}" if warmup_epochs else "a staircase"
-        remedy = "set warmup_epochs to 0" if staircase is None else "use the cosine and no warm-up"
+        remedy = "use the cosine and no warm-up" if in_epochs else "set warmup_epochs to 0"
         raise ValueError(
             f"{setting} needs epochs of known length, and the training data has none: {remedy}, or set the "
             "Trainer's limit_train_batches"

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 import warnings
 from argparse import ArgumentError
@@ -14,7 +15,7 @@ from jsonargparse import Namespace, set_parsing_settings
 
 from zoo import mistakes, recipes
 from zoo._lightning import NAMESPACE, Callback, LightningDataModule, LightningModule
-from zoo.callbacks import WritePredictions
+from zoo.callbacks import WriteDetections, WritePredictions
 from zoo.mistakes import Mistake
 from zoo.sweep import write_json
 
@@ -45,6 +46,7 @@ SWITCHES = {
 }
 METRICS = {"acc": "accuracy", "acc5": "top-5 accuracy", "f1": "macro F1", "ap": "average precision"}
 METRICS |= {"acc_knn": "accuracy of nearest neighbours", "loss_visible": "loss of visible patches"}
+COCO_METRIC = re.compile(r"(a[pr]\d*)(?:_(.+))?")  # AP at an IoU, AR of so many detections, either by size
 
 
 def run(command: str, configs: list[str], options: list[str], strict: bool, packages: Iterable[ModuleType]) -> None:
@@ -227,7 +229,7 @@ class ZooCLI(LightningCLI):
         except (ValueError, TypeError, MisconfigurationException) as error:  # a choice that the Trainer does not know
             raise Mistake(str(error)) from error
         if self.subcommand == "predict" and not any(isinstance(c, WritePredictions) for c in trainer.callbacks):
-            trainer.callbacks.append(WritePredictions())
+            trainer.callbacks.append(WriteDetections() if hasattr(self.model, "detect") else WritePredictions())
         if self.subcommand == "fit" and self.config.fit.ckpt_path:
             trainer.callbacks.append(KeepOptimizerSettings())
         return trainer
@@ -245,7 +247,7 @@ class ZooCLI(LightningCLI):
                 self.model, self.datamodule, ckpt_path=checkpoint or None, verbose=False, weights_only=True
             )
             for found in results:  # one for each of the data's loaders
-                lines += [_metric(name, value) for name, value in found.items()]
+                lines += [_metric(name, value, hasattr(self.model, "detect")) for name, value in found.items()]
                 metrics |= found
             if trainer.is_global_zero and hasattr(self.datamodule, "baselines") and "test/acc" in results[0]:
                 baselines = self.datamodule.baselines().items()
@@ -329,9 +331,13 @@ def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items()}
 
 
-def _metric(name: str, value: float) -> str:
-    """``test accuracy 99.31 %`` for test/acc; other numbers as they are."""
+def _metric(name: str, value: float, detector: bool) -> str:
+    """``test accuracy 99.31 %`` for test/acc, a detector's ``test AP of small 20.7 %``; other numbers as they are."""
     stage, _, metric = name.partition("/")
+    coco = COCO_METRIC.fullmatch(metric) if detector else None
+    if coco:
+        number = "undefined" if value < 0 else f"{100 * value:.1f} %"  # no such objects in the data
+        return f"{stage} {coco[1].upper()} {f'of {coco[2]} ' if coco[2] else ''}{number}"
     number = f"{100 * value:.2f} %" if metric.startswith("acc") else f"{value:.4f}"
     return f"{stage} {METRICS.get(metric, metric)} {number}"
 

@@ -32,6 +32,8 @@ CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 WRAPPERS = ("module.", "model.", "_orig_mod.", "backbone.")
 # A classifier by its names in timm.
 HEADS = ("head", "head.fc", "classifier", "fc")
+# What of a detector's head depends on the number of classes.
+CLASSES = "head.cls_out"
 # What of an encoder may differ between pooling by token, by mean and by attention, and so may begin anew. A mean has a
 # norm of its own, fc_norm, which pretraining did not have (He et al. 2022 train it from scratch as well).
 POOLING = ("norm", "fc_norm", "attn_pool", "reg_token")
@@ -47,7 +49,9 @@ class Report:
         total: How many tensors the source holds.
         resized: Names in the module of those whose shape was adapted.
         left_out: Names in the source of those that have no place in the module.
-        fresh: Names in the module of those that the source does not provide; they keep their values.
+        fresh: Names in the module of those that the source does not provide; they keep their values. Counters of
+            batches are not named: nothing is computed from them.
+        advice: What else the module has to be built with so that the weights do what they did where they come from.
     """
 
     source: str
@@ -56,11 +60,13 @@ class Report:
     resized: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     fresh: tuple[str, ...] = ()
+    advice: str = ""
 
     def __str__(self) -> str:
         line = f"loaded {self.loaded} of {self.total} tensors from {self.source}"
         notes = {"resized": self.resized, "left out": self.left_out, "fresh": self.fresh}
-        return "; ".join([line, *(f"{note}: {_brief(names)}" for note, names in notes.items() if names)])
+        said = [f"{note}: {_brief(names)}" for note, names in notes.items() if names]
+        return "; ".join([line, *said, *filter(None, [self.advice])])
 
 
 def load(module: nn.Module, source: str | Path) -> Report:
@@ -69,16 +75,17 @@ def load(module: nn.Module, source: str | Path) -> Report:
     All of the encoder has to be there, and no more blocks than it has: the module's ``backbone``, or, in a module
     without one, everything but the classifier. Its position embeddings are interpolated to another image size, its
     patch kernels to another patch size (Beyer et al. 2023, FlexiViT), its first kernels to another number of channels.
-    Every other part, such as a head or a decoder, is taken whole if its names and shapes agree. A head of another size,
-    or a part that the source does not have at all, is left as it is; half of a decoder, or one of another size, is
-    refused.
+    Every other part, such as a head or a decoder, is taken whole if its names and shapes agree. A classifier of another
+    size, or a part that the source does not have at all, is left as it is; half of a decoder, or one of another size,
+    is refused. So is a detector of another kind; one of other classes is taken but for its outputs by class, which are
+    left as they are. Of torchvision's 91 classes a detector of 80 gets the 80 that COCO uses, by category id.
 
     Args:
         module: Any module. The encoder has timm's parameter names.
         source: A file, ``.ckpt``, ``.pth``, ``.pt`` or ``.safetensors``; or a name that timm has pretrained weights
             for, such as "vit_base_patch16_224.mae", which timm fetches. An average of the weights is preferred. Names
-            are ours, timm's, those of the MAE releases, torchvision's for EfficientNet, or Hugging Face's for ViT and
-            ViTMAE.
+            are ours, timm's, those of the MAE releases, torchvision's for EfficientNet, ResNet, RetinaNet and FCOS, or
+            Hugging Face's for ViT and ViTMAE.
 
     Raises:
         FileNotFoundError: If there is no such file or name.
@@ -89,8 +96,11 @@ def load(module: nn.Module, source: str | Path) -> Report:
     name, tensors = read(source)
     kind, state = _translated(name, tensors)
     name = f"{name} ({kind})" if kind else name
-    values, resized = _fit(module, name, state)
     own = module.state_dict()  # shares memory with the module
+    of_coco = layouts.of_coco(kind, state, len(own.get(f"{CLASSES}.weight", ())))
+    state |= of_coco
+    values, resized = _fit(module, name, state)
+    resized += [target for target, (key, _) in values.items() if key in of_coco]
     with torch.no_grad():
         for target, (_, value) in values.items():
             own[target].copy_(value)
@@ -101,7 +111,8 @@ def load(module: nn.Module, source: str | Path) -> Report:
         total=len(state),
         resized=tuple(resized),
         left_out=tuple(key for key in state if key not in used),
-        fresh=tuple(key for key in own if key not in values),
+        fresh=tuple(key for key in own if key not in values and not key.endswith("num_batches_tracked")),
+        advice=_advice(module, layouts.conventions(kind, state)) if "head.box_out.weight" in values else "",
     )
 
 
@@ -117,7 +128,10 @@ def save(module: nn.Module, path: str | Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        safetensors.torch.save_file({k: v.detach().cpu().clone() for k, v in module.state_dict().items()}, beside)
+        state = {name: tensor.detach().cpu() for name, tensor in module.state_dict().items()}
+        # A copy of each: tensors that share memory, or lie in it channels last, are refused.
+        copies = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
+        safetensors.torch.save_file(copies, beside)
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
@@ -232,13 +246,18 @@ def _fit(
             f"{source} does not fit {type(module).__name__}: {len(missing)} of the encoder's {needed} tensors are "
             f"missing, {_brief(missing)}; it holds {_brief(list(state))}"
         )
+    differs = layouts.other_detector({_unwrapped(key): value for key, value in state.items()}, own)
+    if differs:
+        raise ValueError(f"{source} is of another detector than this: {differs}, or start from the backbone alone")
     used = set(found.values())
-    ours = _numbered(name.removeprefix("backbone.") for name in own if _is_encoder(name, own))
+    gone = getattr(module, "pruned", ())
+    ours = _numbered(name.removeprefix("backbone.") for name in own)
     lists = {part.rpartition(".")[0] for part in ours}
     larger = [
         key
         for key in state
         if key not in used
+        and _unwrapped(key) not in gone
         and any(part not in ours and part.rpartition(".")[0] in lists for part in _numbered([_unwrapped(key)]))
     ]
     if larger:
@@ -259,10 +278,11 @@ def _fit(
     parts: dict[str, list[str]] = {}
     for name in own:
         if not _is_encoder(name, own):
-            parts.setdefault(name.split(".")[0], []).append(name)
+            parts.setdefault(CLASSES if name.startswith(f"{CLASSES}.") else name.split(".")[0], []).append(name)
+    optional = {CLASSES} if CLASSES in parts else set(HEADS)
     for part, names in parts.items():
         wrong = [name for name in names if name not in values or values[name][1].shape != own[name].shape]
-        if wrong and part not in HEADS and any(name in values for name in names):
+        if wrong and part not in optional and any(name in values for name in names):
             there = f"{tuple(values[wrong[0]][1].shape)} there" if wrong[0] in values else "missing there"
             raise ValueError(
                 f"{source} has another {part} than {type(module).__name__}: {wrong[0]} is {there} and "
@@ -272,6 +292,13 @@ def _fit(
             for name in names:
                 values.pop(name, None)
     return values, resized
+
+
+def _advice(module: Any, conventions: Mapping[str, Any]) -> str:
+    """What of a source's conventions the module was not built with."""
+    here = getattr(module, "hparams", {})
+    missing = [f"{name}={value}" for name, value in conventions.items() if name not in here or here[name] != value]
+    return f"to detect as there, build with {', '.join(missing)}" if missing else ""
 
 
 def _place(key: str, own: Mapping[str, Tensor]) -> str | None:

@@ -1,6 +1,10 @@
-"""Callbacks for any LightningModule, of the zoo or not: each is one file, and needs none of the others."""
+"""Callbacks for any LightningModule, of the zoo or not: each is one file, and needs none of the others.
+
+One is a special case of another: ``WriteDetections`` of ``WritePredictions``.
+"""
 
 from zoo.callbacks.batch_norm import DistributeBatchNorm
+from zoo.callbacks.detections import WriteDetections
 from zoo.callbacks.ema import EMA
 from zoo.callbacks.export import ExportBackbone
 from zoo.callbacks.grad_norm import GradientNorm
@@ -20,5 +24,6 @@ __all__ = [
     "ProgressBar",
     "ProgressiveLearning",
     "SavePictures",
+    "WriteDetections",
     "WritePredictions",
 ]

@@ -12,11 +12,12 @@ from zoo._lightning import Callback, isolate_rng
 
 
 class SavePictures(Callback):
-    """Saves what ``module.pictures(batch)`` draws of the first batch of validation, and of testing, as PNG.
+    """Saves what ``module.pictures(batch)`` draws of the first batch of validation, testing and prediction, as PNG.
 
     ``pictures`` returns tensors (B, 3, H, W) in [0, 1] by name. A module without it is left alone. The files are
-    ``images/epoch019_predictions.png`` and ``images/test_predictions.png`` in the run's directory; TensorBoard, if it
-    is a logger, gets the same. Drawing takes place on one process, changes no random state and compiles nothing.
+    ``images/epoch019_predictions.png``, ``images/test_predictions.png`` and ``images/predict_predictions.png`` in the
+    run's directory; TensorBoard, if it is a logger, gets the same. Drawing takes place on one process, changes no
+    random state and compiles nothing.
 
     Args:
         every_n_epochs: Epochs between pictures, of those that validate.
@@ -37,7 +38,7 @@ class SavePictures(Callback):
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         self.folder = Path(trainer.log_dir or trainer.default_root_dir, "images")  # all ranks have to ask
 
-    on_test_start = on_validation_start
+    on_test_start = on_predict_start = on_validation_start
 
     def on_validation_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -52,6 +53,12 @@ class SavePictures(Callback):
     ) -> None:
         if not batch_idx and not dataloader_idx:
             self._draw(trainer, pl_module, batch, "test")
+
+    def on_predict_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if not batch_idx and not dataloader_idx:
+            self._draw(trainer, pl_module, batch, "predict")
 
     @torch.no_grad()
     def _draw(self, trainer: Any, pl_module: Any, batch: Any, moment: str) -> None:
@@ -75,8 +82,15 @@ def _first(batch: Any, count: int) -> Any:
     """The first samples of a batch of any usual form."""
     if isinstance(batch, dict):
         return {key: _first(value, count) for key, value in batch.items()}
-    if isinstance(batch, tuple | list) and not any(isinstance(part, Tensor) and part.ndim for part in batch):
-        return batch[:count]  # a list with an entry for each sample
+    if isinstance(batch, tuple | list) and _is_by_sample(batch):
+        return batch[:count]
     if isinstance(batch, tuple | list):
         return type(batch)(_first(part, count) for part in batch)
     return batch[:count] if isinstance(batch, Tensor) and batch.ndim else batch
+
+
+def _is_by_sample(batch: tuple[Any, ...] | list[Any]) -> bool:
+    """Whether a list has an entry for each sample, not one for all images and one for all labels or targets."""
+    if any(isinstance(part, tuple | list) and part and isinstance(part[0], Tensor) for part in batch):
+        return False  # images of unequal size, and their targets
+    return all(not isinstance(part, Tensor) or part.ndim in (0, 3) for part in batch)

@@ -2,6 +2,7 @@
 
 import csv
 import heapq
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, TextIO
 
 import torch
 from torch import Tensor
+from torch.utils.data import DistributedSampler
 
 from zoo._lightning import Callback
 
@@ -39,7 +41,7 @@ class WritePredictions(Callback):
         self._part: Path | None = None
         self._file: TextIO | None = None
         self._columns: list[str] | None = None
-        self._count = 0
+        self._count = self._before = 0
 
     def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
         folder = Path(trainer.log_dir or trainer.default_root_dir)  # all ranks have to ask
@@ -47,44 +49,58 @@ class WritePredictions(Callback):
         self.last_path = folder / self.filename
         self._part = folder / f".{self.filename}.rank{trainer.global_rank}"
         self._file = self._part.open("w", newline="", encoding="utf-8", errors="surrogateescape")
-        self._columns, self._count = None, 0
+        self._columns, self._count, self._before = None, 0, 0
 
     def on_predict_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        assert self._file is not None
-        samples = self._samples(trainer, batch_idx, dataloader_idx)
-        classes = getattr(trainer.datamodule, "classes", None)
-        predicted = _rows(pl_module, outputs, classes)
-        if samples is None:
-            # Somebody else's loader: numbered as they come, and round-robin over ranks, as Lightning deals them out.
-            numbers = [(self._count + i) * trainer.world_size + trainer.global_rank for i in range(len(predicted))]
-            samples = [(number, str(number), True) for number in numbers]
+        predicted = self._entries(pl_module, outputs, trainer.datamodule)
+        if not batch_idx:
+            self._before = self._count  # in other loaders
+        samples = self._samples(trainer, batch_idx, dataloader_idx, len(predicted))
         self._count += len(predicted)
         read = sum(present for _, _, present in samples)
         if read != len(predicted):
-            raise ValueError(
-                f"{len(predicted)} predictions for {read} images: prediction_rows gives one entry a sample"
-            )
-        self._columns = self._columns or next((list(rows[0]) for rows in predicted if rows), None)
-        writer, entries = csv.writer(self._file), iter(predicted)
+            raise ValueError(f"{len(predicted)} predictions for {read} images: expected one entry for each image")
+        entries = iter(predicted)
         for index, name, present in samples:
-            for row in next(entries) if present else [{}]:
-                values = [row.get(column, "") for column in self._columns or []]
-                writer.writerow([dataloader_idx, index, name, *values])
+            entry = next(entries) if present else None
+            if name is not None:
+                self._write(dataloader_idx, index, name, entry)
 
-    def _samples(self, trainer: Any, batch_idx: int, dataloader_idx: int) -> list[tuple[int, str, bool]] | None:
-        """(index, name, whether it could be read) of a batch's samples, where the loader knows them."""
+    def _entries(self, module: Any, outputs: Any, data: Any) -> Sequence[Any]:
+        """What is to be written of each image: here its rows, as dictionaries of columns."""
+        rows = _rows(module, outputs, getattr(data, "classes", None))
+        self._columns = self._columns or next((list(found[0]) for found in rows if found), None)
+        return rows
+
+    def _write(self, loader: int, index: int, name: str, entry: Any) -> None:
+        """Writes an entry, or None for an image that could not be read, to this process's part."""
+        assert self._file is not None
+        writer = csv.writer(self._file)
+        for row in [{}] if entry is None else entry:
+            writer.writerow([loader, index, name, *(row.get(column, "") for column in self._columns or [])])
+
+    def _samples(
+        self, trainer: Any, batch_idx: int, dataloader_idx: int, count: int
+    ) -> list[tuple[int, str | None, bool]]:
+        """(index, name, whether it could be read) of a batch's samples; no name where one only fills a rank up."""
         loaders = trainer.predict_dataloaders
         loader = loaders[dataloader_idx] if isinstance(loaders, list | tuple) else loaders
         sampler: Any
         dataset: Any
         sampler, dataset = getattr(loader, "sampler", None), getattr(loader, "dataset", None)
-        if not hasattr(sampler, "batch_indices") or not hasattr(dataset, "present"):
-            return None
-        indices = sampler.batch_indices(batch_idx)
-        present = {index for index, _ in dataset.present(indices)}
-        return [(index, dataset.name(index), index in present) for index in indices]
+        if hasattr(sampler, "batch_indices") and hasattr(dataset, "present"):
+            indices = sampler.batch_indices(batch_idx)
+            present = {index for index, _ in dataset.present(indices)}
+            return [(index, dataset.name(index), index in present) for index in indices]
+        # Somebody else's loader: numbered as they come, and round-robin over ranks, as samplers deal them out. What a
+        # sampler adds, so that all ranks get the same number, comes after the last.
+        numbers = [(self._count + i) * trainer.world_size + trainer.global_rank for i in range(count)]
+        sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", sampler)  # where Lightning has put it
+        adds = isinstance(sampler, DistributedSampler)
+        end = self._before * trainer.world_size + len(sampler.dataset) if adds else math.inf
+        return [(number, str(number) if number < end else None, True) for number in numbers]
 
     def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
         assert self._file is not None
@@ -96,12 +112,15 @@ class WritePredictions(Callback):
             parts = [self._part.with_name(f".{self.filename}.rank{rank}") for rank in range(trainer.world_size)]
             whole = self._part.with_name(f".{self.filename}")
             try:
-                _merge(parts, whole, ["file", *(self._columns or [])])
+                self._merge(parts, whole)
                 os.replace(whole, self.last_path)
             finally:
                 whole.unlink(missing_ok=True)
         trainer.strategy.barrier("predictions written")
         self._part.unlink(missing_ok=True)
+
+    def _merge(self, parts: Sequence[Path], whole: Path) -> None:
+        _merge(parts, whole, ["file", *(self._columns or [])])
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         if self._file is not None and self._part is not None:

@@ -1,0 +1,126 @@
+"""Detections in a file, as COCO's evaluation reads them."""
+
+import heapq
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from zoo._lightning import rank_zero_warn
+from zoo.callbacks.predictions import WritePredictions
+
+
+class WriteDetections(WritePredictions):
+    """Writes detections to a JSON file in the run's directory, in COCO's results format and the data's order.
+
+    A list with one entry a detection: ``image_id``, ``category_id``, ``bbox`` [x, y, width, height] in pixels and
+    ``score``; and ``file_name`` where the data names its images, which pycocotools and faster-coco-eval read over.
+    ``image_id`` is the prediction's own, else the image's number in the data. ``category_id`` is
+    ``datamodule.category_ids[label]``, or the label where there is no such list.
+
+    A module predicts for each image a dict of ``boxes`` (n, 4) xyxy in pixels of the original image, ``scores`` (n,),
+    ``labels`` (n,), and ``image_id`` if it knows one. All else is as :class:`WritePredictions` does it: nothing is kept
+    in memory, parts of several processes are merged, the file appears when all is predicted. An image that comes more
+    than once, as where a sampler fills ranks up, is written once.
+
+    Args:
+        filename: Name of the file.
+
+    Raises:
+        ValueError: For predictions of another form, for numbers that are not finite and labels that have no category,
+            and for several loaders, whose images one list cannot tell apart.
+    """
+
+    writes = "detections"
+
+    def __init__(self, filename: str = "detections.json") -> None:
+        super().__init__(filename)
+
+    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
+        if len(trainer.num_predict_batches) > 1:
+            raise ValueError(
+                f"{len(trainer.num_predict_batches)} loaders to predict: {self.filename} holds the images of one"
+            )
+        self._categories: Sequence[int] | None = getattr(trainer.datamodule, "category_ids", None)
+        super().on_predict_start(trainer, pl_module)
+
+    def _entries(self, module: Any, outputs: Any, data: Any) -> Sequence[Any]:
+        """What is to be written of each image: its detections, as they are."""
+        if not isinstance(outputs, list | tuple) or not all(map(_is_detection, outputs)):
+            raise ValueError(
+                f"{type(module).__name__} predicts {_describe(outputs)}: expected for each image a dict of tensors "
+                "boxes (n, 4), scores (n,) and labels (n,)"
+            )
+        return outputs
+
+    def _write(self, loader: int, index: int, name: str, entry: Any) -> None:
+        """Writes one line: number, id and records of an image, none of which holds a tab, since JSON escapes them."""
+        assert self._file is not None
+        if entry is None:  # it could not be read; the data module says so
+            return
+        image_id = index if entry.get("image_id") is None else entry["image_id"]
+        image_id = image_id.item() if hasattr(image_id, "item") else image_id
+        named = {} if name == str(index) else {"file_name": name}  # data without names gives numbers
+        try:
+            records = [{"image_id": image_id, **found, **named} for found in _records(entry, self._categories)]
+        except ValueError as error:
+            raise ValueError(f"image {name}: {error}") from error
+        self._file.write("\t".join(map(str, [index, *map(json.dumps, [image_id, *records])])) + "\n")
+
+    def _merge(self, parts: Sequence[Path], whole: Path) -> None:
+        """Merges parts that are sorted by index, without reading them into memory."""
+
+        def images(part: Path) -> Iterator[tuple[int, str, list[str]]]:
+            with part.open(encoding="utf-8") as file:
+                for line in file:
+                    index, image_id, *records = line.rstrip("\n").split("\t")
+                    yield int(index), image_id, records
+
+        seen: set[str] = set()
+        repeated, separator = 0, "[\n"
+        with whole.open("w", encoding="utf-8") as file:
+            for _, image_id, records in heapq.merge(*map(images, parts), key=lambda image: image[0]):
+                if image_id in seen:
+                    repeated += 1
+                    continue
+                seen.add(image_id)
+                for record in records:
+                    file.write(separator + record)
+                    separator = ",\n"
+            file.write("[]\n" if separator == "[\n" else "\n]\n")
+        if repeated >= len(parts):  # more than a sampler adds to fill up the ranks
+            rank_zero_warn(
+                f"{repeated} of {repeated + len(seen)} images have the image_id of one before them: {self.filename} "
+                "holds the first with each"
+            )
+
+
+def _is_detection(found: Any) -> bool:
+    parts = [found.get(key) for key in ("boxes", "scores", "labels")] if isinstance(found, Mapping) else []
+    shapes = [part.shape for part in parts if isinstance(part, Tensor)]
+    return len(shapes) == 3 and len(shapes[1]) == 1 and shapes[0] == (*shapes[1], 4) and shapes[2] == shapes[1]
+
+
+def _describe(outputs: Any) -> str:
+    if not isinstance(outputs, list | tuple):
+        return f"a tensor of shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
+    odd = next(found for found in outputs if not _is_detection(found))
+    if not isinstance(odd, Mapping):
+        return f"a list of {type(odd).__name__}"
+    shapes = (f"{k} {tuple(v.shape)}" if isinstance(v, Tensor) else f"{k} {type(v).__name__}" for k, v in odd.items())
+    return f"a dict of {', '.join(shapes)}"
+
+
+def _records(found: Mapping[str, Any], categories: Sequence[int] | None) -> Iterator[dict[str, Any]]:
+    boxes, scores, labels = (found[key].detach().cpu() for key in ("boxes", "scores", "labels"))
+    for (x1, y1, x2, y2), score, label in zip(boxes.tolist(), scores.tolist(), labels.tolist(), strict=True):
+        values = [x1, y1, x2 - x1, y2 - y1, score]
+        if not all(map(math.isfinite, values)):
+            raise ValueError(f"a detection is not finite: box {[x1, y1, x2, y2]}, score {score}")
+        if categories is not None and not 0 <= label < len(categories):
+            raise ValueError(f"a detection has label {label}: the data has {len(categories)} category_ids, from 0")
+        *box, score = (float(f"{value:.9g}") for value in values)  # nine digits tell any two float32 numbers apart
+        yield {"category_id": label if categories is None else int(categories[label]), "bbox": box, "score": score}

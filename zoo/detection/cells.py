@@ -1,0 +1,189 @@
+"""Where a dense detector predicts: the cells of its maps and the anchors in them; and boxes as it predicts them.
+
+All of it is float32, whatever the precision: in bfloat16 a coordinate of 1,000 pixels is off by up to 4.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Head = Literal["fcos", "atss", "retinanet"]
+Anchors = Literal["centered", "torchvision"]
+
+# A box grows at most by this in one step of the exponential, as in detectron2 and torchvision.
+MAX_LOG_RATIO = math.log(1000 / 16)
+# Deltas are divided by these: ATSS's, and none.
+ATSS_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
+RETINANET_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
+
+
+class Cells(NamedTuple):
+    """Where predictions are made: N anchors, level by level, row by row; anchors of one cell follow each other.
+
+    Attributes:
+        anchors: (N, 4) xyxy in pixels, float32. FCOS has points, not anchors: squares of one stride around them.
+        ranges: (N, 2): the least and the greatest distance to a box's side that FCOS's point may have, in pixels.
+        counts: How many anchors each level has.
+    """
+
+    anchors: Tensor
+    ranges: Tensor
+    counts: tuple[int, ...]
+
+    @property
+    def centers(self) -> Tensor:
+        """(N, 2) x and y."""
+        return (self.anchors[:, :2] + self.anchors[:, 2:]) / 2
+
+    @property
+    def sides(self) -> Tensor:
+        """(N,) widths of the anchors; of FCOS's points, their strides."""
+        return self.anchors[:, 2] - self.anchors[:, 0]
+
+
+def make_cells(
+    head: Head,
+    shapes: Sequence[tuple[int, int]],
+    strides: Sequence[int],
+    image_size: tuple[int, int],
+    anchors: Anchors = "centered",
+    device: torch.device | str | None = None,
+) -> Cells:
+    """The cells of one batch of images.
+
+    Args:
+        head: "fcos": a point a cell. "atss": one square of 8 strides (Zhang et al. 2020). "retinanet": nine, 3 ratios
+            times 3 octave scales on 4 strides (Lin et al. 2017, section 4).
+        shapes: (rows, columns) of each level's map, finest first.
+        strides: Pixels between a level's cells.
+        image_size: (H, W) of the padded images, in pixels.
+        anchors: "centered": a cell's anchors lie around its centre. "torchvision": around its upper left corner, sides
+            rounded to whole pixels, cells as far apart as the whole part of image size / map size.
+        device: Of the tensors.
+
+    Raises:
+        ValueError: For an unknown choice.
+    """
+    if anchors not in get_args(Anchors):
+        raise ValueError(f"unknown anchors {anchors!r}: expected one of {', '.join(get_args(Anchors))}")
+    anchors_per_cell(head)
+    placed, ranges, counts = [], [], []
+    for level, ((rows, columns), stride) in enumerate(zip(shapes, strides, strict=True)):
+        base = _base_anchors(head, stride, anchors)
+        step_y, step_x, offset = float(stride), float(stride), 0.5
+        if anchors == "torchvision":
+            step_y, step_x, offset = float(image_size[0] // rows), float(image_size[1] // columns), 0.0
+        y = (torch.arange(rows, dtype=torch.float32) + offset) * step_y
+        x = (torch.arange(columns, dtype=torch.float32) + offset) * step_x
+        y, x = torch.meshgrid(y, x, indexing="ij")
+        corners = torch.stack([x, y, x, y], dim=-1).view(-1, 1, 4)
+        placed.append((corners + base).view(-1, 4))
+        counts.append(len(placed[-1]))
+        low = 0.0 if level == 0 else 4.0 * stride
+        high = 8.0 * stride if level < len(shapes) - 1 else math.inf
+        ranges.append(torch.tensor([[low, high]], dtype=torch.float32).expand(counts[-1], 2))
+    return Cells(torch.cat(placed).to(device), torch.cat(ranges).to(device), tuple(counts))
+
+
+def anchors_per_cell(head: Head) -> int:
+    """How many anchors a cell has.
+
+    Raises:
+        ValueError: For an unknown head.
+    """
+    if head not in get_args(Head):
+        raise ValueError(f"unknown head {head!r}: expected one of {', '.join(get_args(Head))}")
+    return 9 if head == "retinanet" else 1
+
+
+def _base_anchors(head: Head, stride: int, anchors: Anchors) -> Tensor:
+    """(A, 4) around the origin."""
+    if head != "retinanet":
+        half = stride / 2 if head == "fcos" else 4.0 * stride
+        return torch.tensor([[-half, -half, half, half]], dtype=torch.float32)
+    scales = [4 * stride * 2 ** (octave / 3) for octave in range(3)]
+    if anchors == "torchvision":
+        scales = [float(int(scale)) for scale in scales]
+    sides = torch.tensor(scales, dtype=torch.float32)
+    ratios = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float32).sqrt()  # of height to width
+    heights, widths = (ratios[:, None] * sides).flatten(), ((1 / ratios)[:, None] * sides).flatten()
+    boxes = torch.stack([-widths, -heights, widths, heights], dim=1) / 2
+    return boxes.round() if anchors == "torchvision" else boxes
+
+
+def decode_distances(distances: Tensor, anchors: Tensor) -> Tensor:
+    """Boxes (..., 4) of distances left, top, right, bottom from a point, in strides (Tian et al. 2019, equation 1)."""
+    centers, sides = (anchors[..., :2] + anchors[..., 2:]) / 2, anchors[..., 2:] - anchors[..., :2]
+    return torch.cat([centers - distances[..., :2] * sides, centers + distances[..., 2:] * sides], dim=-1)
+
+
+def decode_deltas(deltas: Tensor, anchors: Tensor, weights: Sequence[float]) -> Tensor:
+    """Boxes (..., 4) of shifts in anchor sizes and logarithms of ratios of sizes (Girshick et al. 2014, appendix C)."""
+    centers, sizes = (anchors[..., :2] + anchors[..., 2:]) / 2, anchors[..., 2:] - anchors[..., :2]
+    shifts = torch.stack([deltas[..., 0] / weights[0], deltas[..., 1] / weights[1]], dim=-1)
+    logs = torch.stack([deltas[..., 2] / weights[2], deltas[..., 3] / weights[3]], dim=-1)
+    centers = centers + shifts * sizes
+    half = sizes * logs.clamp(max=MAX_LOG_RATIO).exp() / 2
+    return torch.cat([centers - half, centers + half], dim=-1)
+
+
+def encode_deltas(boxes: Tensor, anchors: Tensor, weights: Sequence[float]) -> Tensor:
+    """What :func:`decode_deltas` turns into ``boxes``, of positive width and height."""
+    centers, sizes = (anchors[..., :2] + anchors[..., 2:]) / 2, anchors[..., 2:] - anchors[..., :2]
+    shifts = ((boxes[..., :2] + boxes[..., 2:]) / 2 - centers) / sizes
+    logs = ((boxes[..., 2:] - boxes[..., :2]) / sizes).log()
+    parts = (*shifts.unbind(-1), *logs.unbind(-1))
+    # One by one: a tensor of the weights would be copied to the device in each step.
+    return torch.stack([part * weight for part, weight in zip(parts, weights, strict=True)], dim=-1)
+
+
+class Targets(NamedTuple):
+    """The boxes of a batch, padded to M slots an image.
+
+    Attributes:
+        boxes: (B, M, 4) xyxy in pixels, float32; zeros in empty slots.
+        labels: (B, M) int64 from 0; 0 in empty slots.
+        valid: (B, M), whether a slot holds an object to be found.
+        crowd: (B, M), whether it holds a region in which nothing is to be learned.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    valid: Tensor
+    crowd: Tensor
+
+
+def pad_targets(targets: Sequence[Mapping[str, Any]], device: torch.device | str | None = None) -> Targets:
+    """Targets of images, each with another number of boxes, as tensors of one shape.
+
+    M is the smallest of 8, 16, 32, 64, ... that holds them, so that a compiled loss sees few shapes. A box that is
+    empty, inside out or no number takes part in nothing, and makes nobody wait: it is never looked at on the host.
+
+    Args:
+        targets: For each image ``boxes`` (n, 4) xyxy and ``labels`` (n,); optionally ``iscrowd`` (n,).
+        device: Where the tensors have to be. None: where they are.
+    """
+    most = max((len(target["boxes"]) for target in targets), default=0)
+    slots = 1 << max(3, (most - 1).bit_length())
+    device = targets[0]["boxes"].device if device is None and targets else device
+
+    def padded(name: str, dtype: torch.dtype, fill: float) -> Tensor:
+        rows = [target[name].to(device, dtype, non_blocking=True) for target in targets]
+        rows = [row.reshape(0, 4) if name == "boxes" and not len(row) else row for row in rows]
+        stacked = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
+        missing = slots - stacked.shape[1]
+        return F.pad(stacked, (0, 0, 0, missing) if name == "boxes" else (0, missing), value=fill)
+
+    boxes, labels = padded("boxes", torch.float32, 0.0), padded("labels", torch.int64, -1)
+    # NaN compares as false; an infinite side would make the loss infinite.
+    proper = (boxes[..., 2:] > boxes[..., :2]).all(-1) & boxes.isfinite().all(-1) & (labels >= 0)
+    crowd = torch.zeros_like(proper)
+    if any("iscrowd" in target for target in targets):
+        targets = [{"iscrowd": torch.zeros_like(target["labels"]), **target} for target in targets]
+        crowd = padded("iscrowd", torch.bool, False)
+    boxes = torch.where(proper[..., None], boxes, 0.0)
+    return Targets(boxes, labels.clamp(min=0), proper & ~crowd, proper & crowd)

@@ -1,0 +1,530 @@
+"""FPNDetector: a dense detector on any timm backbone, its loss, its detections, and how it learns.
+
+Deviations. FCOS (Tian et al. 2019): the score that has to pass ``score_threshold`` is the one that is reported, the
+geometric mean of class probability and centerness; the released code compares the class probability alone. Distances
+pass a ReLU, without the learned factor of each level that the released code has. ViTDet (Li et al. 2022): all attention
+is global, and the head is a dense one. ImageNet's BatchNorm is frozen only if asked for: ``freeze_norm``.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from timm.layers import to_2tuple
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from zoo import batch as batches
+from zoo import norms, optim, pictures
+from zoo._lightning import LightningModule, rank_zero_info
+from zoo.average_precision import CocoAveragePrecision
+from zoo.backbones import name_of
+from zoo.detection.assign import assign
+from zoo.detection.cells import Anchors, Cells, Head, Targets, anchors_per_cell, make_cells, pad_targets
+from zoo.detection.detections import best_candidates, suppressed, to_original
+from zoo.detection.losses import BoxLoss, LossSums, dense_loss
+from zoo.detection.metrics import MeanLosses
+from zoo.detection.pyramid import (
+    FPN,
+    DenseHead,
+    Maps,
+    SimpleFeaturePyramid,
+    SingleLevel,
+    create_pyramid_backbone,
+    freeze_stages,
+)
+from zoo.log import StepLog
+from zoo.seeding import differ_between_ranks
+from zoo.weights import load as load_weights
+
+Neck = Literal["fpn", "single"]
+HeadNorm = Literal["group", "none"]
+ExtraFrom = Literal["output", "backbone"]
+Normalizer = Literal["batch", "image"]
+Schedule = Literal["cosine", "steps"]
+
+_COMPILED = ("_local_loss", "_dense_loss")  # methods that compile() compiles, besides the call; in this order
+
+
+class DenseMaps(NamedTuple):
+    """What :meth:`FPNDetector.forward` gives: raw predictions for N anchors, all levels, finest first.
+
+    Attributes:
+        logits: (B, N, K).
+        boxes: (B, N, 4), coded as the head does.
+        centerness: (B, N) logits, or None.
+        shapes: (rows, columns) of each level's map.
+        image_size: (H, W) of the images.
+    """
+
+    logits: Tensor
+    boxes: Tensor
+    centerness: Tensor | None
+    shapes: tuple[tuple[int, int], ...]
+    image_size: tuple[int, int]
+
+
+class FPNDetector(LightningModule):
+    """Dense object detector on a feature pyramid: FCOS, ATSS or RetinaNet.
+
+    Batch: images (B, C, H, W) of any one size, normalised, and for each a dictionary of ``boxes`` (n, 4) xyxy in pixels
+    and ``labels`` (n,) from 0, in any form that :func:`zoo.batch.images_and_targets` reads. Optional: ``iscrowd`` (n,),
+    regions in which nothing is learned; ``area`` (n,), ``image_id``, ``size``, ``orig_size``, (height, width) before
+    padding and before resizing, by which boxes are scored and predicted in pixels of the original image. The module
+    resizes, pads and normalises nothing.
+
+    One pass in validation gives both, ``val/loss`` with its parts ``val/loss_class``, ``val/loss_box``,
+    ``val/loss_centerness``, and ``val/ap``, ``val/ap50``, ``val/ap75`` and those by size, as COCO scores
+    (:class:`zoo.average_precision.CocoAveragePrecision`). The same for ``test``; ``train/loss`` and its parts.
+
+    Args:
+        backbone: A timm network by name, with maps at the levels' strides, or a plain ViT, which gets a simple feature
+            pyramid; or a module: one of timm's, or one that returns a list of maps and states ``strides`` and
+            ``channels``.
+        num_classes: K.
+        head: "fcos" (Tian et al. 2019, as improved in its released code), "atss" (Zhang et al. 2020) or "retinanet"
+            (Lin et al. 2017).
+        anchors: "centered"; or "torchvision", whose conventions its checkpoints need: where anchors lie, and how FCOS
+            breaks ties.
+        score_threshold: Detections below are dropped.
+        nms_threshold: Of two detections of a class that overlap by more, IoU, the lower one is dropped.
+        max_detections: An image's, after that.
+        weights: Weights to start from, of the backbone alone or of a whole detector: see :func:`zoo.weights.load`.
+        in_channels: Channels of the images.
+        image_size: What ``zoo cost`` counts for, and a ViT's position embeddings are for: side, or (height, width).
+            Images of every size are taken.
+        neck: "fpn"; or "single", one level alone, to compare with.
+        levels: Finest and coarsest level; level l has a stride of 2**l pixels. None: (3, 7); for "single" (4, 4).
+        channels: Of neck and head.
+        head_depth: Convolutions of each of the head's two towers.
+        head_norm: "group" or "none". None: none for "retinanet", else group.
+        extra_from: What levels coarser than the backbone's are made of: "output", the pyramid's own coarsest, or
+            "backbone", the backbone's, as in RetinaNet's paper.
+        box_loss: "giou" or "l1". None: l1 for "retinanet", else giou.
+        weighted: Whether a cell's box loss counts by its centerness, for "fcos" and "atss".
+        center_radius: Points of an object lie at most so many strides from its centre, for "fcos".
+        normalizer: "batch": the sum over all cells of all ranks by the number of those with an object; "image": each
+            image's by its own, as torchvision's RetinaNet.
+        top_candidates: Detections of a level that are compared by overlap, at most.
+        freeze_norm: Whether the backbone's BatchNorm keeps its statistics and weights. Without it they are trained;
+            ``Trainer(sync_batchnorm=True)`` shares them over ranks.
+        norm_eps: Epsilon of the backbone's BatchNorm: 0, with ``freeze_norm``, is what torchvision's COCO weights of
+            its first RetinaNet were trained with. None: the backbone's own.
+        frozen_stages: So many of the backbone's first stages are not trained, the stem being the first.
+        grad_checkpointing: Recompute the backbone in the backward pass: less memory, more time.
+        channels_last: Keep images and weights in the memory order that convolutions are faster in.
+        optimizer: Name of an optimizer of timm.
+        lr: Learning rate, as it is used.
+        weight_decay: Not applied to norms and biases.
+        momentum, betas: Of the optimizer. None: its own.
+        layer_decay: Of the backbone's learning rates: see :func:`zoo.optim.parameter_groups`.
+        schedule: "cosine", or "steps": a tenth of the learning rate from each milestone on.
+        milestones: In epochs.
+        warmup_epochs: Linear warm-up, in epochs; fractions count.
+        min_lr: Where the cosine ends.
+        compile: Compile in place: the networks, and the loss as one graph.
+
+    Raises:
+        ValueError: For an unknown name or choice, with what there is to choose from; for levels that the backbone does
+            not have; for weights of another kind.
+    """
+
+    backbone: Any  # modules; Any, because what they have beyond torch's is timm's
+    hparams: Any  # Lightning calls it a mapping, and makes its keys attributes
+
+    def __init__(
+        self,
+        backbone: str | nn.Module = "resnet50",
+        num_classes: int = 80,
+        head: Head = "fcos",
+        anchors: Anchors = "centered",
+        score_threshold: float = 0.05,
+        nms_threshold: float = 0.6,
+        max_detections: int = 100,
+        weights: str | None = None,
+        in_channels: int = 3,
+        image_size: int | tuple[int, int] = 800,
+        neck: Neck = "fpn",
+        levels: tuple[int, int] | None = None,
+        channels: int = 256,
+        head_depth: int = 4,
+        head_norm: HeadNorm | None = None,
+        extra_from: ExtraFrom = "output",
+        box_loss: BoxLoss | None = None,
+        weighted: bool = True,
+        center_radius: float = 1.5,
+        normalizer: Normalizer = "batch",
+        top_candidates: int = 1000,
+        freeze_norm: bool = False,
+        norm_eps: float | None = None,
+        frozen_stages: int = 0,
+        grad_checkpointing: bool = False,
+        channels_last: bool = True,
+        optimizer: str = "sgd",
+        lr: float = 0.01,
+        weight_decay: float = 1e-4,
+        momentum: float | None = None,
+        betas: tuple[float, float] | None = None,
+        layer_decay: float = 1.0,
+        schedule: Schedule = "cosine",
+        milestones: Sequence[float] = (8, 11),
+        warmup_epochs: float = 0.0,
+        min_lr: float = 0.0,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore=["backbone", "weights"])
+        self.hparams["backbone"] = name_of(backbone)
+        per_cell = anchors_per_cell(head)
+        head_norm = head_norm or ("none" if head == "retinanet" else "group")
+        self.box_loss: BoxLoss = box_loss or ("l1" if head == "retinanet" else "giou")
+        for name, value, kind in (
+            ("anchors", anchors, Anchors),
+            ("neck", neck, Neck),
+            ("head_norm", head_norm, HeadNorm),
+            ("extra_from", extra_from, ExtraFrom),
+            ("box_loss", self.box_loss, BoxLoss),
+            ("normalizer", normalizer, Normalizer),
+            ("schedule", schedule, Schedule),
+        ):
+            if value not in get_args(kind):
+                raise ValueError(f"unknown {name} {value!r}: expected one of {', '.join(get_args(kind))}")
+        for name, number in (("score_threshold", score_threshold), ("nms_threshold", nms_threshold)):
+            if not 0 <= number <= 1:
+                raise ValueError(f"{name} is {number}: expected a number in [0, 1]")
+        for name, count in (
+            ("num_classes", num_classes),
+            ("max_detections", max_detections),
+            ("top_candidates", top_candidates),
+            ("channels", channels),
+        ):
+            if count < 1:
+                raise ValueError(f"{name} is {count}: expected at least 1")
+        if self.box_loss == "l1" and head == "fcos":
+            raise ValueError("box_loss 'l1' is of deltas, and head 'fcos' predicts distances: take 'giou'")
+        if norm_eps is not None and (norm_eps < 0 or (norm_eps == 0 and not freeze_norm)):
+            raise ValueError(f"norm_eps is {norm_eps}: expected more than 0, or 0 with freeze_norm")
+        levels = levels or ((4, 4) if neck == "single" else (3, 7))
+        first, last = levels
+        if not 0 < first <= last or (neck == "single" and first != last):
+            expected = (
+                "one level, such as [4, 4]" if neck == "single" else "the finest and the coarsest, such as [3, 7]"
+            )
+            raise ValueError(f"levels are {list(levels)}: expected {expected}")
+
+        self.backbone = create_pyramid_backbone(backbone, in_channels, image_size)
+        self.maps = Maps(self.backbone, (first, last))
+        self.pruned = self.maps.pruned
+        if self.maps.plain and neck == "fpn":
+            self.neck: nn.Module = SimpleFeaturePyramid(self.maps.channels[-1], channels, (first, last))
+        elif neck == "fpn":
+            self.neck = FPN(self.maps.levels, self.maps.channels, channels, last, extra_from)
+        elif first not in self.maps.levels:
+            raise ValueError(f"levels are {list(levels)}: the one map of {name_of(backbone)} is level 4, take [4, 4]")
+        else:
+            self.neck = SingleLevel(self.maps.channels[0], channels)
+        # A vision transformer with patches of 14 pixels has levels 7, 14, 28 pixels apart.
+        unit = self.maps.strides[0] / 2 ** self.maps.levels[0]
+        self.strides = tuple(round(unit * 2**level) for level in range(first, last + 1))
+        self.head = DenseHead(
+            channels,
+            num_classes,
+            per_cell,
+            head_depth,
+            head_norm,
+            centerness=head != "retinanet",
+            positive_boxes=head == "fcos",
+            levels=len(self.strides) if head == "atss" else 0,
+        )
+        freeze_stages(self.backbone, frozen_stages)
+        for module in _batch_norms(self.backbone):
+            if norm_eps is not None:
+                module.eps = norm_eps
+            if freeze_norm:
+                module.requires_grad_(False).eval()  # now, too: Lightning trains in the mode that it finds
+        if grad_checkpointing:
+            self.backbone.set_grad_checkpointing(True)
+        self._cells: dict[tuple[Any, ...], Cells] = {}
+        self.step_log = StepLog()
+        self.val_losses, self.test_losses = MeanLosses(), MeanLosses()
+        if weights is not None:
+            rank_zero_info(str(load_weights(self, weights)))
+        if channels_last:
+            self.to(memory_format=torch.channels_last)
+        if compile:
+            self.compile()
+
+    # The technique.
+
+    def forward(self, images: Tensor) -> DenseMaps:
+        """Raw predictions for images (B, C, H, W).
+
+        Raises:
+            ValueError: For images with other channels than ``in_channels``.
+        """
+        if images.ndim != 4 or images.shape[1] != self.hparams.in_channels:
+            channels = self.hparams.in_channels
+            raise ValueError(f"images are {tuple(images.shape)}: expected (B, {channels}, H, W), by in_channels")
+        if self.hparams.channels_last:
+            images = images.to(memory_format=torch.channels_last)
+        features = self.neck(self.maps(self.backbone, images))
+        logits, boxes, centerness = self.head(features)
+        shapes = tuple((each.shape[2], each.shape[3]) for each in features)
+        return DenseMaps(logits, boxes, centerness, shapes, (images.shape[2], images.shape[3]))
+
+    def loss(self, maps: DenseMaps, targets: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """The losses of a batch, float32 scalars; training descends their sum.
+
+        Args:
+            maps: Of :meth:`forward`.
+            targets: For each image ``boxes`` (n, 4) xyxy in pixels of these images, ``labels`` (n,) from 0, and
+                optionally ``iscrowd`` (n,).
+
+        Returns:
+            "classification", "box" and, but for "retinanet", "centerness".
+        """
+        trainer: Any = self._trainer
+        if trainer is None or not trainer.training or trainer.world_size == 1:
+            return self._local_loss(*self._inputs(maps, targets))
+        sums = self.loss_sums(maps, targets)
+        counts = torch.stack([sums.positives.sum(), sums.box_weight.sum()])
+        # Not by the strategy's reduce, which begins with a barrier: the host would wait for the device in each step.
+        torch.distributed.all_reduce(counts)
+        return self._normalized(sums, counts / trainer.world_size)
+
+    def loss_sums(self, maps: DenseMaps, targets: Sequence[Mapping[str, Any]]) -> LossSums:
+        """What :meth:`loss` divides: the sums of each image."""
+        return self._dense_loss(*self._inputs(maps, targets))
+
+    def _inputs(self, maps: DenseMaps, targets: Sequence[Mapping[str, Any]]) -> tuple[Any, Cells, Targets]:
+        outputs = (maps.logits, maps.boxes, maps.centerness)
+        return outputs, self.cells(maps), pad_targets(targets, maps.logits.device)
+
+    def _dense_loss(self, outputs: tuple[Tensor, Tensor, Tensor | None], cells: Cells, targets: Targets) -> LossSums:
+        hp = self.hparams
+        match = assign(hp.head, cells, targets, hp.anchors, hp.center_radius)
+        return dense_loss(hp.head, *outputs, match, cells, targets, self.box_loss, hp.weighted)
+
+    def _local_loss(
+        self, outputs: tuple[Tensor, Tensor, Tensor | None], cells: Cells, targets: Targets
+    ) -> dict[str, Tensor]:
+        """The loss of one process: nobody else's objects count."""
+        sums = self._dense_loss(outputs, cells, targets)
+        return self._normalized(sums, torch.stack([sums.positives.sum(), sums.box_weight.sum()]))
+
+    def _normalized(self, sums: LossSums, counts: Tensor) -> dict[str, Tensor]:
+        if self.hparams.normalizer == "image":
+            positives = sums.positives.clamp(min=1)
+            losses = {
+                "classification": (sums.classification / positives).mean(),
+                "box": (sums.box / sums.box_weight.clamp(min=1e-6)).mean(),
+                "centerness": (sums.centerness / positives).mean(),
+            }
+        else:
+            positives, weight = counts[0].clamp(min=1), counts[1].clamp(min=1e-6)
+            losses = {
+                "classification": sums.classification.sum() / positives,
+                "box": sums.box.sum() / weight,
+                "centerness": sums.centerness.sum() / positives,
+            }
+        return self._weighed(losses)
+
+    def _weighed(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+        head = self.hparams.head
+        if head == "atss":
+            losses["box"] = 2 * losses["box"]  # as in the released code
+        if head == "retinanet":
+            del losses["centerness"]
+        return losses
+
+    def cells(self, maps: DenseMaps) -> Cells:
+        """The cells that raw predictions are for."""
+        key = (maps.shapes, maps.image_size, maps.logits.device)
+        if key not in self._cells:
+            if len(self._cells) >= 32:  # images of many sizes: each set of cells is a few MB
+                self._cells.clear()
+            hp = self.hparams
+            with torch.inference_mode(False):  # what an evaluation makes, training uses
+                self._cells[key] = make_cells(
+                    hp.head, maps.shapes, self.strides, maps.image_size, hp.anchors, maps.logits.device
+                )
+        return self._cells[key]
+
+    @torch.no_grad()
+    def detect(
+        self,
+        images: Tensor | DenseMaps,
+        sizes: Sequence[tuple[int, int]] | None = None,
+        original_sizes: Sequence[tuple[int, int]] | None = None,
+    ) -> list[dict[str, Tensor]]:
+        """The objects in images, best first.
+
+        Args:
+            images: (B, C, H, W), normalised; or what :meth:`forward` gave for them.
+            sizes: (height, width) of each image before padding; boxes end there. None: not padded.
+            original_sizes: (height, width) of each image before it was resized; boxes are in pixels of these. None: in
+                pixels of the images given.
+
+        Returns:
+            For each image ``boxes`` (n, 4) xyxy float32, ``scores`` (n,) float32, ``labels`` (n,) int64.
+        """
+        maps = self(images) if isinstance(images, Tensor) else images
+        hp = self.hparams
+        sizes = [maps.image_size] * len(maps.logits) if sizes is None else sizes
+        outputs = (maps.logits, maps.boxes, maps.centerness)
+        candidates = best_candidates(hp.head, *outputs, self.cells(maps), hp.top_candidates)
+        found = [
+            suppressed(boxes, scores, labels, size, hp.score_threshold, hp.nms_threshold, hp.max_detections)
+            for boxes, scores, labels, size in zip(*candidates, sizes, strict=True)
+        ]
+        if original_sizes is not None:
+            for detection, size, original in zip(found, sizes, original_sizes, strict=True):
+                detection["boxes"] = to_original(detection["boxes"], size, original)
+        return found
+
+    # Training.
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images that ``zoo cost`` counts for."""
+        return self.hparams.in_channels, *to_2tuple(self.hparams.image_size)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """As ``nn.Module.compile``, and the assignment and loss as one graph."""
+        super().compile(*args, **kwargs)
+        for name in _COMPILED:
+            self.__dict__[name] = torch.compile(getattr(self, name), *args, **{"fullgraph": True, **kwargs})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is not compiled: what was compiled here would run on the weights here."""
+        return {
+            name: value
+            for name, value in super().__getstate__().items()
+            if name not in ("_compiled_call_impl", *_COMPILED)
+        }
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """As ``nn.Module.add_module``. Conversions of BatchNorm, and back, end in it: they put each child in anew."""
+        super().add_module(name, module)
+        if module is not None:
+            norms.restore_activations(module)
+
+    def train(self, mode: bool = True) -> "FPNDetector":
+        """As ``nn.Module.train``; frozen BatchNorm stays as in evaluation."""
+        super().train(mode)
+        if mode and self.hparams.freeze_norm:
+            for module in _batch_norms(self.backbone):
+                module.eval()
+        return self
+
+    @torch.no_grad()
+    def pictures(self, batch: Any) -> dict[str, Tensor]:
+        """Images (B, 3, h, w) in [0, 1] with what is detected in them, and thin, where it is known, what is there."""
+        images, sizes, _ = _images_and_sizes(batch)
+        classes = getattr(getattr(self._trainer, "datamodule", None), "classes", None)
+        targets = batches.images_and_targets(batch)[1] if batches.has_targets(batch) else None
+        return {"detections": pictures.boxed(images, self.detect(images, sizes), targets, classes)}
+
+    def on_fit_start(self) -> None:
+        differ_between_ranks(self)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        images, targets = self._checked(batch, batch_idx)
+        losses = self.loss(self(images), targets)
+        loss = torch.stack(list(losses.values())).sum()
+        values = {"train/loss": loss, "train/loss_class": losses["classification"], "train/loss_box": losses["box"]}
+        if "centerness" in losses:
+            values["train/loss_centerness"] = losses["centerness"]
+        self.step_log(self, {name: value.detach() for name, value in values.items()}, prog_bar=("train/loss",))
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        self.val_losses.reset()  # an interrupted epoch leaves counts behind
+        self.val_ap = self._new_metric()
+
+    def on_test_epoch_start(self) -> None:
+        self.test_losses.reset()
+        self.test_ap = self._new_metric()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self._evaluate(batch, batch_idx, self.val_losses, self.val_ap)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self._evaluate(batch, batch_idx, self.test_losses, self.test_ap)
+
+    def on_validation_epoch_end(self) -> None:
+        self._report("val", self.val_losses, self.val_ap)
+
+    def on_test_epoch_end(self) -> None:
+        self._report("test", self.test_losses, self.test_ap)
+
+    def _new_metric(self) -> CocoAveragePrecision:
+        """What counts an evaluation's detections, by the sizes and classes that the data names."""
+        data = getattr(self._trainer, "datamodule", None)
+        return CocoAveragePrecision(getattr(data, "size_ranges", None), getattr(data, "classes", None))
+
+    def _evaluate(self, batch: Any, batch_idx: int, losses: MeanLosses, ap: CocoAveragePrecision) -> None:
+        images, targets = self._checked(batch, batch_idx)
+        _, sizes, originals = _images_and_sizes(batch)
+        maps = self(images)
+        losses.update(self.loss_sums(maps, targets))
+        true = [
+            {**target, "boxes": to_original(target["boxes"].float(), size, original)}
+            for target, size, original in zip(targets, sizes, originals, strict=True)
+        ]
+        ap.update(self.detect(maps, sizes, originals), true)
+
+    def _report(self, stage: str, losses: MeanLosses, ap: CocoAveragePrecision) -> None:
+        parts = self._weighed(losses.compute())
+        found = {"loss": torch.stack(list(parts.values())).sum(), "loss_class": parts["classification"]}
+        found |= {f"loss_{name}": parts[name] for name in ("box", "centerness") if name in parts}
+        found |= ap.compute()
+        self.log_dict({f"{stage}/{name}": value for name, value in found.items()}, sync_dist=True)
+
+    def _checked(self, batch: Any, batch_idx: int) -> tuple[Tensor, list[dict[str, Any]]]:
+        """Images and targets; labels are looked at on the CPU, on an accelerator in the first batch only."""
+        images, targets = batches.images_and_targets(batch)
+        classes = self.hparams.num_classes
+        for i, target in enumerate(targets):
+            labels = target["labels"]
+            if len(labels) and (labels.device.type == "cpu" or batch_idx == 0):
+                low, high = labels.min().item(), labels.max().item()
+                if low < 0 or high >= classes:
+                    raise ValueError(
+                        f"label {low if low < 0 else high} of sample {target.get('image_id', i)} is out of range: "
+                        f"num_classes is {classes}, labels run from 0"
+                    )
+        return images, targets
+
+    def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
+        images, sizes, originals = _images_and_sizes(batch)
+        found: list[dict[str, Any]] = list(self.detect(images, sizes, originals))
+        for detection, about in zip(found, batches.about_images(batch), strict=True):
+            if "image_id" in about:
+                detection["image_id"] = int(about["image_id"])
+        return found
+
+    def configure_optimizers(self) -> Any:
+        hp = self.hparams
+        optimizer = optim.create_optimizer(
+            self, hp.optimizer, hp.lr, hp.weight_decay, layer_decay=hp.layer_decay, betas=hp.betas, momentum=hp.momentum
+        )
+        milestones = tuple(hp.milestones) if hp.schedule == "steps" else None
+        return optim.lightning_schedule(self, optimizer, hp.warmup_epochs, hp.min_lr, milestones=milestones)
+
+
+def _images_and_sizes(batch: Any) -> tuple[Tensor, list[tuple[int, int]], list[tuple[int, int]]]:
+    """Images, and the (height, width) of each before padding and before resizing, where the batch says so."""
+    images, about = batches.images(batch), batches.about_images(batch)  # also where there are sizes, but no boxes
+    whole = (images.shape[2], images.shape[3])
+    sizes = [_pair(each.get("size", whole)) for each in about]
+    return images, sizes, [_pair(each.get("orig_size", size)) for each, size in zip(about, sizes, strict=True)]
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    height, width = size.tolist() if isinstance(size, Tensor) else size
+    return int(height), int(width)
+
+
+def _batch_norms(module: nn.Module) -> list[_BatchNorm]:
+    return [each for each in module.modules() if isinstance(each, _BatchNorm)]

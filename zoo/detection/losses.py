@@ -1,0 +1,149 @@
+"""What a dense detector learns from, summed image by image: no boolean index, no one-hot target, no wait for a device.
+
+A cell that is not matched gets values that every root, logarithm and quotient can take, and is masked afterwards: NaN
+times 0 would be NaN in the backward pass.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from zoo.detection.assign import IGNORE
+from zoo.detection.cells import (
+    ATSS_WEIGHTS,
+    RETINANET_WEIGHTS,
+    Cells,
+    Head,
+    Targets,
+    decode_deltas,
+    decode_distances,
+    encode_deltas,
+)
+
+BoxLoss = Literal["giou", "l1"]
+GIOU_EPS = 1e-7  # torchvision's
+
+
+class LossSums(NamedTuple):
+    """Sums over the cells of each image, (B,) float32, and what they are to be divided by.
+
+    Attributes:
+        classification: Focal loss over all classes of all cells that are not ignored.
+        box: Over the cells with an object.
+        centerness: The same; zeros for a head without.
+        positives: How many cells have an object.
+        box_weight: What ``box`` is to be divided by: the centernesses of these cells, or their number.
+    """
+
+    classification: Tensor
+    box: Tensor
+    centerness: Tensor
+    positives: Tensor
+    box_weight: Tensor
+
+
+def dense_loss(
+    head: Head,
+    logits: Tensor,
+    boxes: Tensor,
+    centerness: Tensor | None,
+    match: Tensor,
+    cells: Cells,
+    targets: Targets,
+    box_loss: BoxLoss = "giou",
+    weighted: bool = True,
+) -> LossSums:
+    """The losses of all cells of a batch, in float32 whatever the precision.
+
+    Args:
+        head: Says how boxes are coded: "fcos" as distances, the others as deltas.
+        logits: (B, N, K).
+        boxes: (B, N, 4) as the head codes them.
+        centerness: (B, N) logits, or None.
+        match: (B, N), of :func:`zoo.detection.assign.assign`.
+        cells, targets: What was matched.
+        box_loss: "giou" of decoded boxes (Rezatofighi et al. 2019), or "l1" of deltas.
+        weighted: Whether the box loss of a cell counts by its centerness, as in the released code of FCOS and ATSS.
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        positive = match >= 0
+        index = match.clamp(min=0)
+        labels = targets.labels.gather(1, index)
+        own = cells.anchors.expand(*match.shape, 4)
+        matched = targets.boxes.gather(1, index[..., None].expand(-1, -1, 4))
+        matched = torch.where(positive[..., None], matched, own)
+        classification = focal_loss(logits.float(), labels, positive)
+        classification = torch.where(match == IGNORE, 0.0, classification).sum(1)
+
+        weight = positive.float()
+        positives = weight.sum(1)
+        center_sum = torch.zeros_like(positives)
+        if centerness is not None:
+            target = centerness_of(matched, cells.centers)
+            errors = softplus(centerness.float()) - centerness.float() * target  # cross-entropy
+            center_sum = (errors * weight).sum(1)
+            if weighted:
+                weight = weight * target
+        if box_loss == "l1":
+            coder = RETINANET_WEIGHTS if head == "retinanet" else ATSS_WEIGHTS
+            box_errors = (boxes.float() - encode_deltas(matched, cells.anchors, coder)).abs().sum(-1)
+        else:
+            box_errors = giou_loss(decode(head, boxes.float(), cells.anchors), matched)
+        return LossSums(classification, (box_errors * weight).sum(1), center_sum, positives, weight.sum(1))
+
+
+def decode(head: Head, boxes: Tensor, anchors: Tensor) -> Tensor:
+    """Boxes xyxy in pixels (..., 4), float32, of what a head predicts for anchors (..., 4)."""
+    if head == "fcos":
+        return decode_distances(boxes, anchors)
+    return decode_deltas(boxes, anchors, RETINANET_WEIGHTS if head == "retinanet" else ATSS_WEIGHTS)
+
+
+def focal_loss(logits: Tensor, labels: Tensor, positive: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
+    """Focal loss (Lin et al. 2017, equation 5) of each cell, summed over its classes: (B, N).
+
+    All classes are taken for absent, and what this gets wrong is put right for the one class that is there: the same
+    sum without a target of the logits' size.
+
+    Args:
+        logits: (B, N, K).
+        labels: (B, N), the class of a cell with an object; any class where there is none.
+        positive: (B, N), whether there is one.
+        alpha: Weight of what is there; of what is not, 1 - alpha.
+        gamma: How much less counts what is already right.
+    """
+    absent = (1 - alpha) * (logits.sigmoid().pow(gamma) * softplus(logits)).sum(-1)
+    logit = logits.gather(2, labels[..., None]).squeeze(2)
+    there = alpha * (-logit).sigmoid().pow(gamma) * softplus(-logit)
+    not_there = (1 - alpha) * logit.sigmoid().pow(gamma) * softplus(logit)
+    return absent + torch.where(positive, there - not_there, 0.0)
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + exp(x)), by a logarithm of numbers from 1/2 to 1: on a CPU torch's log1p takes ten times as long."""
+    size = x.abs()
+    return 0.5 * (x + size) - size.sigmoid().log()  # not relu(), whose gradient at 0 would be wrong
+
+
+def giou_loss(boxes: Tensor, targets: Tensor) -> Tensor:
+    """1 - generalised IoU (Rezatofighi et al. 2019, algorithm 1) of boxes (..., 4) xyxy, pair by pair: (...)."""
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    tx1, ty1, tx2, ty2 = targets.unbind(-1)
+    width = (torch.minimum(x2, tx2) - torch.maximum(x1, tx1)).clamp(min=0)
+    height = (torch.minimum(y2, ty2) - torch.maximum(y1, ty1)).clamp(min=0)
+    intersection = width * height
+    union = (x2 - x1) * (y2 - y1) + (tx2 - tx1) * (ty2 - ty1) - intersection
+    hull = (torch.maximum(x2, tx2) - torch.minimum(x1, tx1)) * (torch.maximum(y2, ty2) - torch.minimum(y1, ty1))
+    return 1 - intersection / (union + GIOU_EPS) + (hull - union) / (hull + GIOU_EPS)
+
+
+def centerness_of(boxes: Tensor, centers: Tensor) -> Tensor:
+    """How central points (N, 2) lie in boxes (B, N, 4): (B, N) in [0, 1] (Tian et al. 2019, equation 3)."""
+    x, y = centers.unbind(-1)
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    left, top, right, bottom = x - x1, y - y1, x2 - x, y2 - y
+    across = torch.minimum(left, right) / torch.maximum(left, right)
+    along = torch.minimum(top, bottom) / torch.maximum(top, bottom)
+    # An anchor's centre may lie outside of a box that ATSS does not give it; rounding may leave a hair below 0.
+    return (across * along).clamp(min=0).sqrt()

@@ -21,19 +21,21 @@ Window = tuple[slice, slice]
 
 CLASSES = ("disc", "square", "triangle", "ring", "plus", "star")
 SMALLEST_MASK = 12  # pixels: what covers fewer has no shape to tell
+SMALLEST_SIZE = 6  # pixels: that of a star that covers as many
 ATTEMPTS = 10  # places tried for a shape before it is left out
 MARGIN = 0.4  # between a shape's centre and the edge of the image, by its size
 BLOCK = 16  # side in pixels of the background's blocks
 BLOCK_CONTRAST, PIXEL_NOISE = 0.06, 0.04  # standard deviations, of intensities in [0, 1]
 PERIODS = (4.0, 32.0)  # of textures, in pixels
 
-# Outlines with the area 1, so that a shape's size, the root of its area, says nothing about its class.
-DISC = 1 / math.sqrt(math.pi)  # radius
+# Outlines in a square of side 1, which each fills from side to side: a shape's size is that side, of its box, before it
+# is stretched and turned.
+DISC = 0.5  # radius
 SQUARE = 0.5  # half a side
-TRIANGLE = 1 / math.sqrt(3 * math.sqrt(3))  # equilateral: radius of the circle inside
-RING = 1 / math.sqrt(0.75 * math.pi)  # outer radius; the inner one is half of it
-PLUS = 1.5 / math.sqrt(5)  # half the length of a bar, which is three times as long as wide
-STAR = 1 / math.sqrt(2.5 * math.sin(math.pi / 5))  # five points at this radius; the corners between them at half of it
+TRIANGLE = 1 / (2 * math.sqrt(3))  # equilateral: radius of the circle inside
+RING = 0.5  # outer radius; the inner one is half of it
+PLUS = 0.5  # half the length of a bar, which is three times as long as wide
+STAR = 1 / (2 * math.sin(math.radians(72)))  # five points at this radius; the corners between them at half of it
 REACH = (DISC, SQUARE * math.sqrt(2), 2 * TRIANGLE, RING, PLUS * math.sqrt(10) / 3, STAR)  # farthest point from (0, 0)
 
 
@@ -54,10 +56,10 @@ class ShapeSettings:
     rotation: float = 20.0
     boxes: Boxes = "amodal"
     without: tuple[float, float] | None = None
-    """A band of sizes in pixels, [low, high), that no object's size lies in, nor the root of its area."""
+    """A band of sizes in pixels, [low, high), that no object's size lies in, nor the root of its box's area."""
 
     def __post_init__(self) -> None:
-        side, least = self.image_size, math.ceil(math.sqrt(SMALLEST_MASK))
+        side, least = self.image_size, SMALLEST_SIZE
         if side < 32:
             raise ValueError(f"image_size is {side}: expected at least 32 pixels")
         if not least <= self.min_size <= self.max_size <= side:
@@ -97,7 +99,7 @@ class Scene(NamedTuple):
     visible: np.ndarray
     """float32 (n,): the share of an object's pixels in the image that no other object hides."""
     area: np.ndarray
-    """float32 (n,): an object's pixels in the image, hidden ones as well."""
+    """float32 (n,): of the box around all of an object that lies in the image, hidden or not."""
     truncated: np.ndarray
     """bool (n,): whether the object leaves the image."""
     owner: np.ndarray
@@ -118,15 +120,15 @@ def render(settings: ShapeSettings, seed: int, index: int) -> Scene:
         color, kind = rng.random(3), rng.random(5).tolist()
         for _ in range(ATTEMPTS):
             shape = _place(rng, settings, label, size)
-            if shape.area < SMALLEST_MASK or _between(math.sqrt(shape.area), settings.without):
+            if shape.pixels < SMALLEST_MASK or _between(math.sqrt(shape.area), settings.without):
                 continue
             under = owner[shape.window][shape.mask]
             hidden = np.bincount(under[under >= 0], minlength=len(placed))
-            if all(left[i] - hidden[i] >= (1 - settings.occlusion) * placed[i].area for i in range(len(placed))):
+            if all(left[i] - hidden[i] >= (1 - settings.occlusion) * placed[i].pixels for i in range(len(placed))):
                 break
         else:
             continue
-        left = [*(left - hidden).tolist(), shape.area]
+        left = [*(left - hidden).tolist(), shape.pixels]
         _paint(rng, image, shape, color, kind, settings)
         owner[shape.window][shape.mask] = len(placed)
         placed.append(shape)
@@ -138,8 +140,14 @@ class _Placed(NamedTuple):
     window: Window  # the part of the image that holds the shape
     mask: np.ndarray  # bool, over the window: pixels whose centre lies inside
     cover: np.ndarray  # float32 in [0, 1], over the window: the same with a soft edge
-    area: int  # of the mask
+    pixels: int  # of the mask
+    box: tuple[int, int, int, int]  # xyxy, around the mask, in pixels of the image
     truncated: bool
+
+    @property
+    def area(self) -> int:
+        """Of the box."""
+        return (self.box[2] - self.box[0]) * (self.box[3] - self.box[1])
 
 
 def _sizes(rng: np.random.Generator, settings: ShapeSettings, count: int) -> list[float]:
@@ -179,12 +187,23 @@ def _place(rng: np.random.Generator, settings: ShapeSettings, label: int, size: 
     inner = slice(rows.start - top, rows.stop - top), slice(columns.start - left, columns.stop - left)
     mask = distance <= 0
     cover = np.clip(0.5 - distance[inner] * min(width, height), 0, 1)
-    area = int(np.count_nonzero(mask[inner]))
-    return _Placed(label, (rows, columns), mask[inner], cover, area, area < int(np.count_nonzero(mask)))
+    inside = mask[inner]
+    pixels = int(np.count_nonzero(inside))
+    box = _box(inside, (rows, columns))
+    return _Placed(label, (rows, columns), inside, cover, pixels, box, pixels < int(np.count_nonzero(mask)))
+
+
+def _box(mask: np.ndarray, window: Window) -> tuple[int, int, int, int]:
+    """xyxy around what is true in a window of the image; of no area if nothing is."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if not len(rows):
+        return 0, 0, 0, 0
+    top, left = window[0].start, window[1].start
+    return left + int(columns[0]), top + int(rows[0]), left + int(columns[-1]) + 1, top + int(rows[-1]) + 1
 
 
 def outline(label: int, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """How far points lie outside a shape of area 1 about (0, 0), v pointing down; 0 or less inside. float32 as given.
+    """How far points lie outside a shape of size 1 about (0, 0), v pointing down; 0 or less inside. float32 as given.
 
     Beyond a corner it is the distance from the farther of the lines that meet there.
     """
@@ -293,19 +312,16 @@ def _scene(image: np.ndarray, owner: np.ndarray, placed: list[_Placed], left: li
     kept = [i for i in range(len(placed)) if boxes == "amodal" or left[i] > 0]
     if len(kept) < len(placed):  # what is wholly hidden has no visible box
         owner = np.array([*np.searchsorted(kept, range(len(placed))), -1], np.int16)[owner]
-    found = []
-    for i, shape in enumerate(placed[j] for j in kept):
-        mask = shape.mask if boxes == "amodal" else owner[shape.window] == i
-        rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-        top, side = shape.window[0].start, shape.window[1].start
-        found.append([side + columns[0], top + rows[0], side + columns[-1] + 1, top + rows[-1] + 1])
-    area = np.array([placed[i].area for i in kept], np.float32)
+    found = [
+        shape.box if boxes == "amodal" else _box(owner[shape.window] == i, shape.window)
+        for i, shape in enumerate(placed[j] for j in kept)
+    ]
     return Scene(
         image=(np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8).transpose(1, 2, 0),
         boxes=np.array(found, np.float32).reshape(-1, 4),
         labels=np.array([placed[i].label for i in kept], np.int64),
-        visible=np.array([left[i] for i in kept], np.float32) / area,
-        area=area,
+        visible=np.array([left[i] / placed[i].pixels for i in kept], np.float32),
+        area=np.array([placed[i].area for i in kept], np.float32),
         truncated=np.array([placed[i].truncated for i in kept], bool),
         owner=owner,
     )

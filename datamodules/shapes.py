@@ -120,7 +120,8 @@ class ShapeSamples:
 class ShapesDetectionDataModule(DetectionDataModule):
     """Rendered shapes: disc, square, triangle, ring, plus, star. Batches ``(images (B, 3, S, S), targets)``.
 
-    A shape's size is the root of its area in pixels. Sizes are log-uniform, and the same for all classes. Boxes are
+    A shape's size is the side of the square that it fills, in pixels, before it is stretched and turned; its area, by
+    which a size range counts it, that of its box. Sizes are log-uniform, and the same for all classes. Boxes are
     tight. Objects of which less than 40 % is visible are marked as ``iscrowd``. For the keys of a target see
     :class:`ShapeSamples`.
 

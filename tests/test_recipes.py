@@ -1,11 +1,17 @@
 """Every shipped recipe runs through the real command line, on tiny networks and tiny files in the data's own format."""
 
+import json
+import re
 from pathlib import Path
 
 import pytest
 import timm
+import torch
 import yaml
+from PIL import Image
 from test_torchvision_sets import WRITERS, jpeg
+from torchvision.models import detection
+from torchvision.models._meta import _COCO_CATEGORIES
 
 from zoo.cli import main
 from zoo.efficientnet import PUBLISHED, CompoundScaling
@@ -17,7 +23,13 @@ SMALL_MODEL = {
     "zoo.ViTClassifier": SMALL_VIT,
     "zoo.MAEPretrainer": SMALL_VIT + SMALL_DECODER,
     "zoo.EfficientNetClassifier": ["--model.image_size", "32", "--data.image_size", "32", "--model.compile", "false"],
+    "zoo.FPNDetector": ["--model.image_size", "64", "--model.channels", "8", "--model.head_depth", "1"],
 }
+SMALL_BACKBONE = {"vit": "test_vit", "resnet50": "test_resnet", "test": "test_resnet"}  # by the first part of a name
+# Options of a detection recipe's data that say sizes.
+SMALL_IMAGES = {"image_size": "64", "max_size": "96", "square": "64", "short_sides": "[48,64]"}
+# COCO's ids run from 1 to 90, with ten gaps.
+COCO = {i: name for i, name in enumerate(_COCO_CATEGORIES) if name not in ("__background__", "N/A")}
 LARGE = ("b4", "b5", "b6", "b7")  # they take long to train: B0 runs in their place, with all of their settings
 SMALL_RUN = ["--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.precision", "32-true"]
 SMALL_RUN += ["--trainer.sync_batchnorm", "false", "--trainer.fast_dev_run", "true"]
@@ -35,9 +47,38 @@ def write_data(settings: dict, root: Path, monkeypatch) -> list[str]:
             path = root / ("cat", "dog")[index % 2] / f"{index}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(jpeg(index % 2))
+    elif kind == "CocoDetectionDataModule" and options["root"] == "data/coco":
+        for split, count in (("train2017", 8), ("val2017", 3)):
+            write_coco(root / "annotations" / f"instances_{split}.json", root / split, count, COCO)
+    elif kind == "CocoDetectionDataModule":
+        for split, count in (("train", 8), ("valid", 3)):
+            write_coco(root / split / "_annotations.coco.json", root / split, count, {0: "animals", 1: "cat", 2: "dog"})
     else:
         return []
     return ["--data.root", str(root)]
+
+
+def write_coco(file: Path, folder: Path, count: int, categories: dict[int, str]) -> None:
+    """Images, wide and tall, each with a box of the first and one of the last category, but the last: it has none."""
+    for parent in (file.parent, folder):
+        parent.mkdir(parents=True, exist_ok=True)
+    images, annotations = [], []
+    for index in range(count):
+        width, height = ((60, 40), (40, 60))[index % 2]
+        Image.new("RGB", (width, height), (30 * index, 90, 120)).save(folder / f"{index}.jpg")
+        images.append({"id": index, "file_name": f"{index}.jpg", "width": width, "height": height})
+        for category in (min(categories), max(categories)) if index < count - 1 else ():
+            box = {"bbox": [5, 8, 20, 25], "area": 480, "iscrowd": 0}
+            annotations.append({"id": len(annotations), "image_id": index, "category_id": category, **box})
+    named = [{"id": i, "name": name} for i, name in categories.items()]
+    file.write_text(json.dumps({"images": images, "annotations": annotations, "categories": named}))
+
+
+def small_detector(recipe: dict) -> list[str]:
+    """A small backbone of the recipe's kind, and small images."""
+    kind = recipe["model"]["init_args"]["backbone"].partition("_")[0]
+    sizes = {name: size for name, size in SMALL_IMAGES.items() if name in recipe["data"]["init_args"]}
+    return [f"--model.backbone={SMALL_BACKBONE[kind]}", *(f"--data.{name}={size}" for name, size in sizes.items())]
 
 
 @pytest.mark.parametrize("name", list(recipes()))
@@ -48,6 +89,8 @@ def test_recipe_runs(name, tmp_path, monkeypatch):
     model = list(SMALL_MODEL[recipe["model"]["class_path"]])
     if recipe["model"]["init_args"].get("variant") in LARGE:
         model += ["--model.variant", "b0"]
+    if name.startswith("detection/"):
+        model += small_detector(recipe)
     assert main(["fit", "-c", name, *model, *SMALL_RUN, *data, *weights]) == 0
 
 
@@ -64,7 +107,7 @@ def test_recipe_is_complete_and_says_where_it_comes_from(name):
     assert "max_epochs" in recipe["trainer"]
     weights = recipe["model"]["init_args"].get("weights")
     assert weights is None or timm.is_model_pretrained(weights)
-    if "imagenet" in name:
+    if re.search("imagenet|coco_(?!custom)", name):
         assert "arXiv" in header
         assert "Not ours" in header
 
@@ -102,3 +145,57 @@ def test_recipe_for_cifar_has_the_largest_network_of_its_budget():
         scaling.count(phi, model["image_size"], model["num_classes"]) for phi in (model["phi"], model["phi"] + 1e-3)
     ]
     assert cost[0].macs <= 50e6 < cost[1].macs
+
+
+@pytest.mark.parametrize("head", ["fcos", "retinanet", "atss"])
+def test_recipe_for_coco_is_the_schedule_called_1x(head):
+    recipe = yaml.safe_load(recipes()[f"detection/coco_{head}_r50"].read_text())
+    trainer, model, data = recipe["trainer"], recipe["model"]["init_args"], recipe["data"]["init_args"]
+    steps = 117_266 // (data["batch_size"] * trainer["devices"])  # COCO's training images with boxes; the rest is left
+    assert model["head"] == head
+    assert model["schedule"] == "steps"
+    assert (trainer["max_epochs"], model["milestones"]) == (12, [8, 11])
+    assert round(model["warmup_epochs"] * steps) == 1000
+    assert f"{steps:,} steps an epoch" in recipes()[f"detection/coco_{head}_r50"].read_text()
+    assert (model["lr"], model["momentum"], model["weight_decay"]) == (0.01, 0.9, 1e-4)
+    assert not timm.optim.get_optimizer_info(model["optimizer"]).defaults["nesterov"]
+    assert (data["image_size"], data["max_size"], data["hflip"], data["keep_empty"]) == (800, 1333, 0.5, False)
+    assert data.get("scale_jitter") is data.get("short_sides") is None
+    assert model["freeze_norm"]
+    assert model["frozen_stages"] == 2
+
+
+def test_recipe_of_vitdet_is_its_schedule():
+    recipe = yaml.safe_load(recipes()["detection/coco_fcos_vitdet_base"].read_text())
+    trainer, model, data = recipe["trainer"], recipe["model"]["init_args"], recipe["data"]["init_args"]
+    steps = 117_266 // (data["batch_size"] * trainer["devices"])
+    assert round(model["warmup_epochs"] * steps) == 250
+    shares = [milestone / trainer["max_epochs"] for milestone in model["milestones"]]
+    assert shares == pytest.approx([163_889 / 184_375, 177_546 / 184_375], abs=5e-4)  # of its 184,375 steps
+    assert model["image_size"] == data["square"] == 1024
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "peer"),
+    [
+        ("detection/coco_fcos_r50", [], detection.fcos_resnet50_fpn),
+        ("detection/coco_retinanet_r50", ["--model.extra_from", "output"], detection.retinanet_resnet50_fpn),
+    ],
+)
+def test_recipe_for_coco_has_the_network_of_torchvision(name, options, peer, capsys):
+    with torch.device("meta"):
+        network = peer(weights=None, weights_backbone=None, num_classes=80)
+    assert main(["cost", "-c", name, *options]) == 0
+    printed = capsys.readouterr().out
+    assert "images of 3 x 800 x 800" in printed
+    parameters = int(printed.split("parameters")[1].split()[0].replace(",", ""))
+    assert parameters == sum(parameter.numel() for parameter in network.parameters())
+
+
+def test_recipe_for_shapes_trains_as_long_as_it_says():
+    text = recipes()["detection/shapes"].read_text()
+    recipe = yaml.safe_load(text)
+    data, epochs = recipe["data"]["init_args"], recipe["trainer"]["max_epochs"]
+    steps = data["train_size"] // data["batch_size"]
+    assert f"{data['train_size']:,} training images make {steps:,} steps an epoch, {epochs * steps:,} in all" in text
+    assert recipe["trainer"]["check_val_every_n_epoch"] == epochs, "validation is only at the end"

@@ -39,7 +39,7 @@ def create_backbone(backbone: str | nn.Module, **options: Any) -> Any:
         raise ValueError(
             f"{backbone} cannot be built with image_size {size} and patch_size {patch}: {error}"
         ) from error
-    if hasattr(model, "patch_embed"):
+    if hasattr(getattr(model, "patch_embed", None), "img_size"):  # PVT's and Hiera's do not say
         (height, width), (patch_h, patch_w) = model.patch_embed.img_size, model.patch_embed.patch_size
         if height % patch_h or width % patch_w:
             raise ValueError(f"image_size {height}x{width} is not divisible by the patch size {patch_h}x{patch_w}")

@@ -43,10 +43,13 @@ def assign(
     with torch.autocast(cells.anchors.device.type, enabled=False):
         matches = []
         for start in range(0, images, at_once):  # once around, but for the largest batches
-            some = Targets(*(field[start : start + at_once] for field in targets))
-            match = rules[head](some.boxes, some.valid)
-            hidden = _inside_share(cells.anchors, torch.where(some.crowd[..., None], some.boxes, 0.0)).amax(1) > 0.5
-            matches.append(torch.where((match == BACKGROUND) & hidden, IGNORE, match))
+            part = slice(start, start + at_once)
+            match = rules[head](targets.boxes[part], targets.valid[part])
+            if targets.crowd is not None:
+                crowds = torch.where(targets.crowd[part, :, None], targets.boxes[part], 0.0)
+                hidden = _inside_share(cells.anchors, crowds).amax(1) > 0.5
+                match = torch.where((match == BACKGROUND) & hidden, IGNORE, match)
+            matches.append(match)
         return matches[0] if len(matches) == 1 else torch.cat(matches)
 
 

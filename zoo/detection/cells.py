@@ -148,13 +148,13 @@ class Targets(NamedTuple):
         boxes: (B, M, 4) xyxy in pixels, float32; zeros in empty slots.
         labels: (B, M) int64 from 0; 0 in empty slots.
         valid: (B, M), whether a slot holds an object to be found.
-        crowd: (B, M), whether it holds a region in which nothing is to be learned.
+        crowd: (B, M), whether it holds a region in which nothing is to be learned. None: there is none in the batch.
     """
 
     boxes: Tensor
     labels: Tensor
     valid: Tensor
-    crowd: Tensor
+    crowd: Tensor | None = None
 
 
 def pad_targets(targets: Sequence[Mapping[str, Any]], device: torch.device | str | None = None) -> Targets:
@@ -181,9 +181,11 @@ def pad_targets(targets: Sequence[Mapping[str, Any]], device: torch.device | str
     boxes, labels = padded("boxes", torch.float32, 0.0), padded("labels", torch.int64, -1)
     # NaN compares as false; an infinite side would make the loss infinite.
     proper = (boxes[..., 2:] > boxes[..., :2]).all(-1) & boxes.isfinite().all(-1) & (labels >= 0)
-    crowd = torch.zeros_like(proper)
+    crowd = None
     if any("iscrowd" in target for target in targets):
         targets = [{"iscrowd": torch.zeros_like(target["labels"]), **target} for target in targets]
         crowd = padded("iscrowd", torch.bool, False)
     boxes = torch.where(proper[..., None], boxes, 0.0)
+    if crowd is None:
+        return Targets(boxes, labels.clamp(min=0), proper)
     return Targets(boxes, labels.clamp(min=0), proper & ~crowd, proper & crowd)

@@ -4,10 +4,11 @@ A cell that is not matched gets values that every root, logarithm and quotient c
 times 0 would be NaN in the backward pass.
 """
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from zoo.detection.assign import IGNORE
 from zoo.detection.cells import (
@@ -113,11 +114,31 @@ def focal_loss(logits: Tensor, labels: Tensor, positive: Tensor, alpha: float = 
         alpha: Weight of what is there; of what is not, 1 - alpha.
         gamma: How much less counts what is already right.
     """
-    absent = (1 - alpha) * (logits.sigmoid().pow(gamma) * softplus(logits)).sum(-1)
+    absent = (1 - alpha) * _FocalOfAbsent.apply(logits, gamma)
     logit = logits.gather(2, labels[..., None]).squeeze(2)
     there = alpha * (-logit).sigmoid().pow(gamma) * softplus(-logit)
     not_there = (1 - alpha) * logit.sigmoid().pow(gamma) * softplus(logit)
     return absent + torch.where(positive, there - not_there, 0.0)
+
+
+class _FocalOfAbsent(torch.autograd.Function):
+    """sum p^gamma * -log(1 - p) over the last dimension, p = sigmoid(x). It keeps its derivative, not what led there.
+
+    It is the one tensor of the logits' size that stays until the backward pass, where autograd would keep four.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, gamma: float) -> Tensor:
+        probability, loss = logits.sigmoid(), softplus(logits)
+        focus = probability.pow(gamma)
+        ctx.save_for_backward(focus * (gamma * (1 - probability) * loss + probability))
+        return (focus * loss).sum(-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (derivative,) = ctx.saved_tensors
+        return derivative * gradient[..., None], None
 
 
 def softplus(x: Tensor) -> Tensor:

@@ -21,15 +21,15 @@ Window = tuple[slice, slice]
 
 CLASSES = ("disc", "square", "triangle", "ring", "plus", "star")
 SMALLEST_MASK = 12  # pixels: what covers fewer has no shape to tell
-SMALLEST_SIZE = 6  # pixels: that of a star that covers as many
+SMALLEST_SIZE = 6  # pixels: a star of this size still covers as many
 ATTEMPTS = 10  # places tried for a shape before it is left out
 MARGIN = 0.4  # between a shape's centre and the edge of the image, by its size
 BLOCK = 16  # side in pixels of the background's blocks
 BLOCK_CONTRAST, PIXEL_NOISE = 0.06, 0.04  # standard deviations, of intensities in [0, 1]
 PERIODS = (4.0, 32.0)  # of textures, in pixels
 
-# Outlines in a square of side 1, which each fills from side to side: a shape's size is that side, of its box, before it
-# is stretched and turned.
+# Outlines of width 1, the triangle and the star a little less high: a shape's size is its width, before it is stretched
+# and turned.
 DISC = 0.5  # radius
 SQUARE = 0.5  # half a side
 TRIANGLE = 1 / (2 * math.sqrt(3))  # equilateral: radius of the circle inside

@@ -120,10 +120,9 @@ class ShapeSamples:
 class ShapesDetectionDataModule(DetectionDataModule):
     """Rendered shapes: disc, square, triangle, ring, plus, star. Batches ``(images (B, 3, S, S), targets)``.
 
-    A shape's size is the side of the square that it fills, in pixels, before it is stretched and turned; its area, by
-    which a size range counts it, that of its box. Sizes are log-uniform, and the same for all classes. Boxes are
-    tight. Objects of which less than 40 % is visible are marked as ``iscrowd``. For the keys of a target see
-    :class:`ShapeSamples`.
+    A shape's size is its width in pixels before it is stretched and turned; its area, by which a size range counts it,
+    that of its box. Sizes are log-uniform, and the same for all classes. Boxes are tight. Objects of which less than
+    40 % is visible are marked as ``iscrowd``. For the keys of a target see :class:`ShapeSamples`.
 
     Args:
         preset: Sets the knobs from ``min_size`` to ``rotation``; one that is given all the same wins.
@@ -137,7 +136,7 @@ class ShapesDetectionDataModule(DetectionDataModule):
             time, a few milliseconds one, while others are kept in memory.
         held_out: Sizes [low, high) that training images have none of, while validation and test images do.
         boxes: ``amodal``: around all of a shape, as far as it lies in the image; ``modal``: around what is visible of
-            it. The area, and with it the size range that an object counts in, is that of all of the shape.
+            it. The area, and with it the size range that an object counts in, is that of the amodal box.
         shapes: How many of the classes there are, 3 to 6.
         min_size, max_size: Range of the sizes; by default 8 to 0.8 S, or 256 if that is less.
         max_objects: Each image has 1 to this many, fewer where there is no room (8).
@@ -190,7 +189,7 @@ class ShapesDetectionDataModule(DetectionDataModule):
         num_workers: int | None = None,
         seed: int = 0,
         mean: tuple[float, ...] = (0.5, 0.5, 0.5),
-        std: tuple[float, ...] = (0.24, 0.24, 0.24),
+        std: tuple[float, ...] = (0.23, 0.23, 0.23),
         drop_last: bool = True,
     ) -> None:
         super().__init__(
@@ -266,8 +265,8 @@ class ShapesDetectionDataModule(DetectionDataModule):
 def size_ranges(settings: ShapeSettings) -> dict[str, tuple[float, float]]:
     """Areas in pixels squared by name, for AP by size: from one power of two to the next, ``8_16`` say.
 
-    The first begins at 0 and the last has no end but the image's, since what pixels and the image's edge leave of a
-    shape may have a little more or less than its size.
+    They hold boxes, which turning a shape makes larger than its size, and the image's edge smaller: the first range
+    therefore begins at 0, and the last has no end but the image's.
     """
     first = math.floor(math.log2(settings.min_size))
     last = max(math.ceil(math.log2(settings.max_size)), first + 1)

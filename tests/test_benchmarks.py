@@ -36,3 +36,31 @@ def test_training_does_less_than_the_paper(decoder, share):
     with FlopCounterMode(display=False) as counter:
         model.masked_loss(images)
     assert counter.get_total_flops() / 64 / forward_flops("small") == pytest.approx(share, abs=0.005)
+
+
+def test_what_is_compared_of_detectors_has_one_loss():
+    from detection_speed import losses_alone, train_ours, train_theirs
+
+    device = torch.device("cpu")
+    rows = [row.make(device) for row in losses_alone(device) if "compiled" not in row.name]
+    theirs, ours = (row.loss(torch.zeros(1)).item() for row in rows)
+    assert ours == pytest.approx(theirs, rel=1e-6)
+    torch.manual_seed(0)
+    images = torch.randn(2, 3, 64, 64)
+    theirs, ours = train_theirs("resnet18", True, device), train_ours("resnet18", True, 64, device)
+    assert ours.loss(images).item() == pytest.approx(theirs.loss(images).item(), rel=1e-4)
+
+
+def test_the_table_of_detection_has_the_ratio_of_the_means(capsys, monkeypatch):
+    import detection_shapes
+
+    found = {"pyramid, strides 8 to 32": [0.5, 0.54], "one level, stride 16": [0.2, 0.32]}
+    runs = {neck: iter(values) for neck, values in found.items()}
+    made = lambda recipe, neck, *_: {"ap": next(runs[neck]), "ap_8_16": 0.0, "seconds": 60.0}  # noqa: E731
+    monkeypatch.setattr(detection_shapes, "run", made)
+    monkeypatch.setattr(sys, "argv", ["detection_shapes.py", "--seeds", "0", "1"])
+    detection_shapes.main()
+    printed = capsys.readouterr().out
+    assert "| | AP | 8 to 16 px | seconds |" in printed
+    assert "| pyramid, strides 8 to 32 | 52.0 ± 2.8 | 0.0 ± 0.0 | 60 |" in printed
+    assert "| ratio | 2.0 | no other | |" in printed

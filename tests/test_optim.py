@@ -2,6 +2,7 @@
 
 import math
 import re
+from functools import partial
 
 import pytest
 import timm
@@ -328,10 +329,19 @@ def test_wrong_schedules(arguments, message):
 class Tiny(LightningModule):
     """A ViT with a head, with each step's learning rates noted before the step is taken."""
 
-    def __init__(self, lr=8e-3, warmup_epochs=1.0, min_lr=0.0, layer_decay=0.5, weight_decay=0.1, staircase=None):
+    def __init__(
+        self,
+        lr=8e-3,
+        warmup_epochs=1.0,
+        min_lr=0.0,
+        layer_decay=0.5,
+        weight_decay=0.1,
+        staircase=None,
+        milestones=None,
+    ):
         super().__init__()
         self.backbone, self.head = vit(), nn.Linear(12, 3)
-        self.options = (lr, weight_decay, layer_decay, warmup_epochs, min_lr, staircase)
+        self.options = (lr, weight_decay, layer_decay, warmup_epochs, min_lr, staircase, milestones)
         self.rates = []
 
     def training_step(self, batch, batch_idx):
@@ -544,6 +554,79 @@ def test_stairs_of_a_stream_without_length():
             fit(Tiny(warmup_epochs=warmup_epochs, staircase=(0.5, 1)), stream, max_steps=5)
     module = Tiny(warmup_epochs=0.5, staircase=(0.5, 0.5))
     assert fit(module, stream, max_steps=5, limit_train_batches=4) == pytest.approx(stairs(8e-3, 2, 2, 0.5, 5))
+
+
+# Steps.
+
+
+def test_steps_by_hand():
+    factors = [optim.warmup_steps_factor(step, 2, [4, 7]) for step in range(9)]
+    assert factors == pytest.approx([0, 0.5, 1, 1, 0.1, 0.1, 0.1, 0.01, 0.01])
+    assert [optim.warmup_steps_factor(step, 0, [1.5, 3], 0.5) for step in range(4)] == [1, 1, 0.5, 0.25]
+    assert [optim.warmup_steps_factor(step, 4, [2], 0.5) for step in range(5)] == [0, 0.25, 0.25, 0.375, 0.5]
+
+
+def test_steps_of_detectors():
+    """Of 90,000 steps, a tenth from 60,000 and again from 80,000 (Lin et al. 2017, RetinaNet, section 4.1)."""
+    at = partial(optim.warmup_steps_factor, warmup_steps=1000, milestones=[60_000, 80_000])
+    assert [at(step) for step in (0, 500, 1000, 59_999, 60_000, 79_999, 80_000, 89_999)] == pytest.approx(
+        [0, 0.5, 1, 1, 0.1, 0.1, 0.01, 0.01]
+    )
+
+
+def falling(peak: float, warmup: int, milestones: list[float], total: int) -> list[float]:
+    rise = [min(1.0, step / warmup) if warmup else 1.0 for step in range(total)]
+    return [peak * share * 0.1 ** len([m for m in milestones if step >= m]) for step, share in enumerate(rise)]
+
+
+def test_layers_keep_their_ratio_at_each_milestone():
+    module = Tiny(milestones=(1.5, 3))  # 6 steps an epoch
+    rates = fit(module, max_epochs=4)
+    assert rates == pytest.approx(falling(8e-3, 6, [9, 18], 24))
+    for step in (8, 9, 23):
+        per_layer = sorted(set(module.rates[step]), reverse=True)
+        assert per_layer == pytest.approx([rates[step] * 0.5**layer for layer in range(4)])
+
+
+def test_milestones_are_counted_in_steps_of_the_optimizer_and_need_no_end():
+    rates = fit(Tiny(milestones=[0.5, 1]), images(8), max_epochs=2, accumulate_grad_batches=2)
+    assert rates == pytest.approx(falling(8e-3, 4, [2, 4], 8))
+    endless = fit(Tiny(milestones=[1, 2], warmup_epochs=0), max_epochs=-1, callbacks=[StopAfter(14)])
+    assert endless == pytest.approx(falling(8e-3, 0, [6, 12], 14))
+
+
+def test_continuing_falls_at_the_same_steps(tmp_path):
+    options = {"warmup_epochs": 0.5, "milestones": [0.9, 2]}
+    trainer = Trainer(**QUIET, max_epochs=3, min_epochs=0, callbacks=[StopAfter(6)])
+    trainer.fit(Tiny(**options), images())
+    trainer.save_checkpoint(tmp_path / "six.ckpt")
+    torch.load(tmp_path / "six.ckpt", weights_only=True)
+    rates = fit(Tiny(**options), ckpt_path=tmp_path / "six.ckpt", max_epochs=3)
+    assert rates == pytest.approx(falling(8e-3, 3, [5.4, 12], 18)[6:])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"milestones": []}, r"milestones are \[\]: expected epochs above 0, ascending"),
+        ({"milestones": (11, 8)}, r"milestones are \[11, 8\]: expected epochs above 0, ascending"),
+        ({"milestones": (0, 8)}, r"milestones are \[0, 8\]: expected epochs above 0, ascending"),
+        ({"milestones": (8,), "min_lr": 1e-3}, "milestones go with neither a staircase nor min_lr"),
+        ({"milestones": (8,), "staircase": (0.5, 1)}, "milestones go with neither a staircase nor min_lr"),
+        ({"milestones": (8,), "warmup_epochs": -1}, "warmup_epochs is -1: expected 0 or more"),
+    ],
+)
+def test_wrong_milestones(options, message):
+    with pytest.raises(ValueError, match=message):
+        fit(Tiny(**options), max_epochs=2)
+
+
+def test_milestones_of_a_stream_without_length():
+    stream = DataLoader(Stream(), batch_size=1)
+    with pytest.raises(ValueError, match="^a schedule by milestones needs epochs of known length, .* use the cosine"):
+        fit(Tiny(warmup_epochs=0, milestones=(1,)), stream, max_steps=5)
+    rates = fit(Tiny(warmup_epochs=0, milestones=(0.5,)), stream, max_steps=5, limit_train_batches=4)
+    assert rates == pytest.approx(falling(8e-3, 0, [2], 5))
 
 
 # Fused optimizers, and LARS.

@@ -254,7 +254,7 @@ def lightning_schedule(
             raise ValueError("milestones go with neither a staircase nor min_lr: leave these out")
         if not milestones or sorted(milestones) != list(milestones) or milestones[0] <= 0:
             raise ValueError(f"milestones are {list(milestones)}: expected epochs above 0, ascending")
-    in_epochs = staircase is not None or milestones is not None
+    in_epochs = "a staircase" if staircase is not None else "a schedule by milestones" if milestones is not None else ""
     total = trainer.estimated_stepping_batches
     if not in_epochs and (total < 0 or math.isinf(total)):
         raise ValueError("a learning rate schedule needs a run with an end: set the Trainer's max_epochs or max_steps")
@@ -277,12 +277,12 @@ def lightning_schedule(
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-def _epoch_steps(trainer: Any, warmup_epochs: float, in_epochs: bool) -> int:
-    """Steps of the optimizer in an epoch."""
+def _epoch_steps(trainer: Any, warmup_epochs: float, in_epochs: str) -> int:
+    """Steps of the optimizer in an epoch; ``in_epochs`` is what a schedule counted in them is called, if it is one."""
     if trainer.train_dataloader is None:  # with max_steps alone the Trainer has not counted batches yet
         trainer.fit_loop.setup_data()
     if math.isinf(trainer.num_training_batches):
-        setting = f"warmup_epochs={warmup_epochs}" if warmup_epochs else "a staircase"
+        setting = f"warmup_epochs={warmup_epochs}" if warmup_epochs else in_epochs
         remedy = "use the cosine and no warm-up" if in_epochs else "set warmup_epochs to 0"
         raise ValueError(
             f"{setting} needs epochs of known length, and the training data has none: {remedy}, or set the "

@@ -112,7 +112,8 @@ def load(module: nn.Module, source: str | Path) -> Report:
         resized=tuple(resized),
         left_out=tuple(key for key in state if key not in used),
         fresh=tuple(key for key in own if key not in values and not key.endswith("num_batches_tracked")),
-        advice=_advice(module, layouts.conventions(kind, state)) if "head.box_out.weight" in values else "",
+        # Not to fine-tune on other classes, for which thresholds are one's own, and anchors are learned anew.
+        advice=_advice(module, layouts.conventions(kind, state)) if f"{CLASSES}.weight" in values else "",
     )
 
 

@@ -1,9 +1,10 @@
 """FPNDetector: a dense detector on any timm backbone, its loss, its detections, and how it learns.
 
-Deviations. FCOS (Tian et al. 2019): the score that has to pass ``score_threshold`` is the one that is reported, the
-geometric mean of class probability and centerness; the released code compares the class probability alone. Distances
-pass a ReLU, without the learned factor of each level that the released code has. ViTDet (Li et al. 2022): all attention
-is global, and the head is a dense one. ImageNet's BatchNorm is frozen only if asked for: ``freeze_norm``.
+Deviations. FCOS (Tian et al. 2019) and ATSS (Zhang et al. 2020): the score that has to pass ``score_threshold`` is the
+one that is reported, the geometric mean of class probability and centerness; the released codes compare the class
+probability alone. FCOS: distances pass a ReLU, without the learned factor of each level that the released code has.
+ViTDet (Li et al. 2022): all attention is global, and the head is a dense one. ImageNet's BatchNorm is frozen only if
+asked for: ``freeze_norm``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -75,7 +76,8 @@ class FPNDetector(LightningModule):
 
     One pass in validation gives both, ``val/loss`` with its parts ``val/loss_class``, ``val/loss_box``,
     ``val/loss_centerness``, and ``val/ap``, ``val/ap50``, ``val/ap75`` and those by size, as COCO scores
-    (:class:`zoo.average_precision.CocoAveragePrecision`). The same for ``test``; ``train/loss`` and its parts.
+    (:class:`zoo.average_precision.CocoAveragePrecision`). The same for ``test``, and there ``test/ar100`` and so on,
+    and ``test/ap_by_class/NAME``; ``train/loss`` and its parts.
 
     Args:
         backbone: A timm network by name, with maps at the levels' strides, or a plain ViT, which gets a simple feature
@@ -423,7 +425,8 @@ class FPNDetector(LightningModule):
         images, sizes, _ = _images_and_sizes(batch)
         classes = getattr(getattr(self._trainer, "datamodule", None), "classes", None)
         targets = batches.images_and_targets(batch)[1] if batches.has_targets(batch) else None
-        return {"detections": pictures.boxed(images, self.detect(images, sizes), targets, classes)}
+        found = self.detect(images, sizes)
+        return {"detections": pictures.boxed(images, found, targets, classes, threshold=0.4)}
 
     def on_fit_start(self) -> None:
         differ_between_ranks(self)
@@ -461,7 +464,8 @@ class FPNDetector(LightningModule):
     def _new_metric(self) -> CocoAveragePrecision:
         """What counts an evaluation's detections, by the sizes and classes that the data names."""
         data = getattr(self._trainer, "datamodule", None)
-        return CocoAveragePrecision(getattr(data, "size_ranges", None), getattr(data, "classes", None))
+        metric = CocoAveragePrecision(getattr(data, "size_ranges", None), getattr(data, "classes", None))
+        return metric.to(self.device)  # where Lightning gathers what is logged
 
     def _evaluate(self, batch: Any, batch_idx: int, losses: MeanLosses, ap: CocoAveragePrecision) -> None:
         images, targets = self._checked(batch, batch_idx)
@@ -478,7 +482,9 @@ class FPNDetector(LightningModule):
         parts = self._weighed(losses.compute())
         found = {"loss": torch.stack(list(parts.values())).sum(), "loss_class": parts["classification"]}
         found |= {f"loss_{name}": parts[name] for name in ("box", "centerness") if name in parts}
-        found |= ap.compute()
+        found |= {name: value for name, value in ap.compute().items() if stage == "test" or not name.startswith("ar")}
+        if stage == "test":
+            found |= {f"ap_by_class/{name}": value for name, value in ap.per_class().items()}
         self.log_dict({f"{stage}/{name}": value for name, value in found.items()}, sync_dist=True)
 
     def _checked(self, batch: Any, batch_idx: int) -> tuple[Tensor, list[dict[str, Any]]]:

@@ -3,9 +3,9 @@
     python benchmarks/detection_shapes.py --seeds 0 1 2
     python benchmarks/detection_shapes.py --seeds 0 1 2 --jobs 2    # two runs at a time, each on half of the cores
 
-Each run is a fresh process of the real command line: start-up, training, test on images that no training run sees, which
-are the same for all. Prints a markdown table, mean ± standard deviation over the seeds, and the ratio of the two at each
-size. Options that are not the script's are handed to every run.
+Each run is a fresh process of the real command line: start-up, training, test on images that no training run sees,
+which are the same for all. Prints a markdown table, mean ± standard deviation over the seeds, and the ratio of the two
+at each size. Options that are not the script's are handed to every run.
 """
 
 import argparse

@@ -480,7 +480,7 @@ class FPNDetector(LightningModule):
 
     def _report(self, stage: str, losses: MeanLosses, ap: CocoAveragePrecision) -> None:
         parts = self._weighed(losses.compute())
-        found = {"loss": torch.stack(list(parts.values())).sum(), "loss_class": parts["classification"]}
+        found: dict[str, Any] = {"loss": torch.stack(list(parts.values())).sum(), "loss_class": parts["classification"]}
         found |= {f"loss_{name}": parts[name] for name in ("box", "centerness") if name in parts}
         found |= {name: value for name, value in ap.compute().items() if stage == "test" or not name.startswith("ar")}
         if stage == "test":

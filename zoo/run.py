@@ -247,7 +247,8 @@ class ZooCLI(LightningCLI):
                 self.model, self.datamodule, ckpt_path=checkpoint or None, verbose=False, weights_only=True
             )
             for found in results:  # one for each of the data's loaders
-                shown = {name: value for name, value in found.items() if name.count("/") == 1}  # not each of 80 classes
+                # Of a detector, all but the AP of each class, of which there may be eighty.
+                shown = {name: value for name, value in found.items() if "/ap_by_class/" not in name}
                 lines += [_metric(name, value, hasattr(self.model, "detect")) for name, value in shown.items()]
                 metrics |= found
             if trainer.is_global_zero and hasattr(self.datamodule, "baselines") and "test/acc" in results[0]:

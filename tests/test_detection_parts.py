@@ -698,11 +698,12 @@ def test_assignment_and_loss_are_one_graph(head):
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("head", HEADS)
+@pytest.mark.timeout(600)
 def test_the_compiled_loss_is_the_same(head, backend):
     torch._dynamo.reset()
     outputs, cells, targets = parts_of_a_step(head)
     compiled = torch.compile(partial(total_loss, head), fullgraph=True, backend=backend)
-    more_slots = [pad_targets(objects([0, 20], 64, 64))] if backend == "inductor" else []
+    more_slots = [pad_targets(objects([0, 20], 64, 64))] if (head, backend) == ("fcos", "inductor") else []
     for each in (targets, *more_slots):
         expected = torch.autograd.grad(total_loss(head, outputs, cells, each), outputs)
         loss = compiled(outputs, cells, each)

@@ -11,9 +11,7 @@ import pytest
 import timm
 import torch
 from lightning.pytorch.plugins import TorchSyncBatchNorm
-from test_detection_parts import NeverWaits
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils.data import DataLoader
 from torchvision import ops
 
@@ -650,28 +648,6 @@ def test_it_trains_in_bfloat16(precision):
     assert all(value.isfinite().all() for value in module.state_dict().values())
     (cells,) = module._cells.values()
     assert torch.equal(cells.anchors, small(head="retinanet").cells(module.float()(pictures(2, 128))).anchors)
-
-
-@pytest.mark.parametrize(
-    ("head", "box_loss", "normalizer"),
-    [("fcos", "giou", "batch"), ("atss", "l1", "image"), ("retinanet", "l1", "batch"), ("retinanet", "giou", "image")],
-)
-@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # torchmetrics copies its states
-def test_a_training_step_waits_for_nothing(head, box_loss, normalizer):
-    """On fake tensors there is nothing to wait for: no value can be read, no shape can depend on one."""
-    with FakeTensorMode():
-        module = small(head=head, box_loss=box_loss, normalizer=normalizer, channels_last=False)
-        images, about = torch.empty(4, 3, 64, 64), []
-        for number in (3, 0, 1, 6):
-            boxes, labels = torch.empty(number, 4), torch.empty(number, dtype=torch.int64)
-            about.append({"boxes": boxes, "labels": labels, "iscrowd": torch.empty(number, dtype=torch.bool)})
-        module.cells(module(images))  # once for each size of images
-        with NeverWaits():
-            losses = module.loss(module(images), about)
-            torch.stack(list(losses.values())).sum().backward()
-        assert all(parameter.grad is not None for parameter in module.parameters())
-        with pytest.raises(DataDependentOutputException):
-            losses["box"].item()
 
 
 def test_labels_on_a_device_are_looked_at_in_the_first_batch_alone():

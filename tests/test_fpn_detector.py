@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from lightning.pytorch.plugins import TorchSyncBatchNorm
+from test_detection_parts import NeverWaits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision import ops
@@ -635,11 +636,8 @@ def test_under_autocast_the_same_cells_learn_the_same_objects(head):
     torch.testing.assert_close(found, module.loss(maps, targets()), rtol=0.05, atol=0)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs an accelerator")
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_it_trains_in_bfloat16(precision):
-    # Not on a CPU: there, torch 2.14's gradients of bfloat16 convolutions touch memory that is not theirs.
     # Of 128 pixels: torch 2.14 leaves part of a weight's gradient as it finds it in memory, on a CPU in bfloat16, where
     # a 3x3 convolution of stride 2 gets a map one cell wide.
     data = DataLoader(samples((3, 0, 1, 6), side=128), 2, collate_fn=collate)
@@ -648,6 +646,22 @@ def test_it_trains_in_bfloat16(precision):
     assert all(value.isfinite().all() for value in module.state_dict().values())
     (cells,) = module._cells.values()
     assert torch.equal(cells.anchors, small(head="retinanet").cells(module.float()(pictures(2, 128))).anchors)
+
+
+@pytest.mark.parametrize(
+    ("head", "box_loss", "normalizer"),
+    [("fcos", "giou", "batch"), ("atss", "l1", "image"), ("retinanet", "l1", "batch"), ("retinanet", "giou", "image")],
+)
+def test_a_training_step_waits_for_nothing(head, box_loss, normalizer):
+    module = small(head=head, box_loss=box_loss, normalizer=normalizer)
+    images, about = torch.rand(4, 3, 64, 64), targets((3, 0, 1, 6))
+    module.cells(module(images))  # once for each size of images
+    with NeverWaits():
+        losses = module.loss(module(images), about)
+        torch.stack(list(losses.values())).sum().backward()
+        with pytest.raises(AssertionError, match="the host would wait"):
+            losses["box"].item()
+    assert all(parameter.grad is not None for parameter in module.parameters())
 
 
 def test_labels_on_a_device_are_looked_at_in_the_first_batch_alone():

@@ -92,7 +92,8 @@ def assign_retinanet(
 
     An anchor belongs to the box that it overlaps most if their IoU is at least ``positive``; below ``negative`` it is
     background, between the two it is ignored. The anchors that overlap a box most, ties included, each belong to the
-    box that they themselves overlap most, however little.
+    box that they themselves overlap most, however little, but not for nothing: there, for a box outside of all anchors,
+    detectron2 and torchvision give it every one of them.
 
     Args:
         cells: Anchors.

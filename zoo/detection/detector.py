@@ -3,8 +3,9 @@
 Deviations. FCOS (Tian et al. 2019) and ATSS (Zhang et al. 2020): the score that has to pass ``score_threshold`` is the
 one that is reported, the geometric mean of class probability and centerness; the released codes compare the class
 probability alone. FCOS: distances pass a ReLU, without the learned factor of each level that the released code has.
-ViTDet (Li et al. 2022): all attention is global, and the head is a dense one. ImageNet's BatchNorm is frozen only if
-asked for: ``freeze_norm``.
+RetinaNet (Lin et al. 2017): matches of low quality and L1 in place of smooth L1, both detectron2's. ViTDet (Li et al.
+2022): all attention is global, and the head is a dense one. ImageNet's BatchNorm is frozen only if asked for:
+``freeze_norm``.
 """
 
 from collections.abc import Mapping, Sequence

@@ -449,10 +449,13 @@ def test_frozen_stages_are_not_trained():
     module = small(frozen_stages=2, lr=0.1)
     frozen = {name for name, parameter in module.backbone.named_parameters() if not parameter.requires_grad}
     assert {name.split(".")[0] for name in frozen} == {"conv1", "bn1", "layer1"}
-    before = {name: value.clone() for name, value in module.named_parameters()}
+    before = {name: value.clone() for name, value in module.state_dict().items()}
     fit(module)
     for name, value in module.backbone.named_parameters():
         assert torch.equal(value, before[f"backbone.{name}"]) == (name in frozen), name
+    for name, value in module.backbone.named_buffers():  # statistics of BatchNorm
+        is_frozen = name.split(".")[0] in ("conv1", "bn1", "layer1")
+        assert torch.equal(value, before[f"backbone.{name}"]) == is_frozen, name
 
 
 # Detections.
@@ -833,7 +836,7 @@ def test_batches_of_torchvisions_references_and_dictionaries():
     for form in forms:
         module.on_validation_epoch_start()
         module.validation_step(form, 0)
-        assert module.val_losses.compute()["box"] > 0
+        assert module.val_losses.compute().box > 0
         assert same_detections(module.predict_step(form, 0), detections)
     assert same_detections(module.predict_step(images, 0), detections)
 

@@ -25,7 +25,7 @@ from zoo.detection.assign import assign
 from zoo.detection.cells import Anchors, Cells, Head, Targets, anchors_per_cell, make_cells, pad_targets
 from zoo.detection.detections import best_candidates, suppressed, to_original
 from zoo.detection.losses import BoxLoss, LossSums, dense_loss
-from zoo.detection.metrics import MeanLosses
+from zoo.detection.metrics import TotalLosses
 from zoo.detection.pyramid import (
     FPN,
     DenseHead,
@@ -106,14 +106,15 @@ class FPNDetector(LightningModule):
         box_loss: "giou" or "l1". None: l1 for "retinanet", else giou.
         weighted: Whether a cell's box loss counts by its centerness, for "fcos" and "atss".
         center_radius: Points of an object lie at most so many strides from its centre, for "fcos".
-        normalizer: "batch": the sum over all cells of all ranks by the number of those with an object; "image": each
-            image's by its own, as torchvision's RetinaNet.
+        normalizer: Of training: "batch", the sum over all cells of all ranks by the number of those with an object, as
+            evaluation has it over all of the data; "image", each image's by its own, as torchvision's RetinaNet.
         top_candidates: Detections of a level that are compared by overlap, at most.
         freeze_norm: Whether the backbone's BatchNorm keeps its statistics and weights. Without it they are trained;
             ``Trainer(sync_batchnorm=True)`` shares them over ranks.
         norm_eps: Epsilon of the backbone's BatchNorm: 0, with ``freeze_norm``, is what torchvision's COCO weights of
             its first RetinaNet were trained with. None: the backbone's own.
-        frozen_stages: So many of the backbone's first stages are not trained, the stem being the first.
+        frozen_stages: So many of the backbone's first stages are not trained, the stem being the first; their
+            BatchNorm keeps its statistics.
         grad_checkpointing: Recompute the backbone in the backward pass: less memory, more time.
         channels_last: Keep images and weights in the memory order that convolutions are faster in.
         optimizer: Name of an optimizer of timm.
@@ -244,12 +245,13 @@ class FPNDetector(LightningModule):
             if norm_eps is not None:
                 module.eps = norm_eps
             if freeze_norm:
-                module.requires_grad_(False).eval()  # now, too: Lightning trains in the mode that it finds
+                module.requires_grad_(False)
+        self.train()  # but for what is frozen: Lightning trains in the mode that it finds
         if grad_checkpointing:
             self.backbone.set_grad_checkpointing(True)
         self._cells: dict[tuple[Any, ...], Cells] = {}
         self.step_log = StepLog()
-        self.val_losses, self.test_losses = MeanLosses(), MeanLosses()
+        self.val_losses, self.test_losses = TotalLosses(), TotalLosses()
         if weights is not None:
             rank_zero_info(str(load_weights(self, weights)))
         if channels_last:
@@ -287,13 +289,15 @@ class FPNDetector(LightningModule):
             "classification", "box" and, but for "retinanet", "centerness".
         """
         trainer: Any = self._trainer
-        if trainer is None or not trainer.training or trainer.world_size == 1:
+        alone = trainer is None or not trainer.training or trainer.world_size == 1
+        if alone or self.hparams.normalizer == "image":
             return self._local_loss(*self._inputs(maps, targets))
-        sums = self.loss_sums(maps, targets)
-        counts = torch.stack([sums.positives.sum(), sums.box_weight.sum()])
+        sums = self.loss_sums(maps, targets).total()
+        counts = torch.stack([sums.positives, sums.box_weight])
         # Not by the strategy's reduce, which begins with a barrier: the host would wait for the device in each step.
         torch.distributed.all_reduce(counts)
-        return self._normalized(sums, counts / trainer.world_size)
+        positives, box_weight = counts / trainer.world_size
+        return sums._replace(positives=positives, box_weight=box_weight).mean(self.hparams.head)
 
     def loss_sums(self, maps: DenseMaps, targets: Sequence[Mapping[str, Any]]) -> LossSums:
         """What :meth:`loss` divides: the sums of each image."""
@@ -312,33 +316,10 @@ class FPNDetector(LightningModule):
         self, outputs: tuple[Tensor, Tensor, Tensor | None], cells: Cells, targets: Targets
     ) -> dict[str, Tensor]:
         """The loss of one process: nobody else's objects count."""
-        sums = self._dense_loss(outputs, cells, targets)
-        return self._normalized(sums, torch.stack([sums.positives.sum(), sums.box_weight.sum()]))
-
-    def _normalized(self, sums: LossSums, counts: Tensor) -> dict[str, Tensor]:
+        sums, head = self._dense_loss(outputs, cells, targets), self.hparams.head
         if self.hparams.normalizer == "image":
-            positives = sums.positives.clamp(min=1)
-            losses = {
-                "classification": (sums.classification / positives).mean(),
-                "box": (sums.box / sums.box_weight.clamp(min=1e-6)).mean(),
-                "centerness": (sums.centerness / positives).mean(),
-            }
-        else:
-            positives, weight = counts[0].clamp(min=1), counts[1].clamp(min=1e-6)
-            losses = {
-                "classification": sums.classification.sum() / positives,
-                "box": sums.box.sum() / weight,
-                "centerness": sums.centerness.sum() / positives,
-            }
-        return self._weighed(losses)
-
-    def _weighed(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
-        head = self.hparams.head
-        if head == "atss":
-            losses["box"] = 2 * losses["box"]  # as in the released code
-        if head == "retinanet":
-            del losses["centerness"]
-        return losses
+            return {name: of_images.mean() for name, of_images in sums.mean(head).items()}
+        return sums.total().mean(head)
 
     def cells(self, maps: DenseMaps) -> Cells:
         """The cells that raw predictions are for."""
@@ -413,10 +394,10 @@ class FPNDetector(LightningModule):
             norms.restore_activations(module)
 
     def train(self, mode: bool = True) -> "FPNDetector":
-        """As ``nn.Module.train``; frozen BatchNorm stays as in evaluation."""
+        """As ``nn.Module.train``; BatchNorm whose weights are frozen keeps its statistics as well."""
         super().train(mode)
-        if mode and self.hparams.freeze_norm:
-            for module in _batch_norms(self.backbone):
+        for module in _batch_norms(self.backbone):
+            if self.hparams.freeze_norm or (module.weight is not None and not module.weight.requires_grad):
                 module.eval()
         return self
 
@@ -468,7 +449,7 @@ class FPNDetector(LightningModule):
         metric = CocoAveragePrecision(getattr(data, "size_ranges", None), getattr(data, "classes", None))
         return metric.to(self.device)  # where Lightning gathers what is logged
 
-    def _evaluate(self, batch: Any, batch_idx: int, losses: MeanLosses, ap: CocoAveragePrecision) -> None:
+    def _evaluate(self, batch: Any, batch_idx: int, losses: TotalLosses, ap: CocoAveragePrecision) -> None:
         images, targets = self._checked(batch, batch_idx)
         _, sizes, originals = _images_and_sizes(batch)
         maps = self(images)
@@ -479,8 +460,8 @@ class FPNDetector(LightningModule):
         ]
         ap.update(self.detect(maps, sizes, originals), true)
 
-    def _report(self, stage: str, losses: MeanLosses, ap: CocoAveragePrecision) -> None:
-        parts = self._weighed(losses.compute())
+    def _report(self, stage: str, losses: TotalLosses, ap: CocoAveragePrecision) -> None:
+        parts = losses.compute().mean(self.hparams.head)
         found: dict[str, Any] = {"loss": torch.stack(list(parts.values())).sum(), "loss_class": parts["classification"]}
         found |= {f"loss_{name}": parts[name] for name in ("box", "centerness") if name in parts}
         found |= {name: value for name, value in ap.compute().items() if stage == "test" or not name.startswith("ar")}

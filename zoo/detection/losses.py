@@ -43,6 +43,21 @@ class LossSums(NamedTuple):
     positives: Tensor
     box_weight: Tensor
 
+    def total(self) -> "LossSums":
+        """The same over all images: scalars."""
+        return LossSums(*(each.sum() for each in self))
+
+    def mean(self, head: Head) -> dict[str, Tensor]:
+        """The losses that a head learns from: "classification", "box" and, but for "retinanet", "centerness".
+
+        Each sum by its own count; without objects by 1, so that classes that are not there are still learned.
+        """
+        positives = self.positives.clamp(min=1)
+        box = self.box / self.box_weight.clamp(min=1e-6)
+        # ATSS's released code counts boxes twice.
+        losses = {"classification": self.classification / positives, "box": 2 * box if head == "atss" else box}
+        return losses if head == "retinanet" else losses | {"centerness": self.centerness / positives}
+
 
 def dense_loss(
     head: Head,

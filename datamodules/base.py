@@ -1,7 +1,7 @@
 """Order, seeding, workers and the hop to the device: the one place for all four.
 
     samples(split) -> SeededBatches, read in BatchOrder by a plain DataLoader -> uint8 on the device
-                   -> on_after_batch_transfer: float32, flip, affine, erase, normalise, per sample
+                   -> on_after_batch_transfer: float32, flip, affine, binarise, normalise, erase, per sample
 
 A data set's own file only says what a sample is. The order is a pure function of seed and epoch, and so is every random
 choice: a sample's from (seed, epoch, index), whatever the number of workers; the device's from (seed, epoch, batch,
@@ -15,7 +15,7 @@ import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import torch
@@ -208,6 +208,8 @@ class SeededBatches(Dataset[list[Any]]):
         seed: Seed of the samples' random choices.
         substitute: Whether another sample takes the place of one that cannot be read.
         stages: By the epoch they start in, the same samples as they are made from then on.
+        drawn: Whether uint8 images are drawn to 0 or 255, each value 255 with its intensity as probability. That is by
+            seed and index alone, so that a sample which is made alike is drawn alike, in whatever epoch or batch.
     """
 
     attempts = 100  # a data set in which a hundred samples in a row cannot be read has no use for a hundred and first
@@ -218,8 +220,9 @@ class SeededBatches(Dataset[list[Any]]):
         seed: int,
         substitute: bool = False,
         stages: Mapping[int, Samples] | None = None,
+        drawn: bool = False,
     ) -> None:
-        self.samples, self.seed, self.substitute = samples, seed, substitute
+        self.samples, self.seed, self.substitute, self.drawn = samples, seed, substitute, drawn
         self.stages = dict(sorted((stages or {}).items(), reverse=True))
 
     def __len__(self) -> int:
@@ -251,10 +254,19 @@ class SeededBatches(Dataset[list[Any]]):
             seed = mix(self.seed, epoch, copy, index, attempt)
             if getattr(samples, "random", True):
                 seed_all(seed)
-            sample = samples[index if attempt == 0 else seed % len(self)]
+            number = index if attempt == 0 else seed % len(self)
+            sample = samples[number]
             if sample is not None:
-                return sample
+                return self._draw(sample, number) if self.drawn else sample
         return None
+
+    def _draw(self, sample: Any, number: int) -> Any:
+        generator = torch.Generator().manual_seed(mix(self.seed, number))
+
+        def draw(image: Tensor) -> Tensor:
+            return transforms.binarize(transforms.to_float(image), draw=True, generator=generator).to(torch.uint8) * 255
+
+        return _map_images(sample, draw, dimensions=3)
 
     def name(self, index: int) -> str:
         """What a sample is called: its file, or its number."""
@@ -297,6 +309,15 @@ class ImageDataModule(LightningDataModule):
         degrees, translate, zoom, shear: Random affine map: rotation up to ±degrees, shift up to ±translate of the side,
             scale in [1 - zoom, 1 + zoom], shear up to ±shear degrees.
         erase: Probability of random erasing (Zhong et al. 2017).
+        binarize: Makes each channel of each pixel 0 or 1, after the affine map and before mean and std (so that they
+            stay 0 and 1 with ``mean`` 0 and ``std`` 1) and ``erase``. ``threshold``: 1 from an intensity of 0.5 on.
+            ``draw``: 1 with the intensity as probability, anew in every epoch; but each sample of evaluation and
+            prediction is drawn by ``seed`` and its index alone, the same in every run. ``draw_once``: training samples
+            too (the fixed binarisation of Salakhutdinov and Murray 2008); what the affine map turns grey again is
+            thresholded. A random crop changes the intensities, and with them what is drawn.
+        jitter: With ``threshold``, in training: uniform noise of up to this much is added to intensities before, anew
+            in every epoch, so that what is near the threshold falls on either side. The grey of a scan thus says which
+            pixels a model should not be certain of.
         drop_last: Leave out the last training samples if they do not fill a batch.
         repeats: Repeated augmentation: how often a sample comes in a row (see :class:`BatchOrder`).
     """
@@ -320,6 +341,8 @@ class ImageDataModule(LightningDataModule):
         zoom: float = 0.0,
         shear: float = 0.0,
         erase: float = 0.0,
+        binarize: transforms.Binarization | None = None,
+        jitter: float = 0.0,
         drop_last: bool = True,
         repeats: int = 1,
     ) -> None:
@@ -327,6 +350,10 @@ class ImageDataModule(LightningDataModule):
         for name, probability in (("hflip", hflip), ("erase", erase)):
             if not 0 <= probability <= 1:
                 raise ValueError(f"{name} is {probability}: expected a probability in [0, 1]")
+        if binarize is not None and binarize not in (choices := get_args(transforms.Binarization)):
+            raise ValueError(f"unknown binarize {binarize!r}: expected {', '.join(choices)}, or null for none")
+        if jitter < 0 or (jitter and binarize != "threshold"):
+            raise ValueError(f"jitter is {jitter} with binarize {binarize}: expected 0, or more with threshold")
         if min(std) <= 0:
             raise ValueError(f"std is {tuple(std)}: expected positive numbers")
         if num_workers is not None and num_workers < 0:
@@ -335,7 +362,7 @@ class ImageDataModule(LightningDataModule):
             )
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.mean, self.std = tuple(mean), tuple(std)
-        self.hflip, self.erase = hflip, erase
+        self.hflip, self.erase, self.binarize, self.jitter = hflip, erase, binarize, jitter
         self.degrees, self.translate, self.zoom, self.shear = degrees, translate, zoom, shear
         self.drop_last, self.repeats = drop_last, repeats
         self.classes: list[str] | None = None
@@ -424,6 +451,7 @@ class ImageDataModule(LightningDataModule):
                 self.seed,
                 substitute=training,
                 stages={epoch: made_of(samples) for epoch, made_of in self._stages.items()} if training else None,
+                drawn=self.binarize == "draw_once" or (self.binarize == "draw" and not training),
             ),
             batch_size=None,  # the order yields whole batches
             sampler=order,
@@ -466,16 +494,17 @@ class ImageDataModule(LightningDataModule):
 
     def _to_float(self, images: Tensor, training: bool) -> Tensor:
         images = transforms.to_float(images)
-        if not training:
-            return transforms.normalize(images, self.mean, self.std)
-        generator = self._device_generator(images.device)
-        if self.hflip:
+        generator = self._device_generator(images.device) if training else None
+        if training and self.hflip:
             images = transforms.flip(images, self.hflip, generator)
-        if self.degrees or self.translate or self.zoom or self.shear:
+        if training and (self.degrees or self.translate or self.zoom or self.shear):
             scale = (1 - self.zoom, 1 + self.zoom)
             images = transforms.affine(images, self.degrees, self.translate, scale, self.shear, generator)
+        if self.binarize:  # what the loader has drawn already stays as it is
+            jitter = self.jitter if training else 0.0
+            images = transforms.binarize(images, self.binarize == "draw", generator, jitter)
         images = transforms.normalize(images, self.mean, self.std)
-        return transforms.erase(images, self.erase, generator) if self.erase else images
+        return transforms.erase(images, self.erase, generator) if training and self.erase else images
 
     def _device_generator(self, device: torch.device) -> torch.Generator:
         """A generator whose state depends on seed, epoch, batch and rank only, so that a resumed run draws the same."""
@@ -504,12 +533,12 @@ class ImageDataModule(LightningDataModule):
         rank_zero_warn(f"{len(indices)} of {len(samples)} images could not be read and were skipped: {some}")
 
 
-def _map_images(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """Applies a function to the uint8 image tensors (4 dimensions) of a batch of any usual form."""
+def _map_images(batch: Any, function: Callable[[Tensor], Tensor], dimensions: int = 4) -> Any:
+    """Applies a function to the uint8 image tensors (4 dimensions; a sample's: 3) of a batch of any usual form."""
     if isinstance(batch, Tensor):
-        return function(batch) if batch.dtype == torch.uint8 and batch.ndim == 4 else batch
+        return function(batch) if batch.dtype == torch.uint8 and batch.ndim == dimensions else batch
     if isinstance(batch, Mapping):
-        return {key: _map_images(value, function) for key, value in batch.items()}
+        return {key: _map_images(value, function, dimensions) for key, value in batch.items()}
     if isinstance(batch, list | tuple):
-        return type(batch)(_map_images(part, function) for part in batch)
+        return type(batch)(_map_images(part, function, dimensions) for part in batch)
     return batch

@@ -109,8 +109,8 @@ class TorchvisionDataModule(ImageDataModule):
         padding: Pixels of padding before a random crop, where there is no random resized one.
         auto_augment, color_jitter, interpolation: See :func:`datamodules.transforms.train_transform`.
         crop_ratio: Share of the image that evaluation keeps: it is resized to image_size / crop_ratio and cropped.
-        batch_size, num_workers, seed, mean, std, hflip, degrees, translate, zoom, shear, erase, drop_last, repeats:
-            See :class:`datamodules.base.ImageDataModule`. ``mean`` and ``std`` None: the set's.
+        batch_size, num_workers, seed, mean, std, hflip, degrees, translate, zoom, shear, erase, binarize, jitter,
+            drop_last, repeats: See :class:`datamodules.base.ImageDataModule`. ``mean`` and ``std`` None: the set's.
 
     Raises:
         ValueError: For an unknown name.
@@ -148,6 +148,8 @@ class TorchvisionDataModule(ImageDataModule):
         zoom: float = 0.0,
         shear: float = 0.0,
         erase: float = 0.0,
+        binarize: transforms.Binarization | None = None,
+        jitter: float = 0.0,
         drop_last: bool = True,
         repeats: int = 1,
     ) -> None:
@@ -166,6 +168,8 @@ class TorchvisionDataModule(ImageDataModule):
             zoom=zoom,
             shear=shear,
             erase=erase,
+            binarize=binarize,
+            jitter=jitter,
             drop_last=drop_last,
             repeats=repeats,
         )

@@ -4,9 +4,9 @@ In a worker, a PIL image becomes a uint8 tensor (C, H, W): :func:`train_transfor
 draws from torch's, Python's and NumPy's global generators, which the loader seeds for every sample.
 
 On the device, float batches (B, C, H, W) keep their shape and dtype, and every image has parameters of its own, drawn
-from an explicit generator on the images' device: :func:`flip`, :func:`affine`, :func:`erase`. None of them loops over
-images or makes the host wait. All of them compile without graph breaks as long as ``generator`` is None (torch's global
-one then); torch.compile cannot take a generator as an argument.
+from an explicit generator on the images' device: :func:`flip`, :func:`affine`, :func:`binarize`, :func:`erase`. None of
+them loops over images or makes the host wait. All of them compile without graph breaks as long as ``generator`` is None
+(torch's global one then); torch.compile cannot take a generator as an argument.
 """
 
 import functools
@@ -14,7 +14,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as nnf
@@ -37,6 +37,8 @@ POLICIES = {
 
 TRAIN_OPTIONS = ("image_size", "scale", "ratio", "interpolation", "auto_augment", "color_jitter", "padding")
 """What a data module passes to :func:`train_transform` as its user gave it."""
+
+Binarization = Literal["threshold", "draw", "draw_once"]
 
 LONGEST = 16
 """Longer than this many times its width, an image is cut before it is resized, since it could fill the memory."""
@@ -308,6 +310,23 @@ def warp(
 def _coordinates(length: int, device: torch.device) -> Tensor:
     """The pixels' centres along a side that runs from -1 to 1."""
     return (2 * torch.arange(length, device=device) + 1) / length - 1
+
+
+def binarize(images: Tensor, draw: bool = False, generator: Generator | None = None, jitter: float = 0.0) -> Tensor:
+    """Each value of float (B, C, H, W) in [0, 1] becomes 0 or 1, so every channel on its own; the dtype is kept.
+
+    Args:
+        images: Float images, not normalised yet.
+        draw: 1 with the value as its probability, so that 0 and 1 stay what they are. Otherwise 1 from 0.5 on.
+        generator: For draw and jitter, on the images' device. None: torch's global one.
+        jitter: Uniform noise of up to this much is added before a threshold, so that values near it may fall on either
+            side: what a pixel could as well have been.
+    """
+    if not draw and not jitter:
+        return (images >= 0.5).to(images.dtype)
+    noise = torch.rand(images.shape, generator=generator, device=images.device)
+    above = noise < images if draw else images + jitter * (2 * noise - 1) >= 0.5
+    return above.to(images.dtype)
 
 
 def erase(

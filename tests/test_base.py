@@ -1,6 +1,7 @@
 """Order, seeding, workers, and the hop to the device."""
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from torch.utils.data import DistributedSampler, SequentialSampler
 
 from datamodules._lightning import LightningModule, Trainer
 from datamodules.base import BatchOrder, ImageDataModule, SeededBatches, default_workers, isolated_randomness, mix
+from datamodules.transforms import to_float
 
 
 class Noise:
@@ -256,6 +258,180 @@ def test_each_augmentation_changes_training_images(option):
     assert torch.equal(changed._to_float(gradient, False), plain._to_float(gradient, False))
 
 
+# Zeros and ones.
+
+
+class Ramp:
+    """Samples whose pixels have every intensity, all of them alike, with their index."""
+
+    random = False
+    names = tuple(f"ramp {index}" for index in range(12))
+
+    def __init__(self, broken: tuple[int, ...] = ()) -> None:
+        self.broken, self.unreadable = broken, torch.zeros(12, dtype=torch.uint8)
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int):
+        if index in self.broken:
+            self.unreadable[index] = 1
+            return None
+        return torch.arange(256, dtype=torch.uint8).view(1, 16, 16).repeat(3, 1, 1), index
+
+
+class RampDataModule(ImageDataModule):
+    def __init__(self, binarize, broken: tuple[int, ...] = (), **kwargs) -> None:
+        super().__init__(
+            **{"batch_size": 4, "num_workers": 0, "mean": (0.0,), "std": (1.0,)} | kwargs, binarize=binarize
+        )
+        self.made = Ramp(broken)
+
+    def samples(self, split):
+        return self.made
+
+
+def by_index(data: ImageDataModule, loader) -> dict[int, torch.Tensor]:
+    """What a loader and the hop make of each sample."""
+    found = {}
+    for batch in loader:
+        images, labels = data.on_after_batch_transfer(batch, 0)
+        found |= dict(zip(labels.tolist(), images, strict=True))
+    return found
+
+
+def same(first: dict[int, torch.Tensor], second: dict[int, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[index], second[index]) for index in first)
+
+
+@pytest.mark.parametrize("binarize", ["threshold", "draw", "draw_once"])
+@pytest.mark.parametrize("option", [{}, {"hflip": 0.5, "degrees": 20, "translate": 0.1, "zoom": 0.2, "shear": 10}])
+def test_binarized_images_are_zeros_and_ones_in_training_and_evaluation(binarize, option):
+    data = RampDataModule(binarize, **option)
+    module = train(data, epochs=1)
+    evaluated = by_index(data, data.val_dataloader()).values()
+    for images in (*module.images, *evaluated):
+        assert images.dtype == torch.float32
+        assert set(images.unique().tolist()) == {0.0, 1.0}
+    assert train(RampDataModule(None, **option), epochs=1).images[0].unique().numel() > 200
+
+
+def test_the_threshold_is_the_same_wherever_and_whenever():
+    data, expected = RampDataModule("threshold"), (Ramp()[0][0] >= 128).float()
+    images = [*torch.cat(train(data).images), *by_index(data, data.predict_dataloader()).values()]
+    assert len(images) == 2 * 12 + 12
+    assert all(torch.equal(image, expected) for image in images)
+
+
+def test_normalisation_comes_after_binarisation_and_erasing_after_both():
+    data = RampDataModule("threshold", mean=(0.5,), std=(0.25,))
+    assert set(torch.cat(train(data, epochs=1).images).unique().tolist()) == {-2.0, 2.0}
+    erased = torch.cat(train(RampDataModule("threshold", erase=1.0), epochs=1).images)
+    assert erased.unique().numel() > 1000
+
+
+@pytest.mark.parametrize("binarize", ["draw", "draw_once"])
+def test_evaluation_draws_each_sample_by_seed_and_index_alone(binarize):
+    def drawn(batch_size=4, workers=0, seed=0, world_size=1):
+        found = {}
+        for rank in range(world_size):
+            data = RampDataModule(binarize, batch_size=batch_size, num_workers=workers, seed=seed)
+            data.trainer = SimpleNamespace(training=False, global_rank=rank, world_size=world_size, num_devices=1)
+            found |= by_index(data, data.test_dataloader())
+        return found
+
+    torch.manual_seed(0)
+    first = drawn()
+    torch.manual_seed(1)
+    assert same(first, drawn())
+    assert same(first, drawn(batch_size=1))
+    assert same(first, drawn(batch_size=12, workers=1))
+    assert same(first, drawn(batch_size=2, world_size=3))
+    assert not same(first, drawn(seed=1))
+    assert len(torch.stack(list(first.values())).flatten(0, 1).unique(dim=0)) == 12 * 3  # each channel on its own
+    for split in ("val", "predict"):
+        data = RampDataModule(binarize)
+        assert same(first, by_index(data, getattr(data, f"{split}_dataloader")()))
+    levels = to_float(Ramp()[0][0])
+    excess = torch.stack([image - levels for image in first.values()]) / (levels * (1 - levels) + 1e-9).sqrt()
+    assert excess[..., 1:-1, :].mean().abs().item() < 4 / (12 * 3 * 14 * 16) ** 0.5
+
+
+def test_training_draws_anew_in_every_epoch_or_once():
+    def epochs(binarize, **option):
+        module = train(RampDataModule(binarize, **option))
+        images, labels = torch.cat(module.images), [label for labels in module.labels for label in labels]
+        half = len(labels) // 2
+        return [dict(zip(labels[part], images[part], strict=True)) for part in (slice(half), slice(half, None))]
+
+    first, second = epochs("draw")
+    assert not any(torch.equal(first[index], second[index]) for index in first)
+    assert same(first, epochs("draw")[0])
+    assert not same(first, epochs("draw", seed=1)[0])
+    first, second = epochs("draw_once")
+    assert same(first, second)
+    assert same(first, epochs("draw_once", batch_size=6, num_workers=1)[0])
+    data = RampDataModule("draw_once")
+    assert same(first, by_index(data, data.test_dataloader()))
+
+
+def test_without_a_trainer_training_images_are_drawn_too():
+    data = RampDataModule("draw")
+    loader = data.train_dataloader()
+    first, second = by_index(data, loader), by_index(data, loader)
+    assert set(torch.stack(list(first.values())).unique().tolist()) == {0.0, 1.0}
+    assert not any(torch.equal(first[index], second[index]) for index in first)
+    data = RampDataModule("draw_once")
+    loader = data.train_dataloader()
+    assert same(by_index(data, loader), by_index(data, loader))
+
+
+def test_drawing_in_the_loader_leaves_the_global_randomness_alone():
+    state = torch.get_rng_state()
+    list(RampDataModule("draw").test_dataloader())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_what_cannot_be_read_is_not_drawn_and_what_takes_its_place_is_drawn_as_itself():
+    data = RampDataModule("draw_once", broken=(3, 4))
+    everything = by_index(data, data.test_dataloader())
+    assert everything.keys() == set(range(12)) - {3, 4}
+    batches = data.test_dataloader().dataset
+    assert batches.present([2, 3, 5]) == [(2, "ramp 2"), (5, "ramp 5")]
+    ((image, label),) = data.train_dataloader().dataset[[(0, 0, 3)]]
+    assert torch.equal(image, everything[label].to(torch.uint8) * 255)
+
+
+class InDicts(Ramp):
+    """Samples of another form, each with a mask, which differ from batch to batch."""
+
+    def __init__(self, level: int = 100) -> None:
+        super().__init__()
+        self.level = level
+
+    def __getitem__(self, index: int):
+        mask = torch.full((16, 16), 7, dtype=torch.uint8)
+        return {"image": torch.full((1, 16, 16), self.level, dtype=torch.uint8), "more": [mask, torch.rand(1, 4, 4)]}
+
+    def in_batch(self, seed: int) -> "InDicts":
+        return InDicts(255 * (seed % 2))
+
+
+def test_images_are_drawn_in_samples_of_any_form_in_batches_and_in_stages():
+    def made(**options):
+        batches = SeededBatches(InDicts(), seed=0, drawn=True, **options)
+        return [batches[keys][0] for keys in BatchOrder(12, 1)], batches[[(0, 0, 0)]][0]
+
+    by_batch, sample = made()
+    assert {int(each["image"].max()) for each in by_batch} == {0, 255}
+    assert {int(each["image"].min()) for each in by_batch} == {0, 255}
+    assert set(sample["image"].unique().tolist()) == {0, 255}
+    assert sample["more"][0].eq(7).all()
+    assert 0 < sample["more"][1].min() < 1
+    _, staged = made(stages={0: InDicts(255)})
+    assert staged["image"].eq(255).all()
+
+
 # Stages.
 
 
@@ -328,6 +504,7 @@ def test_settings_that_cannot_change_are_named():
         ({"erase": -0.1}, "erase is -0.1"),
         ({"std": (0.0,)}, "std is .* expected positive"),
         ({"num_workers": -1}, "num_workers is -1"),
+        ({"binarize": "bernoulli"}, "unknown binarize 'bernoulli': expected threshold, draw, draw_once, or null"),
     ],
 )
 def test_options_out_of_range_are_named(options, message):

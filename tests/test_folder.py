@@ -632,6 +632,20 @@ def test_skipping_in_prediction_is_reported(tmp_path, damaged):
     assert sum(len(images) for images in watcher.batches) == 3
 
 
+def test_binarized_images_keep_their_names_labels_and_gaps(damaged):
+    options = {"on_error": "skip", "mean": (0.0,), "std": (1.0,), "batch_size": 4}
+    plain, data = module(damaged, **options), module(damaged, binarize="draw", **options)
+    expected, loader = list(plain.val_dataloader()), data.val_dataloader()
+    for (images, labels), (grey, plain_labels) in zip(loader, expected, strict=True):
+        binary, _ = data.on_after_batch_transfer((images, labels), 0)
+        assert set(binary.unique().tolist()) == {0.0, 1.0}
+        assert torch.equal(binary * 255, images.float())
+        assert torch.equal(labels, plain_labels)
+        assert binary.mean().item() == pytest.approx(grey.float().mean().item() / 255, abs=0.1)
+    indices = range(len(loader.dataset))
+    assert loader.dataset.present(indices) == plain.val_dataloader().dataset.present(indices)
+
+
 # Training for real.
 
 

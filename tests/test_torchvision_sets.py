@@ -253,6 +253,16 @@ def test_grey_sets_can_be_had_in_three_channels(made):
     assert image.shape == (3, 14, 20)
 
 
+@pytest.mark.parametrize("binarize", ["threshold", "draw", "draw_once"])
+def test_binarized_sets_are_zeros_and_ones(made, binarize):
+    data = made("MNIST", binarize=binarize, mean=(0.0,), std=(1.0,))
+    for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader()):
+        images = torch.cat([data.on_after_batch_transfer(batch, 0)[0] for batch in loader])
+        share = images.mean().item()
+        assert set(images.unique().tolist()) == ({0.0} if binarize == "threshold" else {0.0, 1.0})
+        assert share == pytest.approx(0.0 if binarize == "threshold" else (shade(0) + shade(1)) / 2 / 255, abs=0.03)
+
+
 def test_training_runs_from_archive_to_test(made):
     data = made("CIFAR10", padding=4, auto_augment="rand-m9-mstd0.5-inc1", hflip=0.5, erase=0.25)
     module = ViTClassifier("vit_tiny_patch16_224", 10, 32, 8, width=24, depth=1, heads=2, warmup_epochs=0)

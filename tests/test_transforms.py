@@ -11,7 +11,17 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from datamodules import transforms
-from datamodules.transforms import affine, erase, eval_transform, flip, normalize, to_float, train_transform, warp
+from datamodules.transforms import (
+    affine,
+    binarize,
+    erase,
+    eval_transform,
+    flip,
+    normalize,
+    to_float,
+    train_transform,
+    warp,
+)
 
 POLICIES = ["rand-m9-mstd0.5-inc1", "rand-m9-n3-p0.7-mmax20-t3aw", "original", "originalr-mstd0.5", "v0", "v0r", "3a"]
 POLICIES += ["augmix-m5-w4-d2", "augmix-b1"]
@@ -137,6 +147,41 @@ def test_warp_keeps_its_aim_in_low_precision():
     torch.testing.assert_close(moved[..., 112:], images[..., :112], rtol=0.01, atol=1e-4)
 
 
+# On the device: binarize.
+
+
+def test_the_threshold_is_one_half_and_belongs_to_the_ones():
+    levels = to_float(torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16))
+    assert torch.equal(binarize(levels), (levels * 255 >= 128).float())
+    halves = torch.tensor([0.0, 0.5 - 2**-25, 0.5, 1.0]).view(1, 1, 2, 2)
+    assert binarize(halves).flatten().tolist() == [0.0, 0.0, 1.0, 1.0]
+
+
+def test_the_draw_is_one_as_often_as_the_intensity_says_in_each_pixel_and_channel_on_its_own():
+    intensity = torch.tensor([0.1, 0.5, 0.8]).view(1, 3, 1, 1).expand(1, 3, 2, 2)
+    drawn = binarize(intensity.expand(20_000, 3, 2, 2), True, seeded(0))
+    assert set(drawn.unique().tolist()) == {0.0, 1.0}
+    deviation = (intensity[0] * (1 - intensity[0]) / 20_000).sqrt()
+    assert ((drawn.mean(0) - intensity[0]).abs() < 4 * deviation).all()
+    correlations = torch.corrcoef(drawn.flatten(1).T) - torch.eye(12)
+    assert correlations.abs().max() < 4.5 / math.sqrt(20_000)
+
+
+@pytest.mark.parametrize("draw", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_black_and_white_stay_black_and_white(draw, dtype):
+    images = (torch.rand(20, 3, 64, 64, generator=seeded(0)) < 0.5).to(dtype)
+    assert torch.equal(binarize(images, draw, seeded(1)), images)
+
+
+def test_jitter_moves_what_is_near_the_threshold_as_often_as_uniform_noise_does():
+    values = torch.tensor([0.3, 0.45, 0.5, 0.55, 0.7]).view(1, 1, 1, 5)
+    ones = binarize(values.expand(40_000, 1, 1, 5), generator=seeded(0), jitter=0.1).mean((0, 1, 2))
+    assert ones[[0, 4]].tolist() == [0.0, 1.0]  # out of its reach
+    assert torch.allclose(ones[1:4], torch.tensor([0.25, 0.5, 0.75]), atol=0.01)
+    assert torch.equal(binarize(values, jitter=0.0), binarize(values))
+
+
 # On the device: erase.
 
 
@@ -180,6 +225,8 @@ def test_erase_never_and_where_no_rectangle_fits():
 AUGMENTATIONS = {
     "flip": lambda images, generator=None: flip(images, 0.5, generator),
     "affine": lambda images, generator=None: affine(images, 20, 0.1, (0.9, 1.1), 10, generator),
+    "draw": lambda images, generator=None: binarize(images, True, generator),
+    "jitter": lambda images, generator=None: binarize(images, False, generator, 0.2),
     "erase": lambda images, generator=None: erase(images, 0.8, generator),
 }
 
@@ -209,9 +256,13 @@ def test_dtype_and_shape_are_kept(name, dtype):
     assert out.shape == (3, 1, 9, 7)
 
 
-@pytest.mark.parametrize("name", [*AUGMENTATIONS, "normalize", "to_float"])
+@pytest.mark.parametrize("name", [*AUGMENTATIONS, "threshold", "normalize", "to_float"])
 def test_compiles_without_graph_breaks(images, name):
-    others = {"normalize": lambda images: normalize(images, (0.1, 0.2, 0.3), (1.0, 2.0, 3.0)), "to_float": to_float}
+    others = {
+        "threshold": binarize,
+        "normalize": lambda images: normalize(images, (0.1, 0.2, 0.3), (1.0, 2.0, 3.0)),
+        "to_float": to_float,
+    }
     augment = (AUGMENTATIONS | others)[name]
     torch._dynamo.reset()
     compiled = torch.compile(augment, fullgraph=True, backend="eager")

@@ -106,14 +106,19 @@ def where(device: str, *packages: str) -> str:
     )
 
 
+def milliseconds(seconds: float) -> str:
+    """Three digits at least."""
+    return f"{1e3 * seconds:.0f}" if seconds >= 0.1 else f"{1e3 * seconds:.3g}"
+
+
 def report(rows: list[Row], batch_size: int, on_gpu: bool, train_flops: float | None = None, peak: float = 0.0) -> None:
     """Prints a markdown table. ``train_flops``, of an image and step, adds the share of ``peak`` TFLOP/s on a GPU."""
     titles = ["", "ms a step", "lowest to highest", "relative"] + ["images/s", "GiB"] * on_gpu
     titles += ["MFU"] * (on_gpu and train_flops is not None)
     print(f"| {' | '.join(titles)} |".replace("|  |", "| |") + f"\n{'|---' * len(titles)}|")
     for row in rows:
-        spread = f"{1e3 * min(row.seconds):.0f} to {1e3 * max(row.seconds):.0f}"
-        cells = [row.name, f"{1e3 * row.median:.0f}", spread, f"{row.median / rows[0].median:.3f}"]
+        spread = f"{milliseconds(min(row.seconds))} to {milliseconds(max(row.seconds))}"
+        cells = [row.name, milliseconds(row.median), spread, f"{row.median / rows[0].median:.3f}"]
         if on_gpu:
             cells += [f"{batch_size / row.median:.0f}", f"{row.gib:.1f}"]
             if train_flops is not None:

@@ -95,7 +95,7 @@ def test_the_pages_commands_run_and_what_they_name_exists(page):
             assert (ROOT / script).is_file(), script
     for name in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
         assert (ROOT / "docs" / name).exists(), name
-    for name in re.findall(r"`((?:vit|mae|efficientnet|detection)/\w+)`", text):
+    for name in re.findall(r"`((?:vit|mae|efficientnet|detection|gumbel_vae|gaussian_vae)/\w+)`", text):
         assert name in recipes.recipes(), name
 
 

@@ -19,10 +19,14 @@ from zoo.recipes import recipes
 
 SMALL_VIT = ["--model.width", "24", "--model.depth", "1", "--model.heads", "2", "--model.compile", "false"]
 SMALL_DECODER = ["--model.decoder_dim", "16", "--model.decoder_depth", "1", "--model.decoder_heads", "2"]
+SMALL_VAE = ["--model.hidden=[8]", "--model.width=4", "--model.blocks=1", "--model.elbo_samples=1"]
+SMALL_VAE += ["--model.compile=false"]
 SMALL_MODEL = {
     "zoo.ViTClassifier": SMALL_VIT,
     "zoo.MAEPretrainer": SMALL_VIT + SMALL_DECODER,
     "zoo.EfficientNetClassifier": ["--model.image_size", "32", "--data.image_size", "32", "--model.compile", "false"],
+    "zoo.GumbelVAE": SMALL_VAE,
+    "zoo.GaussianVAE": SMALL_VAE,
     "zoo.FPNDetector": ["--model.image_size", "64", "--model.channels", "8", "--model.head_depth", "1"],
 }
 SMALL_BACKBONE = {"vit": "test_vit", "resnet50": "test_resnet", "test": "test_resnet"}  # by the first part of a name
@@ -91,6 +95,10 @@ def test_recipe_runs(name, tmp_path, monkeypatch):
         model += ["--model.variant", "b0"]
     if name.startswith("detection/"):
         model += small_detector(recipe)
+    if recipe["model"]["init_args"].get("iw_samples"):
+        model += ["--model.iw_samples=2"]
+    if name == "gumbel_vae/imagenet_dvae":
+        model += ["--model.image_size=32", "--data.image_size=32", "--model.latents=[4,4]"]
     assert main(["fit", "-c", name, *model, *SMALL_RUN, *data, *weights]) == 0
 
 
@@ -107,7 +115,7 @@ def test_recipe_is_complete_and_says_where_it_comes_from(name):
     assert "max_epochs" in recipe["trainer"]
     weights = recipe["model"]["init_args"].get("weights")
     assert weights is None or timm.is_model_pretrained(weights)
-    if re.search("imagenet|coco_(?!custom)", name):
+    if re.search("imagenet|coco_(?!custom)|mnist_", name):
         assert "arXiv" in header
         assert "Not ours" in header
 

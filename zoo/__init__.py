@@ -10,16 +10,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from zoo.detection import FPNDetector
     from zoo.efficientnet import EfficientNetClassifier
+    from zoo.gumbel_vae import GaussianVAE, GumbelVAE
     from zoo.mae import MAEPretrainer
     from zoo.vit import ViTClassifier
 
 __version__ = "0.1.0"
-__all__ = ["EfficientNetClassifier", "FPNDetector", "MAEPretrainer", "ViTClassifier"]
+__all__ = ["EfficientNetClassifier", "FPNDetector", "GaussianVAE", "GumbelVAE", "MAEPretrainer", "ViTClassifier"]
 
 # The registry: exported name -> submodule. `zoo list` prints it, `zoo.cli` imports it.
 _EXPORTS = {
     "EfficientNetClassifier": "efficientnet",
     "FPNDetector": "detection",
+    "GaussianVAE": "gumbel_vae",
+    "GumbelVAE": "gumbel_vae",
     "MAEPretrainer": "mae",
     "ViTClassifier": "vit",
 }

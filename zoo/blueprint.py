@@ -1,4 +1,4 @@
-"""A configuration that is read and not run: what ``zoo cost`` counts, and what the scaling commands scale."""
+"""A configuration that is read and not run: what ``zoo cost`` counts, and what is trained many times over."""
 
 import sys
 from collections.abc import Iterable
@@ -52,14 +52,14 @@ def cost(configs: list[str], options: list[str], strict: bool, packages: Iterabl
     )
 
 
-def configuration(configs: list[str], options: list[str], strict: bool, packages: Iterable[ModuleType]) -> Namespace:
-    """Model and data as ``zoo fit`` would build them, with the data's number of classes.
+def read(configs: list[str], options: list[str], strict: bool, packages: Iterable[ModuleType]) -> "Blueprint":
+    """Model, data and Trainer as ``zoo fit`` would build them, with the data's number of classes.
 
     Arguments: see :func:`zoo.run.run`.
     """
-    cli = launch(Blueprint, "fit", configs, options, strict, packages)
+    cli: Blueprint = launch(Blueprint, "fit", configs, options, strict, packages)
     cli.ask_data()
-    return Namespace({key: cli.config.fit[key] for key in ("model", "data")})
+    return cli
 
 
 class Blueprint(ZooCLI):
@@ -86,8 +86,12 @@ class Blueprint(ZooCLI):
         """Takes the number of classes from the data, if there is some and the model has classes."""
         config = self.config[str(self.subcommand)]
         if config.get("data") is not None and "num_classes" in config.model.get("init_args", {}):
-            self.datamodule = self._instantiate(Namespace(data=config.data)).data
+            self.datamodule = self.build_data()
             self._count_classes(config.model)
+
+    def build_data(self) -> Any:
+        """The data module."""
+        return self._instantiate(Namespace(data=self.config[str(self.subcommand)].data)).data
 
     def build_model(self, device: str) -> Any:
         """The model, without its weights."""

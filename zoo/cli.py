@@ -29,13 +29,14 @@ COMMANDS = {
     "cost": "parameters and operations of a recipe's model",
     "scaling-search": "find the coefficients of compound scaling for a network and data of yours",
     "scaling-compare": "scale by width, depth, resolution and all three, at equal cost",
+    "compare-estimators": "train a GumbelVAE with each gradient estimator, and measure the gradients",
     "list": "modules, data and recipes",
 }
 
 USAGE = f"""\
 usage: zoo COMMAND [-c RECIPE ...] [--option VALUE ...]
 
-{chr(10).join(f"  {name:16} {line}" for name, line in COMMANDS.items())}
+{chr(10).join(f"  {name:18} {line}" for name, line in COMMANDS.items())}
 
   zoo fit -c vit/digits
   zoo test -c vit/digits --ckpt_path FILE
@@ -76,20 +77,22 @@ usage: zoo {command} RECIPE [options of this command] [--option VALUE ...]
 
 {purpose}
 
-  RECIPE                   a recipe of EfficientNetClassifier; what is scaled is its network, at its phi
+  RECIPE                   {recipe}
   --out FOLDER             where runs, table and plot go; run it again to continue (runs/{command})
-  --seeds N                runs of each network, {seeds}
+  --seeds N                runs of each, with seeds from 0 ({seeds})
   --jobs N                 how many run at a time (1)
 {own}
 
 Every other option is one of zoo fit, and goes to all runs: --trainer.max_epochs 20"""
 
+SCALED = "a recipe of EfficientNetClassifier; what is scaled is its network, at its phi"
 SWEEP_HELP = {
     "scaling-search": {
         "purpose": """\
 Trains the recipe's network at twice its cost, scaled by each alpha, beta and gamma of a grid with
 alpha * beta^2 * gamma^2 = 2, and says which are the most accurate on the validation data. There are 12 of them with a
 step of 0.1; after each run it says how long the others will take.""",
+        "recipe": SCALED,
         "seeds": 1,
         "own": "  --step X                 between the betas, and the gammas, that are tried (0.1)",
     },
@@ -98,10 +101,27 @@ step of 0.1; after each run it says how long the others will take.""",
 Trains the recipe's network, and that scaled by width, by depth, by resolution and by all three (the recipe's alpha,
 beta, gamma) within the same budgets, and compares them on the test data. After each run it says how long the others
 will take.""",
+        "recipe": SCALED,
         "seeds": 3,
         "own": "  --multiples X ...        budgets, in multiples of the network's own cost, above 1 (2 4 8)",
     },
+    "compare-estimators": {
+        "purpose": """\
+Trains the recipe's model with each gradient estimator and compares bounds on the test data, the time of a training
+step, and bias and variance of the gradients at the same weights. After each run it says how long the others will
+take.""",
+        "recipe": "a recipe of GumbelVAE that sets iw_samples, for the importance-weighted bound",
+        "seeds": 3,
+        "own": """\
+  --estimators NAME ...    which (all that can do the recipe); gradients are measured at a model of the first""",
+    },
 }
+SWEPT = {
+    "scaling-search": ("scales an EfficientNetClassifier", ("image_size", "seed")),
+    "scaling-compare": ("scales an EfficientNetClassifier", ("image_size", "seed")),
+    "compare-estimators": ("trains a GumbelVAE", ("seed",)),
+}
+"""What each does to which class, and what it sets of the data."""
 
 
 def main(args: list[str] | None = None) -> int:
@@ -160,34 +180,43 @@ def _dispatch(args: list[str]) -> int:
 
 
 def _sweep(command: str, files: list[str], args: list[str], strict: bool) -> None:
-    """Reads the options of the scaling commands, and calls them."""
+    """Reads the options of a command that trains many models, checks what it trains, and calls it."""
     parser = Arguments(prog=f"zoo {command}", allow_abbrev=False, add_help=False)
     parser.add_argument("--out", type=Path, default=Path("runs", command))
     parser.add_argument("--seeds", type=_positive, default=SWEEP_HELP[command]["seeds"])
     parser.add_argument("--jobs", type=_positive, default=1)
     if command == "scaling-search":
         parser.add_argument("--step", type=float, default=0.1)
-    else:
+    elif command == "scaling-compare":
         parser.add_argument("--multiples", type=float, nargs="+", default=[2.0, 4.0, 8.0])
+    else:
+        parser.add_argument("--estimators", nargs="+")
     own, options = parser.parse_known_args(args)
     if not files:
         raise Mistake(f"{command} needs a recipe: zoo {command} RECIPE (zoo list)")
     from zoo import blueprint
-    from zoo.efficientnet import search
 
-    config = blueprint.configuration(files, options, strict, PACKAGES.values())
-    model, data = config.model, config.data
-    if not model.class_path.endswith(".EfficientNetClassifier"):
-        raise Mistake(f"{command} scales an EfficientNetClassifier, but the recipe has {model.class_path}")
+    plan = blueprint.read(files, options, strict, PACKAGES.values())
+    model, data, trainer = (plan.config.fit[key] for key in ("model", "data", "trainer"))
+    does, sets = SWEPT[command]
+    if model.class_path.split(".")[-1] != does.split()[-1]:
+        raise Mistake(f"{command} {does}, but the recipe has {model.class_path}")
     if data is None:
         raise Mistake("--data is missing: name a recipe with -c (zoo list)")
-    if missing := {"image_size", "seed"} - set(vars(data.init_args)):
-        raise Mistake(f"{command} sets the data's image_size and seed: {data.class_path} has no {min(missing)}")
-    base, classes = search.base_of(model.init_args.as_dict()), model.init_args.num_classes
+    if missing := set(sets) - set(vars(data.init_args)):
+        raise Mistake(f"{command} sets the data's {' and '.join(sets)}: {data.class_path} has no {min(missing)}")
     if strict:
         options = [*options, "--strict-imports"]
-    task = search.search if command == "scaling-search" else search.compare
-    print(task(base, files, options, num_classes=classes, **vars(own)))
+    arguments, shared = model.init_args.as_dict(), {"configs": files, "options": options, **vars(own)}
+    if command == "compare-estimators":
+        from zoo.gumbel_vae import compare
+
+        print(compare.compare(arguments, plan.build_data(), trainer=trainer, **shared))
+    else:
+        from zoo.efficientnet import search
+
+        task = search.search if command == "scaling-search" else search.compare
+        print(task(search.base_of(arguments), num_classes=arguments["num_classes"], **shared))
 
 
 class Arguments(ArgumentParser):

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+OUTSIDE = 6  # more series than this have their legend beside the plot: inside it would cover them
+
 
 def lines(
     path: Path,
@@ -35,5 +37,8 @@ def lines(
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.grid(alpha=0.3)
-    axes.legend()
+    if len(series) > OUTSIDE:
+        figure.legend(loc="outside right center", fontsize="small")
+    else:
+        axes.legend()
     figure.savefig(path, dpi=120)

@@ -7,6 +7,7 @@ import sys
 import warnings
 from argparse import ArgumentError
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,8 @@ SWITCHES = {
 }
 METRICS = {"acc": "accuracy", "acc5": "top-5 accuracy", "f1": "macro F1", "ap": "average precision"}
 METRICS |= {"acc_knn": "accuracy of nearest neighbours", "loss_visible": "loss of visible patches"}
+METRICS |= {"elbo": "ELBO in nats", "log_likelihood": "importance-weighted bound in nats", "kl": "KL in nats"}
+METRICS |= {"bits_per_dim": "bits per dimension", "active_latents": "active latents"}
 COCO_METRIC = re.compile(r"(a[pr]\d*)(?:_(.+))?")  # AP at an IoU, AR of so many detections, either by size
 
 
@@ -251,9 +254,8 @@ class ZooCLI(LightningCLI):
                 shown = {name: value for name, value in found.items() if "/ap_by_class/" not in name}
                 lines += [_metric(name, value, hasattr(self.model, "detect")) for name, value in shown.items()]
                 metrics |= found
-            if trainer.is_global_zero and hasattr(self.datamodule, "baselines") and "test/acc" in results[0]:
-                baselines = self.datamodule.baselines().items()
-                lines += [f"{name} on the same split {100 * value:.2f} %" for name, value in baselines]
+            if trainer.is_global_zero:
+                lines += _baselines(self.datamodule, results[0])
         lines += [f"{name} {path}" for name, path in _written(trainer)]
         lines += [f"checkpoint {checkpoint}"] if checkpoint else []
         if trainer.is_global_zero:
@@ -342,6 +344,16 @@ def _metric(name: str, value: float, detector: bool) -> str:
         return f"{stage} {coco[1].upper()} {f'of {coco[2]} ' if coco[2] else ''}{number}"
     number = f"{100 * value:.2f} %" if metric.startswith("acc") else f"{value:.4f}"
     return f"{stage} {METRICS.get(metric, metric)} {number}"
+
+
+def _baselines(data: Any, found: Mapping[str, float]) -> list[str]:
+    """What there is to beat on the same split, if the data knows: accuracies of classifiers, nats of densities."""
+    if "test/acc" in found and hasattr(data, "baselines"):
+        return [f"{name} on the same split {100 * value:.2f} %" for name, value in data.baselines().items()]
+    if "test/elbo" in found and hasattr(data, "nats"):
+        with suppress(ValueError):  # of images as they are here, it knows none
+            return [f"{name} on the same split {value:.4f} nats" for name, value in data.nats().items()]
+    return []
 
 
 def _written(trainer: Any) -> list[tuple[str, Path]]:

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from hashlib import sha256
@@ -58,7 +58,8 @@ def sweep(
             for number, future in enumerate(as_completed(futures), 1):
                 name = futures[future]
                 metrics = finished[name] = future.result()
-                shown = ", ".join(f"{key} {value:.4f}" for key, value in metrics.items() if key.endswith("/acc"))
+                found = {key: value for key, value in metrics.items() if key.endswith("/acc") or key == needs}
+                shown = ", ".join(f"{key} {value:.4f}" for key, value in found.items())
                 left = (time.perf_counter() - start) / number * (len(missing) - number) / 60
                 count, seconds = f"{len(finished)} of {len(runs)}", f"{metrics['seconds']:.0f} s"
                 print(f"{count}  {name:{width}}  {shown}  {seconds}, {left:.0f} min left", flush=True)
@@ -66,6 +67,39 @@ def sweep(
             pool.shutdown(cancel_futures=True)
             raise
     return {name: finished[name] for name in runs}
+
+
+def sweep_seeds(
+    configs: Sequence[str],
+    options: Sequence[str],
+    variants: Mapping[str, Sequence[str]],
+    seeds: int,
+    out: Path,
+    jobs: int = 1,
+    needs: str | None = None,
+) -> dict[str, dict[str, list[float]]]:
+    """:func:`sweep` over variants of a recipe and seeds from 0, the model's and the data's alike.
+
+    Returns:
+        By variant and metric, one value for each seed. The run of a variant and a seed is called ``VARIANT_seedN``.
+    """
+    runs = {
+        f"{name}_seed{seed}": [*variant, "--seed_everything", str(seed), "--data.seed", str(seed)]
+        for name, variant in variants.items()
+        for seed in range(seeds)
+    }
+    metrics = sweep(configs, options, runs, out, jobs, needs)
+    return {
+        name: {key: [metrics[f"{name}_seed{seed}"][key] for seed in range(seeds)] for key in metrics[f"{name}_seed0"]}
+        for name in variants
+    }
+
+
+def write_table(lines: Iterable[str], out: Path) -> str:
+    """Writes ``out/table.md``, and returns it with the line that says so, and where ``out/plot.png`` is."""
+    text = "\n".join(lines)
+    (out / "table.md").write_text(text + "\n", encoding="utf-8")
+    return f"{text}\n\ntable {out / 'table.md'}\nplot {out / 'plot.png'}"
 
 
 def run_apart(

@@ -4,7 +4,7 @@ Both train many small networks by one recipe, each some seeds, and can be stoppe
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from zoo import plots
 from zoo.efficientnet.scaling import CompoundScaling
 from zoo.mistakes import Mistake
-from zoo.sweep import sweep
+from zoo.sweep import sweep_seeds, write_table
 
 EQUAL = 0.8  # of the budget: less is not called equal cost
 
@@ -87,7 +87,7 @@ def search(
         "beta; alpha is what is left of alpha · beta² · gamma² = 2",
         "validation accuracy, %",
     )
-    return _written(lines, out)
+    return write_table(lines, out)
 
 
 def compare(
@@ -156,7 +156,7 @@ def compare(
             points.append((cost.macs / 1e6, *_spread(accuracies)))
     lines += ["", note] if note else []
     plots.lines(out / "plot.png", series, "million multiply-accumulates an image", "test accuracy, %", log_x=True)
-    return _written(lines, out)
+    return write_table(lines, out)
 
 
 def base_of(arguments: Mapping[str, Any]) -> CompoundScaling:
@@ -199,20 +199,14 @@ def _train(
     needs: str,
 ) -> dict[str, dict[str, list[float]]]:
     """For each network the metrics of all its seeds."""
-    runs = {}
+    variants = {}
     for name, (scaling, phi) in networks.items():
         scaling.check(phi)
         scale, side = scaling.at(phi), scaling.side(phi)
         depth, width = scaling.depth * scale.depth, scaling.width * scale.width
         network = ["--model.phi", "0", "--model.depth", repr(depth), "--model.width", repr(width)]
-        network += ["--model.image_size", str(side), "--data.image_size", str(side)]
-        for seed in range(seeds):
-            runs[f"{name}_seed{seed}"] = [*network, "--seed_everything", str(seed), "--data.seed", str(seed)]
-    metrics = sweep(configs, options, runs, out, jobs, needs)
-    return {
-        name: {key: [metrics[f"{name}_seed{seed}"][key] for seed in range(seeds)] for key in metrics[f"{name}_seed0"]}
-        for name in networks
-    }
+        variants[name] = [*network, "--model.image_size", str(side), "--data.image_size", str(side)]
+    return sweep_seeds(configs, options, variants, seeds, out, jobs, needs)
 
 
 def _spread(values: Sequence[float]) -> tuple[float, float]:
@@ -223,9 +217,3 @@ def _spread(values: Sequence[float]) -> tuple[float, float]:
 def _percent(values: Sequence[float]) -> str:
     middle, spread = _spread(values)
     return f"{middle:.2f} ± {spread:.2f} %" if len(values) > 1 else f"{middle:.2f} %"
-
-
-def _written(lines: Iterable[str], out: Path) -> str:
-    text = "\n".join(lines)
-    (out / "table.md").write_text(text + "\n", encoding="utf-8")
-    return f"{text}\n\ntable {out / 'table.md'}\nplot {out / 'plot.png'}"

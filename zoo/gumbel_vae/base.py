@@ -1,0 +1,344 @@
+"""What autoencoders share, whatever their latents: bounds in nats, pictures, and the steps of training."""
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric
+from torchvision.utils import make_grid
+
+from zoo import batch as batches
+from zoo import optim, pictures
+from zoo._lightning import LightningModule, rank_zero_info
+from zoo.gumbel_vae import likelihoods
+from zoo.gumbel_vae.networks import create_networks
+from zoo.gumbel_vae.schedules import cosine
+from zoo.log import StepLog
+from zoo.seeding import differ_between_ranks
+from zoo.weights import load as load_weights
+
+VALUES_AT_A_TIME = 2**23
+"""Pixel values that a decoder makes at a time where there are many samples: a few hundred megabytes on the way."""
+
+
+class VAEOutput(NamedTuple):
+    """What a training step computes for each image, (B,) float32 nats.
+
+    Attributes:
+        loss: What is minimised: distortion and weighted KL. It is minus a bound only where the samples of the
+            objective are hard, the weight of the KL is 1 and its form is no relaxed one.
+        distortion: Minus log p(x|z), at the objective's samples.
+        kl: KL of the posterior from the prior, by its closed form.
+    """
+
+    loss: Tensor
+    distortion: Tensor
+    kl: Tensor
+
+
+class VAE(LightningModule):
+    """A variational autoencoder. It has no constructor: a technique calls :meth:`build` in its own.
+
+    A technique provides its latents: :meth:`encode`, :meth:`draw`, :meth:`draw_prior`, :meth:`log_ratio`, :meth:`kl`,
+    :meth:`objective`, :meth:`codes`, :meth:`between`; and what it counts over an evaluation, :meth:`latent_metrics` and
+    :meth:`latent_statistics`.
+    """
+
+    backbone: Any
+    decoder: Any
+    hparams: Any  # Lightning calls it a mapping, and makes its keys attributes
+
+    def build(self, encoder_outputs: int, decoder_inputs: int) -> None:
+        """Networks, likelihood and metrics, out of ``self.hparams``."""
+        hp = self.hparams
+        height, width = (hp.image_size, hp.image_size) if isinstance(hp.image_size, int) else hp.image_size
+        self.input_shape = (hp.in_channels, height, width)
+        """(C, H, W) of the images it takes."""
+        self.grid = None if isinstance(hp.latents, int) else tuple(hp.latents)
+        self.latents = hp.latents if isinstance(hp.latents, int) else math.prod(hp.latents)
+        self.likelihood = likelihoods.create(hp.likelihood, hp.levels)
+        self.backbone, self.decoder = create_networks(
+            hp.network,
+            self.input_shape,
+            hp.latents if self.grid is None else self.grid,
+            encoder_outputs,
+            decoder_inputs,
+            self.likelihood.maps_per_channel * hp.in_channels,
+            hp.hidden,
+            hp.activation,
+            hp.dropout,
+            hp.width,
+            hp.blocks,
+        )
+        if hp.kl_weight < 0 or hp.kl_warmup_steps < 0:
+            raise ValueError(f"kl_weight is {hp.kl_weight}, kl_warmup_steps {hp.kl_warmup_steps}: expected 0 or more")
+        if hp.elbo_samples < 1 or (hp.iw_samples is not None and hp.iw_samples < 1):
+            raise ValueError(
+                f"elbo_samples is {hp.elbo_samples}, iw_samples {hp.iw_samples}: expected at least 1, or null for "
+                "no importance-weighted bound"
+            )
+        if hp.lr_schedule not in ("cosine", "constant"):
+            raise ValueError(f"unknown lr_schedule {hp.lr_schedule!r}: expected one of cosine, constant")
+        self.step_log = StepLog()
+        self.val_metrics, self.test_metrics = self._metrics(), self._metrics()
+
+    def start(self, weights: str | None, compile: bool) -> None:
+        """The end of a constructor."""
+        if weights is not None:
+            rank_zero_info(str(load_weights(self, weights)))
+        if compile:
+            self.compile()
+
+    # What a technique provides. z is (S, B, N, D): S samples for each of B images.
+
+    @abstractmethod
+    def encode(self, images: Tensor) -> Tensor:
+        """Parameters of the posterior q(z|x), (B, N, P)."""
+
+    @abstractmethod
+    def draw(self, posterior: Tensor, samples: int) -> Tensor:
+        """z (S, B, N, D) from q, as it is: nothing is relaxed."""
+
+    @abstractmethod
+    def draw_prior(self, n: int) -> Tensor:
+        """z (n, N, D) from p(z)."""
+
+    @abstractmethod
+    def log_ratio(self, z: Tensor, posterior: Tensor) -> Tensor:
+        """log p(z) - log q(z|x), (S, B)."""
+
+    @abstractmethod
+    def kl(self, posterior: Tensor) -> Tensor:
+        """KL of q(z|x) from p(z) in closed form, (B,) nats."""
+
+    @abstractmethod
+    def objective(self, images: Tensor, *knobs: Tensor) -> VAEOutput:
+        """What a training step minimises; ``knobs`` are :meth:`knobs`'s values."""
+
+    @abstractmethod
+    def codes(self, posterior: Tensor) -> Tensor:
+        """The most likely z (B, N, D)."""
+
+    @abstractmethod
+    def between(self, first: Tensor, second: Tensor, steps: int) -> Tensor:
+        """z (B, steps, N, D) from one z (B, N, D) to another, both included."""
+
+    @abstractmethod
+    def variations(self, z: Tensor) -> Tensor:
+        """Of a single z (N, D), those that differ from it in one latent: (N, values, N, D)."""
+
+    @abstractmethod
+    def latent_metrics(self) -> dict[str, Metric]:
+        """What is counted of latents over an evaluation, by name."""
+
+    @abstractmethod
+    def latent_statistics(self, posterior: Tensor) -> dict[str, Tensor]:
+        """What those metrics are updated with, by the same names."""
+
+    # The technique.
+
+    def decode(self, z: Tensor) -> Tensor:
+        """The likelihood's parameters for latents z (B, N, D): for "bernoulli" logits (B, C, H, W)."""
+        return self.decoder(z)
+
+    def forward(self, images: Tensor) -> VAEOutput:
+        """The training objective of images (B, C, H, W) in [0, 1], at this step's temperature and weight of the KL."""
+        self._check(images)
+        return self.objective(images, *self.knobs().values())
+
+    def distortion(self, z: Tensor, images: Tensor) -> Tensor:
+        """Minus log p(x|z), (S, B) nats, for z (S, B, N, D) and images (B, C, H, W)."""
+        repeated = images.expand(len(z), *images.shape).flatten(0, 1)
+        return -self.likelihood.log_prob(self.decode(z.flatten(0, 1)), repeated).unflatten(0, z.shape[:2])
+
+    @torch.no_grad()
+    def elbo(self, images: Tensor, samples: int = 1) -> Tensor:
+        """The evidence lower bound of log p(x), (B,) nats: z drawn as it is, KL in closed form.
+
+        Args:
+            images: (B, C, H, W) in [0, 1].
+            samples: How many z for each image; more of them make it less noisy, and no larger.
+        """
+        posterior = self._posterior(images)
+        drawn = [-self.distortion(z, images).sum(0) for z in self._draws(posterior, samples)]
+        return torch.stack(drawn).sum(0) / samples - self.kl(posterior)
+
+    @torch.no_grad()
+    def log_likelihood(self, images: Tensor, samples: int = 1000, chunk: int | None = None) -> Tensor:
+        """The importance-weighted bound of log p(x), (B,) nats (Burda et al. 2016, equation 8).
+
+        In expectation it rises with the number of samples, from the ELBO at one to log p(x).
+
+        Args:
+            images: (B, C, H, W) in [0, 1].
+            samples: How many z for each image.
+            chunk: How many images to decode at a time. None: so many that they have 8 million values.
+        """
+        posterior = self._posterior(images)
+        parts = []
+        for z in self._draws(posterior, samples, chunk):
+            weights = self.log_ratio(z, posterior) - self.distortion(z, images)
+            parts.append(weights.logsumexp(0))
+        return torch.stack(parts).logsumexp(0) - math.log(samples)
+
+    def bits_per_dim(self, nats: Tensor) -> Tensor:
+        """Minus nats an image as bits a pixel value: 1 for a fair coin, 8 for 256 grey levels."""
+        return -nats / (math.prod(self.input_shape) * math.log(2))
+
+    @torch.no_grad()
+    def sample(self, n: int, pixels: Literal["mean", "drawn"] = "mean") -> Tensor:
+        """Images (n, C, H, W) in [0, 1] of z from the prior.
+
+        Args:
+            n: How many.
+            pixels: "mean", each pixel's expectation, which is what pictures show; or "drawn", which is what the model
+                takes images to be.
+        """
+        if pixels not in ("mean", "drawn"):
+            raise ValueError(f"unknown pixels {pixels!r}: expected one of mean, drawn")
+        parameters = self.decode(self.draw_prior(n))
+        return self.likelihood.mean(parameters) if pixels == "mean" else self.likelihood.sample(parameters)
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) in [0, 1]: the likelihood's mean at the most likely z."""
+        return self.likelihood.mean(self.decode(self.codes(self._posterior(images))))
+
+    @torch.no_grad()
+    def interpolate(self, first: Tensor, second: Tensor, steps: int = 8) -> Tensor:
+        """Images (B, steps, C, H, W) in [0, 1] on the way from one image to another, both (B, C, H, W).
+
+        Categorical latents change one after the other; Gaussian ones along the sphere (Shoemake 1985).
+        """
+        if steps < 2:
+            raise ValueError(f"steps is {steps}: expected at least 2, the two ends")
+        if first.shape != second.shape:
+            raise ValueError(f"images are {tuple(first.shape)} and {tuple(second.shape)}: expected one shape")
+        ends = self.codes(self._posterior(first)), self.codes(self._posterior(second))
+        z = self.between(*ends, steps)
+        return self.likelihood.mean(self.decode(z.flatten(0, 1))).unflatten(0, z.shape[:2])
+
+    def _posterior(self, images: Tensor) -> Tensor:
+        self._check(images)
+        return self.encode(images)
+
+    def _check(self, images: Tensor, values: bool = True) -> None:
+        """Shape and, where asked, the values, for which the host has to wait."""
+        if images.shape[1:] != self.input_shape:
+            got, expected = ("x".join(map(str, shape)) for shape in (images.shape[1:], self.input_shape))
+            raise ValueError(f"images are {got}, but the model was built for {expected}")
+        if values:
+            self.likelihood.check(images)
+
+    def _draws(self, posterior: Tensor, samples: int, chunk: int | None = None) -> Iterator[Tensor]:
+        """z (S, B, N, D) until there are enough, few at a time."""
+        if samples < 1 or (chunk is not None and chunk < 1):
+            raise ValueError(f"samples is {samples}, chunk {chunk}: expected at least 1")
+        chunk = chunk or VALUES_AT_A_TIME // math.prod(self.input_shape)
+        at_a_time = max(1, min(samples, chunk // max(len(posterior), 1)))
+        for start in range(0, samples, at_a_time):
+            yield self.draw(posterior, min(at_a_time, samples - start))
+
+    # Training.
+
+    def training_forward(self, images: Tensor) -> Tensor:
+        """What a training step computes."""
+        return self.objective(images, *self.knobs().values()).loss
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """As ``nn.Module.compile``, and what training runs as well."""
+        super().compile(*args, **kwargs)
+        self.__dict__["objective"] = torch.compile(self.objective, *args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy compiles for itself: what was compiled here would run on the weights here."""
+        state = super().__getstate__().items()
+        return {name: value for name, value in state if name not in ("objective", "_compiled_call_impl")}
+
+    @property
+    def step(self) -> int:
+        """Steps of the optimizer so far, those before a checkpoint included: what schedules go by."""
+        trainer: Any = self._trainer
+        return trainer.global_step if trainer is not None else 0
+
+    def knobs(self) -> dict[str, Tensor]:
+        """What changes over a run, by name, as scalars on the device, so that compiled code need not change."""
+        hp = self.hparams
+        return {"kl_weight": self._scalar(cosine(self.step, 0.0, hp.kl_weight, hp.kl_warmup_steps))}
+
+    def _scalar(self, value: float) -> Tensor:
+        return torch.full((), value, device=self.device)
+
+    def on_fit_start(self) -> None:
+        differ_between_ranks(self)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        images = batches.images(batch)
+        self._check(images, values=images.device.type == "cpu" or batch_idx == 0)
+        knobs = self.knobs()
+        output = self.objective(images, *knobs.values())
+        loss = output.loss.mean()
+        seen = {"train/loss": loss, "train/distortion": output.distortion.mean(), "train/kl": output.kl.mean()}
+        seen |= {f"train/{name}": value for name, value in knobs.items()}
+        self.step_log(self, {name: value.detach() for name, value in seen.items()}, prog_bar=("train/loss",))
+        return loss
+
+    def _metrics(self) -> Any:
+        means: dict[str, Metric] = {
+            name: MeanMetric() for name in ("elbo", "loss", "kl", "bits_per_dim", "log_likelihood")
+        }
+        return nn.ModuleDict(means | self.latent_metrics())
+
+    def on_validation_epoch_start(self) -> None:
+        for metric in self.val_metrics.values():  # an interrupted epoch leaves counts behind
+            metric.reset()
+
+    def on_test_epoch_start(self) -> None:
+        for metric in self.test_metrics.values():
+            metric.reset()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self._evaluate(batches.images(batch), "val", self.val_metrics)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        images = batches.images(batch)
+        self._evaluate(images, "test", self.test_metrics)
+        if self.hparams.iw_samples is not None:
+            self.test_metrics["log_likelihood"].update(self.log_likelihood(images, self.hparams.iw_samples))
+            self.log("test/log_likelihood", self.test_metrics["log_likelihood"], on_step=False, on_epoch=True)
+
+    @torch.no_grad()
+    def _evaluate(self, images: Tensor, stage: str, metrics: Any) -> None:
+        posterior, elbo = self._posterior(images), self.elbo(images, self.hparams.elbo_samples)
+        found = {"elbo": elbo, "loss": -elbo, "kl": self.kl(posterior), "bits_per_dim": self.bits_per_dim(elbo)}
+        for name, value in (found | self.latent_statistics(posterior)).items():
+            metrics[name].update(value)
+            self.log(f"{stage}/{name}", metrics[name], on_step=False, on_epoch=True)
+
+    @torch.no_grad()
+    def pictures(self, batch: Any) -> dict[str, Tensor]:
+        """What is looked at, in [0, 1].
+
+        Reconstructions (B, 3, h, 2w) beside their originals; samples of the prior (B, 3, h, w); and "latents", one
+        picture (1, 3, H, W) in which the first image has one latent changed at a time, a row for each.
+        """
+        images = batches.images(batch)
+        pairs = torch.cat([images, self.reconstruct(images)], dim=3)
+        z = self.variations(self.codes(self.encode(images[:1]))[0])
+        changed = self.likelihood.mean(self.decode(z.flatten(0, 1)))
+        rows = make_grid(pictures.displayable(changed, least=32), nrow=z.shape[1], pad_value=0.5)
+        return {
+            "reconstructions": pictures.displayable(pairs),
+            "samples": pictures.displayable(self.sample(len(images))),
+            "latents": rows[None],
+        }
+
+    def configure_optimizers(self) -> Any:
+        hp = self.hparams
+        optimizer = optim.create_optimizer(self, hp.optimizer, hp.lr, hp.weight_decay, betas=hp.betas)
+        if hp.lr_schedule == "constant":
+            return optimizer
+        return optim.lightning_schedule(self, optimizer, hp.warmup_epochs, hp.min_lr)

@@ -1,0 +1,237 @@
+"""What a gradient estimator is worth: ``zoo compare-estimators``.
+
+Models are trained with each, by one recipe and some seeds, which can be stopped and continued at any time. Then, in
+this process, estimators are compared at one and the same model: how far their gradients are from the exact one, how
+they scatter, and how long a training step takes.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zoo import batch as batches
+from zoo import plots, weights
+from zoo.gumbel_vae import estimators as known
+from zoo.gumbel_vae.estimators.exact import MOST_STATES
+from zoo.gumbel_vae.gumbel import GumbelVAE
+from zoo.gumbel_vae.measure import gradients, last_knobs, relative, step_times
+from zoo.mistakes import Mistake, did_you_mean
+from zoo.sweep import sweep_seeds, write_json, write_table
+
+
+def compare(
+    arguments: Mapping[str, Any],
+    data: Any,
+    configs: Sequence[str],
+    options: Sequence[str],
+    out: Path,
+    estimators: Sequence[str] | None = None,
+    seeds: int = 3,
+    jobs: int = 1,
+    trainer: Mapping[str, Any] | None = None,
+) -> str:
+    """Trains, tests and measures a :class:`GumbelVAE` with each estimator.
+
+    Args:
+        arguments: The model's, of its constructor.
+        data: The recipe's data module; if it has ``nats()``, log-likelihoods of other models by name, they are shown.
+        configs, options, out, jobs: See :func:`zoo.sweep.sweep`.
+        estimators: Names out of :data:`zoo.gumbel_vae.estimators.ESTIMATORS`. None: all that can do the recipe.
+            Gradients are measured at the first one's model of seed 0.
+        seeds: Runs of each, with seeds from 0.
+        trainer: Settings of the Trainer: the accelerator is the one that measurements run on as well.
+
+    Returns:
+        A markdown table and what belongs to it. It is in ``out/table.md`` as well, the figure in ``out/plot.png``, and
+        what was measured in ``out/measured.json``, so that it is not measured again.
+
+    Raises:
+        Mistake: For an estimator that is unknown or cannot do the recipe, and a recipe without an importance-weighted
+            bound or checkpoints.
+        ValueError: For other arguments that the model refuses.
+    """
+    trainer = trainer or {}
+    if arguments["iw_samples"] is None:
+        raise Mistake("the importance-weighted bound is compared as well: set iw_samples, --model.iw_samples 1000")
+    if trainer.get("enable_checkpointing") is False:
+        raise Mistake("gradients are measured at a checkpoint: leave enable_checkpointing as it is")
+    names = suited(arguments, estimators)
+    variants = {name: _as_options(changes(arguments, name)) for name in names}
+    results = sweep_seeds(configs, options, variants, seeds, out, jobs, needs="test/elbo")
+    measured = _measured(arguments, data, names, out, trainer.get("accelerator"))
+    points = {}
+    for name, metrics in results.items():
+        losses = _losses(metrics)
+        error = stdev(losses) if len(losses) > 1 else 0.0
+        points[name] = [(measured["milliseconds"][name], mean(losses), error)]
+    plots.lines(out / "plot.png", points, "ms a training step", "-ELBO of the test data, nats an image", log_x=True)
+    return write_table([*_table(results, measured, arguments["iw_samples"]), "", *_notes(measured)], out)
+
+
+def changes(arguments: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Which arguments of a recipe's model an estimator has others of, because it has to or its paper does."""
+    changed: dict[str, Any] = {"estimator": name}
+    if name == "vimco":  # which has the KL inside
+        changed["kl"] = "sampled"
+    if name in ("straight_through", "reinmax"):  # a lower temperature only makes them worse: nothing is relaxed
+        changed |= {"temperature": 1.0, "temperature_schedule": "constant"}
+    if arguments["estimator_samples"] is not None and not hasattr(known.create(name), "samples"):
+        changed["estimator_samples"] = None
+    return changed
+
+
+def suited(arguments: Mapping[str, Any], names: Sequence[str] | None) -> list[str]:
+    """The estimators that can do a recipe, out of those named. Of all, if none is: the others are printed.
+
+    Raises:
+        Mistake: If one that is named is unknown, or cannot.
+    """
+    model, able = build(arguments, "meta"), []
+    for name in dict.fromkeys(known.ESTIMATORS if names is None else names):
+        if name not in known.ESTIMATORS:
+            hint = did_you_mean(name, known.ESTIMATORS) or f"; expected some of {', '.join(known.ESTIMATORS)}"
+            raise Mistake(f"unknown estimator {name!r}{hint}")
+        why = None
+        if name == "exact" and model.categories**model.latents > MOST_STATES:
+            why = f"{model.latents} latents of {model.categories} categories have more than {MOST_STATES} states"
+        try:
+            build({**arguments, **changes(arguments, name)}, "meta")
+        except ValueError as error:
+            why = str(error)
+        if why is None:
+            able.append(name)
+        elif names is None:
+            print(f"without {name}: {why}", flush=True)
+        else:
+            raise Mistake(f"estimator {name!r} cannot do this recipe: {why}")
+    return able
+
+
+def build(arguments: Mapping[str, Any], device: torch.device | str, source: Path | None = None) -> GumbelVAE:
+    """A model, uncompiled, with the weights of a checkpoint if there is one."""
+    with torch.device(device):
+        model = GumbelVAE(**{**arguments, "weights": None, "compile": False})
+    if source is not None:
+        weights.load(model, source)
+    return model
+
+
+# Measurements.
+
+
+def _measured(
+    arguments: Mapping[str, Any], data: Any, names: Sequence[str], out: Path, accelerator: Any
+) -> dict[str, Any]:
+    """Everything that is not the runs', by name of the estimator where it is one's: from the file, if it is there."""
+    file = out / "measured.json"
+    before: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if before.get("estimators") == list(names):  # the first is where gradients were measured, and all took turns
+        return before
+    found = [path for path in (out / f"{names[0]}_seed0").rglob("*.ckpt") if not path.is_symlink()]
+    if not found:
+        raise Mistake(f"there is no checkpoint in {out / f'{names[0]}_seed0'}, where gradients would be measured")
+    checkpoint = max(found, key=lambda path: path.stat().st_mtime)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if device is None or accelerator == "cpu":
+        device = torch.device("cpu")
+    images = _training_images(data).to(device)
+    models = {name: build({**arguments, **changes(arguments, name)}, device, checkpoint) for name in names}
+    print(f"gradients and steps of {len(names)} estimators are measured", flush=True)
+    drawn = {name: gradients(model, images, seed=seed) for seed, (name, model) in enumerate(models.items())}
+    oracle = next((name for name in ("exact", "local_expectation") if name in drawn), None)
+    if oracle is None:
+        other = {**arguments, **changes(arguments, "local_expectation"), "kl": "analytic"}
+        reference = gradients(build(other, device, checkpoint), images, seed=len(names))
+    else:
+        reference = drawn[oracle]
+    # VIMCO's gradient is that of another objective: it has no bias here, and its own length.
+    compared = {name: relative(each, each if name == "vimco" else reference) for name, each in drawn.items()}
+    measured = {
+        "estimators": list(names),
+        "reference": oracle,
+        "gradients": {name: {**compared[name], "draws": drawn[name].draws} for name in names},
+        "milliseconds": step_times(models, images),
+        "checkpoint": str(checkpoint.relative_to(out)),
+        "images": len(images),
+        "temperature": min(float(last_knobs(model)[1]) for model in models.values()),
+        "device": f"{device}, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device),
+        "nats": _nats(data),
+    }
+    write_json(file, measured)
+    return measured
+
+
+def _training_images(data: Any) -> Tensor:
+    """A batch of training images, as a module would get it, but not augmented."""
+    data.prepare_data()
+    data.setup("fit")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # a data module that draws pixels does so here
+        return batches.images(data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0))
+
+
+def _nats(data: Any) -> dict[str, float]:
+    """Log-likelihoods of the test data under other models, if the data module knows some for data like this."""
+    try:
+        return data.nats() if hasattr(data, "nats") else {}
+    except ValueError as error:
+        print(f"without figures of other models: {error}", flush=True)
+        return {}
+
+
+# What is shown.
+
+
+def _as_options(changed: Mapping[str, Any]) -> list[str]:
+    return [f"--model.{key}={'null' if value is None else value}" for key, value in changed.items()]
+
+
+def _table(results: Mapping[str, Mapping[str, list[float]]], measured: Mapping[str, Any], samples: int) -> list[str]:
+    columns = ["estimator", "unbiased", "-ELBO", f"-log p, {samples} samples", "KL", "active latents", "ms a step"]
+    columns += ["gradient variance", "gradient bias", "-ELBO of each seed"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for name, metrics in results.items():
+        losses, gradient = _losses(metrics), measured["gradients"][name]
+        bias = f"{gradient['bias']:.3f} ± {gradient['error']:.3f}"
+        cells = [
+            name,
+            "of another bound" if name == "vimco" else "yes" if known.ESTIMATORS[name].unbiased else "no",
+            _spread(losses),
+            _spread([-value for value in metrics["test/log_likelihood"]]),
+            f"{mean(metrics['test/kl']):.2f}",
+            f"{mean(metrics['test/active_latents']):.1f}",
+            f"{measured['milliseconds'][name]:.2f}",
+            f"{gradient['variance']:.3g}",
+            "reference" if name == measured["reference"] else "" if name == "vimco" else bias,
+            ", ".join(f"{loss:.2f}" for loss in losses),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _notes(measured: Mapping[str, Any]) -> list[str]:
+    """What the table's numbers are of, and what else is known of the data."""
+    draws = sorted({gradient["draws"] for gradient in measured["gradients"].values()})
+    lines = [
+        "Nats an image of the test data; training steps in turns, medians, on "
+        f"{measured['device']}. Gradients with respect to the encoder of {measured['images']} training images, at "
+        f"{measured['checkpoint']} and temperature {measured['temperature']:.4g} (1 for straight_through, reinmax), of "
+        f"{' to '.join(map(str, dict.fromkeys([draws[0], draws[-1]])))} draws: variance relative to the squared length "
+        "of the exact gradient, bias relative to its length. What an unbiased estimator has of it is noise, which is "
+        "what stands behind the ±. That of vimco is another gradient, which its variance is relative to."
+    ]
+    lines += [f"{name} {-value:.2f}" for name, value in measured["nats"].items()]
+    return lines
+
+
+def _losses(metrics: Mapping[str, Sequence[float]]) -> list[float]:
+    return [-value for value in metrics["test/elbo"]]
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{mean(values):.2f} ± {stdev(values):.2f}" if len(values) > 1 else f"{mean(values):.2f}"

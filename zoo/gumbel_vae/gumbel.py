@@ -1,0 +1,275 @@
+"""GumbelVAE: an autoencoder whose latents are categories, and the gradient estimator it learns with."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from zoo import batch as batches
+from zoo.gumbel_vae import estimators
+from zoo.gumbel_vae.base import VAE, VAEOutput
+from zoo.gumbel_vae.metrics import ActiveLatents, CodeUsage
+from zoo.gumbel_vae.networks import Activation, Network
+from zoo.gumbel_vae.schedules import SCHEDULES, check_temperatures
+
+KL = Literal["analytic", "sampled", "relaxed"]
+Prior = Literal["uniform", "learned"]
+
+
+class GumbelVAE(VAE):
+    """Variational autoencoder with N latents of K categories each.
+
+    Batch: images (B, C, H, W) in [0, 1] in any form that :mod:`zoo.batch` reads; labels are not learned from. Logs
+    ``train/loss``, ``train/distortion``, ``train/kl``, ``train/temperature``, ``train/kl_weight``; ``val/elbo``, of
+    hard samples whatever the estimator, in nats an image, and minus it as ``val/loss``; ``val/kl``,
+    ``val/bits_per_dim``, ``val/active_latents`` (those that tell more than 0.01 nats of an image) and
+    ``val/perplexity`` (of the codes in use, at most K). The same for ``test``, and with ``iw_samples``
+    ``test/log_likelihood``. Predicts codes.
+
+    Args:
+        latents: How many, N; or their grid (h, w), with N = h * w in raster order: a tokeniser of images.
+        categories: K, of each latent.
+        image_size: Side in pixels, or (height, width).
+        in_channels: Channels of the images.
+        likelihood: "bernoulli", for images of 0 and 1; of images with grey levels "categorical" over them, "logistic"
+            (discretised) or "logit_laplace"; all of them normalised: see :mod:`zoo.gumbel_vae.likelihoods`.
+        estimator: How gradients pass the sample: a name out of :data:`zoo.gumbel_vae.estimators.ESTIMATORS`.
+        weights: Weights to start from: see :func:`zoo.weights.load`.
+        estimator_samples: Of an estimator that takes several: z for each image, or conditional Gumbels of
+            "gumbel_rao". None: the estimator's own number.
+        temperature: Of relaxed samples, at the start.
+        min_temperature: Where its schedule ends.
+        temperature_schedule: "constant"; "exponential", a factor a step (Jang et al. 2017); "cosine" (Ramesh et al.
+            2021).
+        temperature_steps: Steps of the optimizer from the one to the other. An exponential decay at rate r, as papers
+            give it, takes ln(temperature / min_temperature) / r of them.
+        kl: "analytic", the closed form for categories; "sampled", log q(z|x) - log p(z) at the estimator's samples,
+            which is noisier and, at relaxed ones, not a divergence of anything (Maddison et al. 2017, equation 21);
+            "relaxed", of the densities of relaxed samples (equation 20), which alone makes a bound of the relaxed
+            model, but has no upper limit and, without warm-up, makes small models ignore their latents. "relaxed" goes
+            with "gumbel_softmax".
+        prior_temperature: Of the relaxed prior, with kl "relaxed". None: the posterior's.
+        prior: "uniform", or "learned", a distribution for each latent.
+        kl_weight: Of the KL in the training objective, in nats an image as the distortion is: 1 for a bound.
+        kl_warmup_steps: Steps over which the weight rises from 0, along half a cosine.
+        levels: Grey levels of the images, for the likelihoods that have them.
+        network: "mlp" or "conv": see :mod:`zoo.gumbel_vae.networks`.
+        hidden: Widths of the encoder's hidden layers; the decoder has them in reverse. Of "mlp", as is activation,
+            "relu" or "tanh", and dropout.
+        width: Channels at the images' resolution, doubled with each halving. Of "conv", as is blocks, the residual
+            blocks at each resolution.
+        elbo_samples: z for each image in evaluation.
+        iw_samples: z for each image for the importance-weighted bound, which testing logs. None: it is not computed.
+        optimizer: Name of an optimizer of timm.
+        lr: Learning rate.
+        weight_decay: Not applied to biases.
+        betas: Of the optimizer. None: its own.
+        lr_schedule: "cosine", to min_lr at the end of the run after warmup_epochs of linear warm-up; or "constant".
+        warmup_epochs, min_lr: Of the cosine.
+        compile: Compile in place, as ``model.compile()`` does.
+
+    Raises:
+        ValueError: For an unknown choice, with what there is to choose from; for one category; for temperatures of 0
+            or less; for sizes that do not fit; for images outside of the likelihood's support.
+    """
+
+    def __init__(
+        self,
+        latents: int | tuple[int, int] = 32,
+        categories: int = 10,
+        image_size: int | tuple[int, int] = 28,
+        in_channels: int = 1,
+        likelihood: str = "bernoulli",
+        estimator: str = "gumbel_softmax",
+        weights: str | None = None,
+        estimator_samples: int | None = None,
+        temperature: float = 1.0,
+        min_temperature: float = 0.5,
+        temperature_schedule: str = "exponential",
+        temperature_steps: int = 20_000,
+        kl: KL = "analytic",
+        prior_temperature: float | None = None,
+        prior: Prior = "uniform",
+        kl_weight: float = 1.0,
+        kl_warmup_steps: int = 0,
+        levels: int = 256,
+        network: Network = "mlp",
+        hidden: Sequence[int] = (512, 256),
+        activation: Activation = "relu",
+        dropout: float = 0.0,
+        width: int = 64,
+        blocks: int = 2,
+        elbo_samples: int = 1,
+        iw_samples: int | None = None,
+        optimizer: str = "adam",
+        lr: float = 1e-3,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] | None = None,
+        lr_schedule: Literal["cosine", "constant"] = "cosine",
+        warmup_epochs: float = 0.0,
+        min_lr: float = 0.0,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore=["weights"])
+        if categories < 2:
+            raise ValueError(f"categories is {categories}: expected at least 2, one category says nothing")
+        check_temperatures(temperature_schedule, temperature, min_temperature, temperature_steps)
+        if prior_temperature is not None and prior_temperature <= 0:
+            raise ValueError(f"prior_temperature is {prior_temperature}: expected a number above 0")
+        for name, value, choices in (("kl", kl, get_args(KL)), ("prior", prior, get_args(Prior))):
+            if value not in choices:
+                raise ValueError(f"unknown {name} {value!r}: expected one of {', '.join(choices)}")
+        self.categories = categories
+        self.build(encoder_outputs=categories, decoder_inputs=categories)
+        self.estimator = estimators.create(estimator, estimator_samples)
+        if self.estimator.binary_only and categories != 2:
+            raise ValueError(f"estimator {estimator!r} is for binary latents: categories is {categories}, not 2")
+        if kl == "relaxed" and estimator != "gumbel_softmax":
+            raise ValueError(f"kl 'relaxed' needs relaxed samples, and estimator {estimator!r} draws hard ones")
+        if estimator == "vimco" and kl != "sampled":
+            raise ValueError(
+                "estimator 'vimco' is of the importance-weighted bound, which has the KL inside: set kl to sampled"
+            )
+        # Learned together with the networks; a buffer of zeros is the uniform prior.
+        logits = torch.zeros(self.latents, categories)
+        if prior == "learned":
+            self.prior_logits = nn.Parameter(logits)
+        else:
+            self.register_buffer("prior_logits", logits, persistent=False)
+        self.start(weights, compile)
+
+    # The latents.
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Logits (B, N, K) of the posterior of images (B, C, H, W) in [0, 1]."""
+        return self.backbone(images)
+
+    def log_prior(self) -> Tensor:
+        """log p(z), (N, K)."""
+        return self.prior_logits.log_softmax(-1)
+
+    def draw(self, posterior: Tensor, samples: int) -> Tensor:
+        return estimators.gumbel_max(posterior.float().expand(samples, *posterior.shape))
+
+    def draw_prior(self, n: int) -> Tensor:
+        return estimators.gumbel_max(self.log_prior().expand(n, -1, -1))
+
+    def log_ratio(self, z: Tensor, posterior: Tensor) -> Tensor:
+        return (z * (self.log_prior() - posterior.float().log_softmax(-1))).sum((-1, -2))
+
+    def kl(self, posterior: Tensor) -> Tensor:
+        """Sum over the latents of sum_k q_k (log q_k - log p_k): N log K at most under a uniform prior."""
+        log_q = posterior.float().log_softmax(-1)
+        return (log_q.exp() * (log_q - self.log_prior())).sum((-1, -2))
+
+    def codes(self, posterior: Tensor) -> Tensor:
+        return F.one_hot(posterior.argmax(-1), self.categories).float()
+
+    def between(self, first: Tensor, second: Tensor, steps: int) -> Tensor:
+        """Of the latents that differ, a growing share in raster order is that of the second."""
+        differ = (first != second).any(-1)  # (B, N)
+        rank = differ.cumsum(1)
+        share = torch.linspace(0, 1, steps, device=first.device)[:, None]
+        changed = rank[:, None] <= (share * differ.sum(1)[:, None, None]).round()  # (B, steps, N)
+        return torch.where(changed[..., None], second[:, None], first[:, None])
+
+    def variations(self, z: Tensor) -> Tensor:
+        """The first 16 latents at their first 16 categories."""
+        latents, categories = min(self.latents, 16), min(self.categories, 16)
+        changed = z.expand(latents, categories, *z.shape).clone()
+        index = torch.arange(latents, device=z.device)
+        changed[index, :, index] = torch.eye(self.categories, device=z.device)[:categories]
+        return changed
+
+    # A tokeniser of images.
+
+    @torch.no_grad()
+    def tokens(self, images: Tensor) -> Tensor:
+        """The most likely category of each latent, int64 (B, N), a grid in raster order."""
+        return self._posterior(images).argmax(-1)
+
+    @torch.no_grad()
+    def from_tokens(self, tokens: Tensor) -> Tensor:
+        """Images (B, C, H, W) in [0, 1] of tokens (B, N), or in their grid (B, h, w).
+
+        Raises:
+            ValueError: For another number of latents, and for tokens that are no integers from 0 to K - 1.
+        """
+        flat = tokens.flatten(1)
+        if flat.shape[1] != self.latents or flat.is_floating_point():
+            raise ValueError(
+                f"tokens are {tuple(tokens.shape)} and {tokens.dtype}: expected integers (B, {self.latents})"
+            )
+        if flat.numel() and not 0 <= flat.min() <= flat.max() < self.categories:
+            raise ValueError(f"tokens are {flat.min()} to {flat.max()}: expected 0 to {self.categories - 1}")
+        return self.likelihood.mean(self.decode(F.one_hot(flat.long(), self.categories).float()))
+
+    # Training.
+
+    @property
+    def temperature(self) -> float:
+        """Of relaxed samples, at this step."""
+        hp = self.hparams
+        schedule = SCHEDULES[hp.temperature_schedule]
+        return schedule(self.step, hp.temperature, hp.min_temperature, hp.temperature_steps)
+
+    def knobs(self) -> dict[str, Tensor]:
+        return super().knobs() | {"temperature": self._scalar(self.temperature)}
+
+    def objective(self, images: Tensor, *knobs: Tensor) -> VAEOutput:
+        kl_weight, temperature = knobs
+        logits = self.encode(images).float()
+        kl = self.kl(logits)
+        if self.hparams.kl == "analytic":
+            distortion = self.estimator.expectation(logits, lambda z: self.distortion(z, images), temperature)
+            return VAEOutput(distortion + kl_weight * kl, distortion, kl)
+        if self.hparams.kl == "sampled":
+            loss = self.estimator.expectation(
+                logits, lambda z: self.distortion(z, images) - kl_weight * self.log_ratio(z, logits), temperature
+            )
+            return VAEOutput(loss, loss.detach() - kl_weight * kl.detach(), kl)
+        given = self.hparams.prior_temperature
+        log_z = estimators.log_gumbel_softmax(logits, temperature)
+        distortion = self.distortion(log_z.exp()[None], images)[0]
+        prior_temperature = temperature if given is None else temperature.new_full((), given)
+        log_q = log_concrete_density(log_z, logits, temperature)
+        log_p = log_concrete_density(log_z, self.log_prior(), prior_temperature)
+        return VAEOutput(distortion + kl_weight * (log_q - log_p).sum(-1), distortion, kl)
+
+    # Evaluation.
+
+    def latent_metrics(self) -> dict[str, Metric]:
+        shared = self.grid is not None and self.hparams.network == "conv"  # one codebook for all positions
+        return {
+            "active_latents": ActiveLatents(self.latents, self.categories),
+            "perplexity": CodeUsage(self.latents, self.categories, shared=shared),
+        }
+
+    def latent_statistics(self, posterior: Tensor) -> dict[str, Tensor]:
+        return {"active_latents": posterior, "perplexity": posterior.argmax(-1)}
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.tokens(batches.images(batch))
+
+    def prediction_rows(self, outputs: Tensor) -> list[dict[str, Any]]:
+        """For each image its codes, one column each, as :class:`zoo.callbacks.WritePredictions` writes them."""
+        return [{f"code{i}": code for i, code in enumerate(codes)} for codes in outputs.tolist()]
+
+
+def log_concrete_density(log_z: Tensor, logits: Tensor, temperature: Tensor | float) -> Tensor:
+    """Log density of the logarithm of a relaxed sample, (..., N) (ExpConcrete, Maddison et al. 2017, equation 25).
+
+    Args:
+        log_z: (..., N, K), whose logsumexp is 0.
+        logits: Log weights of the categories, (..., N, K), need not be normalised.
+        temperature: Of the relaxation.
+    """
+    categories = logits.shape[-1]
+    scores = logits - temperature * log_z
+    log_scale = math.lgamma(categories) + (categories - 1) * torch.as_tensor(temperature).log()
+    return log_scale + scores.sum(-1) - categories * scores.logsumexp(-1)

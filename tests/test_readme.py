@@ -77,7 +77,7 @@ def test_everything_runs_from_top_to_bottom():
         else:
             pytest.fail(f"no test runs blocks of {language}")
     predictions = [file.read_text().splitlines() for file in Path("runs").rglob("predictions.csv")]
-    assert [len(lines) for lines in predictions] == [2], "a header and one image"
+    assert [len(lines) for lines in predictions] == [2, 2], "a header and one image"
 
 
 @pytest.mark.usefixtures("_installed")
@@ -89,7 +89,7 @@ def test_the_pages_commands_run_and_what_they_name_exists(page):
         run_python(block)
     for block in re.findall(r"^```bash\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
         for command in commands(block):
-            if not command[0].startswith("scaling-"):  # dozens of runs; tests/test_search.py has these commands
+            if not command[0].startswith(("scaling-", "compare-")):  # dozens of runs: test_search.py, test_compare.py
                 run_zoo(command)
         for script in re.findall(r"^python (\S+\.py)", block, re.MULTILINE):
             assert (ROOT / script).is_file(), script

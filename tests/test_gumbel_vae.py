@@ -540,6 +540,7 @@ def test_training_compiles_to_one_graph_whatever_the_temperature(options):
     loss = model.objective(images, *knobs).loss
     assert torch.allclose(loss, expected, rtol=1e-5)
     loss.sum().backward()
+    assert model(images).loss.isfinite().all()  # its look at the values is left out of the graph
     with torch._dynamo.config.patch(error_on_recompile=True):
         model.objective(images, torch.tensor(0.3), torch.tensor(0.5))
     assert list(model.state_dict()) == keys
@@ -568,6 +569,20 @@ def test_half_precision_has_no_nan_and_nearly_the_same_loss(precision, options):
     assert output.loss.dtype == torch.float32
     assert torch.allclose(output.loss.mean(), expected.mean(), rtol=0.05)
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("kind", [GumbelVAE, GaussianVAE])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_every_verb_works_in_a_module_of_another_precision(kind, dtype):
+    model = kind(latents=3, image_size=8, hidden=(16,)).to(dtype).eval()
+    images = binary(4, (1, 8, 8))
+    expected = torch.float64 if dtype == torch.float64 else torch.float32
+    for verb in (model.elbo, model.log_likelihood, lambda images: model(images).loss, model.reconstruct):
+        assert verb(images).dtype == expected
+    model(images).loss.mean().backward()
+    assert model.sample(2).shape == (2, 1, 8, 8)
+    assert model.interpolate(images[:2], images[2:], 3).shape == (2, 3, 1, 8, 8)
+    assert set(model.pictures(images)) == {"reconstructions", "samples", "latents"}
 
 
 @pytest.mark.gpu

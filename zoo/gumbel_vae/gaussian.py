@@ -11,6 +11,7 @@ from torchmetrics import Metric
 from zoo import batch as batches
 from zoo.gumbel_vae.base import VAE, VAEOutput
 from zoo.gumbel_vae.estimators import GaussianPathwise
+from zoo.gumbel_vae.estimators.sampling import full_precision
 from zoo.gumbel_vae.metrics import ActiveUnits
 from zoo.gumbel_vae.networks import Activation, Network
 
@@ -71,41 +72,41 @@ class GaussianVAE(VAE):
 
     def encode(self, images: Tensor) -> Tensor:
         """Mean and log variance (B, N, 2) of the posterior of images (B, C, H, W) in [0, 1]."""
-        return self.backbone(images)
+        return self.backbone(images.to(self.dtype))
 
     def draw(self, posterior: Tensor, samples: int) -> Tensor:
-        mean, log_variance = posterior.float()[..., None].unbind(2)  # (B, N, 1)
-        noise = torch.randn((samples, *mean.shape), device=mean.device)
+        mean, log_variance = full_precision(posterior)[..., None].unbind(2)  # (B, N, 1)
+        noise = torch.randn((samples, *mean.shape), dtype=mean.dtype, device=mean.device)
         return mean + (0.5 * log_variance).exp() * noise
 
     def draw_prior(self, n: int) -> Tensor:
         return torch.randn((n, self.latents, 1), device=self.device)
 
     def log_ratio(self, z: Tensor, posterior: Tensor) -> Tensor:
-        mean, log_variance = posterior.float()[..., None].unbind(2)
+        mean, log_variance = full_precision(posterior)[..., None].unbind(2)
         standard = (z - mean).square() * (-log_variance).exp()
         return 0.5 * (standard + log_variance - z.square()).sum((-1, -2))
 
     def kl(self, posterior: Tensor) -> Tensor:
         """Sum over the latents of (mean^2 + variance - 1 - log variance) / 2."""
-        mean, log_variance = posterior.float().unbind(-1)
+        mean, log_variance = full_precision(posterior).unbind(-1)
         return 0.5 * (mean.square() + log_variance.expm1() - log_variance).sum(-1)
 
     def codes(self, posterior: Tensor) -> Tensor:
-        return posterior[..., :1].float()
+        return full_precision(posterior[..., :1])
 
     def between(self, first: Tensor, second: Tensor, steps: int) -> Tensor:
         """Spherical interpolation: a straight line would lead through lengths that the prior hardly has."""
         ends = first.flatten(1)[:, None], second.flatten(1)[:, None]  # (B, 1, N)
         cosine = torch.cosine_similarity(*ends, dim=-1)[..., None].clamp(-1, 1)
         angle = torch.acos(cosine).clamp(1e-4, math.pi - 1e-4)  # at 0 a straight line; opposite ends have no one way
-        share = torch.linspace(0, 1, steps, device=first.device)[:, None]
+        share = torch.linspace(0, 1, steps, dtype=first.dtype, device=first.device)[:, None]
         weights = torch.sin((1 - share) * angle) / torch.sin(angle), torch.sin(share * angle) / torch.sin(angle)
         return (weights[0] * ends[0] + weights[1] * ends[1])[..., None]
 
     def variations(self, z: Tensor) -> Tensor:
         """The first 16 latents at 9 values from -2 to 2."""
-        latents, values = min(self.latents, 16), torch.linspace(-2, 2, 9, device=z.device)
+        latents, values = min(self.latents, 16), torch.linspace(-2, 2, 9, dtype=z.dtype, device=z.device)
         changed = z.expand(latents, len(values), *z.shape).clone()
         index = torch.arange(latents, device=z.device)
         changed[index, :, index] = values[:, None]
@@ -115,7 +116,7 @@ class GaussianVAE(VAE):
 
     def objective(self, images: Tensor, *knobs: Tensor) -> VAEOutput:
         (kl_weight,) = knobs
-        posterior = self.encode(images).float()
+        posterior = full_precision(self.encode(images))
         mean, log_variance = posterior.unbind(-1)
         distortion = self.estimator.expectation(
             mean, (0.5 * log_variance).exp(), lambda z: self.distortion(z[..., None], images)

@@ -12,6 +12,7 @@ from torchmetrics import Metric
 from zoo import batch as batches
 from zoo.gumbel_vae import estimators
 from zoo.gumbel_vae.base import VAE, VAEOutput
+from zoo.gumbel_vae.estimators.sampling import full_precision
 from zoo.gumbel_vae.metrics import ActiveLatents, CodeUsage
 from zoo.gumbel_vae.networks import Activation, Network
 from zoo.gumbel_vae.schedules import SCHEDULES, check_temperatures
@@ -147,28 +148,28 @@ class GumbelVAE(VAE):
 
     def encode(self, images: Tensor) -> Tensor:
         """Logits (B, N, K) of the posterior of images (B, C, H, W) in [0, 1]."""
-        return self.backbone(images)
+        return self.backbone(images.to(self.dtype))
 
     def log_prior(self) -> Tensor:
         """log p(z), (N, K)."""
-        return self.prior_logits.log_softmax(-1)
+        return full_precision(self.prior_logits).log_softmax(-1)
 
     def draw(self, posterior: Tensor, samples: int) -> Tensor:
-        return estimators.gumbel_max(posterior.float().expand(samples, *posterior.shape))
+        return estimators.gumbel_max(posterior.expand(samples, *posterior.shape))
 
     def draw_prior(self, n: int) -> Tensor:
         return estimators.gumbel_max(self.log_prior().expand(n, -1, -1))
 
     def log_ratio(self, z: Tensor, posterior: Tensor) -> Tensor:
-        return (z * (self.log_prior() - posterior.float().log_softmax(-1))).sum((-1, -2))
+        return (z * (self.log_prior() - full_precision(posterior).log_softmax(-1))).sum((-1, -2))
 
     def kl(self, posterior: Tensor) -> Tensor:
         """Sum over the latents of sum_k q_k (log q_k - log p_k): N log K at most under a uniform prior."""
-        log_q = posterior.float().log_softmax(-1)
+        log_q = full_precision(posterior).log_softmax(-1)
         return (log_q.exp() * (log_q - self.log_prior())).sum((-1, -2))
 
     def codes(self, posterior: Tensor) -> Tensor:
-        return F.one_hot(posterior.argmax(-1), self.categories).float()
+        return F.one_hot(posterior.argmax(-1), self.categories).to(self.dtype)
 
     def between(self, first: Tensor, second: Tensor, steps: int) -> Tensor:
         """Of the latents that differ, a growing share in raster order is that of the second."""
@@ -183,7 +184,7 @@ class GumbelVAE(VAE):
         latents, categories = min(self.latents, 16), min(self.categories, 16)
         changed = z.expand(latents, categories, *z.shape).clone()
         index = torch.arange(latents, device=z.device)
-        changed[index, :, index] = torch.eye(self.categories, device=z.device)[:categories]
+        changed[index, :, index] = torch.eye(self.categories, dtype=z.dtype, device=z.device)[:categories]
         return changed
 
     # A tokeniser of images.
@@ -207,7 +208,7 @@ class GumbelVAE(VAE):
             )
         if flat.numel() and not 0 <= flat.min() <= flat.max() < self.categories:
             raise ValueError(f"tokens are {flat.min()} to {flat.max()}: expected 0 to {self.categories - 1}")
-        return self.likelihood.mean(self.decode(F.one_hot(flat.long(), self.categories).float()))
+        return self.likelihood.mean(self.decode(F.one_hot(flat.long(), self.categories)))
 
     # Training.
 
@@ -223,7 +224,7 @@ class GumbelVAE(VAE):
 
     def objective(self, images: Tensor, *knobs: Tensor) -> VAEOutput:
         kl_weight, temperature = knobs
-        logits = self.encode(images).float()
+        logits = full_precision(self.encode(images))
         kl = self.kl(logits)
         if self.hparams.kl == "analytic":
             distortion = self.estimator.expectation(logits, lambda z: self.distortion(z, images), temperature)

@@ -8,6 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from zoo import MAEPretrainer
+from zoo.gumbel_vae import estimators
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -64,3 +65,19 @@ def test_the_table_of_detection_has_the_ratio_of_the_means(capsys, monkeypatch):
     assert "| | AP | 8 to 16 px | seconds |" in printed
     assert "| pyramid, strides 8 to 32 | 52.0 ± 2.8 | 0.0 ± 0.0 | 60 |" in printed
     assert "| ratio | 2.0 | no other | |" in printed
+
+
+def test_what_is_compared_of_autoencoders_has_one_loss():
+    from gumbel_vae_speed import difference
+
+    assert difference((torch.rand(16, 1, 28, 28) > 0.7).float()) < 1e-6
+
+
+def test_the_table_of_estimators_has_a_row_for_each(capsys, monkeypatch):
+    import estimators_bias
+
+    monkeypatch.setattr(sys, "argv", ["estimators_bias.py", "--draws", "200"])
+    estimators_bias.main()
+    printed = capsys.readouterr().out
+    for name in estimators.ESTIMATORS:
+        assert f"| {name}" in printed

@@ -230,7 +230,7 @@ class VAE(LightningModule):
         if images.shape[1:] != self.input_shape:
             got, expected = ("x".join(map(str, shape)) for shape in (images.shape[1:], self.input_shape))
             raise ValueError(f"images are {got}, but the model was built for {expected}")
-        if values and not torch.compiler.is_compiling():
+        if values and not (images.is_meta or torch.compiler.is_compiling()):
             self.likelihood.check(images)
 
     def _draws(self, posterior: Tensor, samples: int, chunk: int | None = None) -> Iterator[Tensor]:

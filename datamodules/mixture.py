@@ -56,7 +56,8 @@ def fit(
     """A mixture for float images (N, D) of 0 and 1, by components that start as some of the images, made paler.
 
     Args:
-        images: The training images.
+        images: The training images. Values between 0 and 1 are probabilities of a 1: fitted is the mean log-likelihood
+            of what they are of, within each component.
         components: K.
         smoothing: How many further images, each the average one, a component's means are smoothed by; above 0.
         seed: Seed of the choice of the first images.

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from datamodules import DigitsDataModule, mixture
+from datamodules import DigitsDataModule, mixture, transforms
 
 BENCHMARK = "digits8x8-bin-v1"
 
@@ -265,6 +265,18 @@ def test_the_seed_chooses_the_start():
     assert torch.equal(first.means, again.means)
     assert not torch.equal(first.means, other.means)
     assert math.isfinite(other.log_prob(images).mean())
+
+
+def test_the_mixture_that_knows_the_jitter_has_seen_as_much_as_a_model_that_trains_with_it():
+    data = DigitsDataModule(split=BENCHMARK, binarize="threshold", jitter=0.2)
+    found = data.nats()
+    assert list(found)[2] == "mixture of 100 Bernoullis with the same jitter"
+    assert list(found.values())[2] == pytest.approx(-16.95, abs=0.15)
+    # What it is fitted to, beside jittered images themselves.
+    grey = data._arrays[0][data.indices("train")].float().div(255)
+    drawn = torch.stack([transforms.binarize(grey, False, torch.Generator().manual_seed(i), 0.2) for i in range(400)])
+    expected = ((grey - 0.5) / 0.4 + 0.5).clamp(0, 1)
+    assert (drawn.mean(0) - expected).abs().max() < 0.13
 
 
 def test_jitter_is_of_training_alone_and_new_in_every_epoch():

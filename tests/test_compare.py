@@ -205,7 +205,9 @@ def test_estimators_that_cannot_do_a_recipe_are_left_out_with_a_note(capsys):
 def test_a_number_of_samples_goes_to_those_that_take_one(capsys):
     arguments = ARGUMENTS | {"estimator": "rloo", "estimator_samples": 6}
     assert compare.changes(arguments, "rloo") == {"estimator": "rloo"}
-    assert compare.changes(arguments, "reinmax") == {"estimator": "reinmax", "estimator_samples": None}
+    hot = {"temperature": 1.0, "temperature_schedule": "constant"}
+    assert compare.changes(arguments, "reinmax") == {"estimator": "reinmax", "estimator_samples": None} | hot
+    assert compare.changes(ARGUMENTS, "straight_through") == {"estimator": "straight_through"} | hot
     assert compare.changes(arguments, "vimco") == {"estimator": "vimco", "kl": "sampled"}
     assert "reinmax" in compare.suited(arguments, None)
     assert "rloo" not in compare.suited(arguments | {"estimator": "gumbel_rao", "estimator_samples": 1}, None)
@@ -256,8 +258,9 @@ def test_measurements_and_finished_runs_become_a_table_and_a_plot(capsys):
     assert biases["straight_through"][0] > 5 * biases["straight_through"][1]
     measured = json.loads((out / "measured.json").read_text())
     assert measured["checkpoint"] == "rloo_seed0/checkpoints/epoch=0.ckpt"
-    assert (measured["images"], measured["temperature"]) == (50, 0.5)
-    assert "of 50 training images, at rloo_seed0/checkpoints/epoch=0.ckpt and temperature 0.5, of 200 draws" in printed
+    assert (measured["images"], measured["temperatures"]["rloo"]) == (50, 0.5)
+    place = "of 50 training images, at rloo_seed0/checkpoints/epoch=0.ckpt and temperature 0.5 (straight_through 1)"
+    assert f"{place}, of 200 draws" in printed
     assert printed.endswith(f"table {out / 'table.md'}\nplot {out / 'plot.png'}\n")
     assert (out / "table.md").read_text().strip() in printed
     with Image.open(out / "plot.png") as picture:

@@ -158,7 +158,7 @@ def _measured(
         "milliseconds": step_times(models, images),
         "checkpoint": str(checkpoint.relative_to(out)),
         "images": len(images),
-        "temperature": min(float(last_knobs(model)[1]) for model in models.values()),
+        "temperatures": {name: float(last_knobs(model)[1]) for name, model in models.items()},
         "device": f"{device}, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device),
         "nats": _nats(data),
     }
@@ -220,13 +220,20 @@ def _notes(measured: Mapping[str, Any]) -> list[str]:
     lines = [
         "Nats an image of the test data; training steps in turns, medians, on "
         f"{measured['device']}. Gradients with respect to the encoder of {measured['images']} training images, at "
-        f"{measured['checkpoint']} and temperature {measured['temperature']:.4g} (1 for straight_through, reinmax), of "
+        f"{measured['checkpoint']} and temperature {_temperature(measured['temperatures'])}, of "
         f"{' to '.join(map(str, dict.fromkeys([draws[0], draws[-1]])))} draws: variance relative to the squared length "
         "of the exact gradient, bias relative to its length. What an unbiased estimator has of it is noise, which is "
         "what stands behind the ±. That of vimco is another gradient, which its variance is relative to."
     ]
     lines += [f"{name} {-value:.2f}" for name, value in measured["nats"].items()]
     return lines
+
+
+def _temperature(found: Mapping[str, float]) -> str:
+    """The recipe's, and whose are others."""
+    lowest = min(found.values())
+    others = [f"{name} {value:.4g}" for name, value in found.items() if value != lowest]
+    return f"{lowest:.4g}" + (f" ({', '.join(others)})" if others else "")
 
 
 def _losses(metrics: Mapping[str, Sequence[float]]) -> list[float]:

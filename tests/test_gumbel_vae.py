@@ -596,6 +596,7 @@ def test_a_step_never_waits_for_the_gpu(estimator):
             model.objective(images, *knobs).loss.mean().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
 def test_cost_counts_the_network():

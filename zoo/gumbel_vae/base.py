@@ -43,8 +43,8 @@ class VAE(LightningModule):
     """A variational autoencoder. It has no constructor: a technique calls :meth:`build` in its own.
 
     A technique provides its latents: :meth:`encode`, :meth:`draw`, :meth:`draw_prior`, :meth:`log_ratio`, :meth:`kl`,
-    :meth:`objective`, :meth:`codes`, :meth:`between`; and what it counts over an evaluation, :meth:`latent_metrics` and
-    :meth:`latent_statistics`.
+    :meth:`objective`, :meth:`codes`, :meth:`between`, :meth:`variations`; and what it counts over an evaluation,
+    :meth:`latent_metrics` and :meth:`latent_statistics`.
     """
 
     backbone: Any
@@ -162,7 +162,9 @@ class VAE(LightningModule):
             images: (B, C, H, W) in [0, 1].
             samples: How many z for each image; more of them make it less noisy, and no larger.
         """
-        posterior = self._posterior(images)
+        return self._elbo(images, self._posterior(images), samples)
+
+    def _elbo(self, images: Tensor, posterior: Tensor, samples: int) -> Tensor:
         drawn = [-self.distortion(z, images).sum(0) for z in self._draws(posterior, samples)]
         return torch.stack(drawn).sum(0) / samples - self.kl(posterior)
 
@@ -312,7 +314,8 @@ class VAE(LightningModule):
 
     @torch.no_grad()
     def _evaluate(self, images: Tensor, stage: str, metrics: Any) -> None:
-        posterior, elbo = self._posterior(images), self.elbo(images, self.hparams.elbo_samples)
+        posterior = self._posterior(images)
+        elbo = self._elbo(images, posterior, self.hparams.elbo_samples)
         found = {"elbo": elbo, "loss": -elbo, "kl": self.kl(posterior), "bits_per_dim": self.bits_per_dim(elbo)}
         for name, value in (found | self.latent_statistics(posterior)).items():
             metrics[name].update(value)

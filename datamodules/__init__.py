@@ -7,16 +7,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from datamodules.base import SeededBatches
     from datamodules.coco import CocoDetectionDataModule
     from datamodules.digits import DigitsDataModule
     from datamodules.folder import ImageFolderDataModule
+    from datamodules.order import BatchOrder
     from datamodules.shapes import ShapesDetectionDataModule
     from datamodules.torchvision_sets import TorchvisionDataModule
 
 __all__ = [
+    "BatchOrder",
     "CocoDetectionDataModule",
     "DigitsDataModule",
     "ImageFolderDataModule",
+    "SeededBatches",
     "ShapesDetectionDataModule",
     "TorchvisionDataModule",
 ]
@@ -29,13 +33,16 @@ _EXPORTS = {
     "ShapesDetectionDataModule": "shapes",
     "TorchvisionDataModule": "torchvision_sets",
 }
+# Parts for loaders of one's own.
+_PARTS = {"BatchOrder": "order", "SeededBatches": "base"}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
+    module = _EXPORTS.get(name) or _PARTS.get(name)
+    if module is None:
         raise AttributeError(f"module 'datamodules' has no attribute {name!r}")
-    return getattr(import_module(f"datamodules.{_EXPORTS[name]}"), name)
+    return getattr(import_module(f"datamodules.{module}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_EXPORTS])
+    return sorted([*globals(), *_EXPORTS, *_PARTS])

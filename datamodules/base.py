@@ -1,33 +1,32 @@
-"""Order, seeding, workers and the hop to the device: the one place for all four.
+"""Seeding, loaders and the hop to the device: the one place for all three, on top of the order of ``order.py``.
 
     samples(split) -> SeededBatches, read in BatchOrder by a plain DataLoader -> uint8 on the device
                    -> on_after_batch_transfer: float32, flip, affine, binarise, normalise, erase, per sample
 
 A data set's own file only says what a sample is. The order is a pure function of seed and epoch, and so is every random
 choice: a sample's from (seed, epoch, index), whatever the number of workers; the device's from (seed, epoch, batch,
-rank). A run can therefore be continued anywhere without asking a loader for its state.
+rank). A run can therefore be continued anywhere: a checkpoint holds the number of samples done.
 """
 
 import copy
-import math
 import os
 import random
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, SequentialSampler, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from datamodules import transforms
 from datamodules._lightning import LightningDataModule, rank_zero_warn
+from datamodules.order import BatchOrder, Key, Keys, mix
+from datamodules.workers import outlive_signals
 
 Split = Literal["train", "val", "test", "predict"]
-Key = tuple[int, int, int]
-"""(epoch, copy, index) of one sample: all that its random choices depend on besides the seed."""
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -47,25 +46,6 @@ class Samples(Protocol):
     def __getitem__(self, index: int) -> Any: ...
 
 
-class Keys(list[Key]):
-    """The keys of one rank's share of a batch, and the number of that batch in its epoch."""
-
-    def __init__(self, keys: Iterable[Key], batch: int) -> None:
-        super().__init__(keys)
-        self.batch = batch
-
-
-def mix(*values: int) -> int:
-    """A 63-bit seed from a few integers, every bit of each mixed in (SplitMix64's finaliser, Steele et al. 2014)."""
-    state = 0
-    for value in values:
-        state = (state + value + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
-        state ^= state >> 31
-    return state >> 1
-
-
 def seed_all(seed: int) -> None:
     """Seeds the three generators that transforms draw from: torch's (CPU), Python's and NumPy's."""
     torch.default_generator.manual_seed(seed)  # torch.manual_seed also visits every accelerator: 85 µs against 1
@@ -83,118 +63,6 @@ def isolated_randomness() -> Iterator[None]:
         torch.set_rng_state(states[0])
         random.setstate(states[1])
         np.random.set_state(states[2])
-
-
-class BatchOrder(DistributedSampler[Any], SequentialSampler):
-    """Which samples make which batch: yields this rank's batches, each a list of keys (epoch, copy, index).
-
-    Training: a permutation by (seed, epoch) is cut into global batches of ``batch_size * world_size``; rank r takes
-    every ``world_size``-th sample of each. Evaluation: the samples in their order, cut into as few global batches as
-    the batch size allows, of nearly equal size; each sample comes once, and every rank gets the same number of batches,
-    so that nothing is counted twice and no rank waits for another.
-
-    It is a DistributedSampler so that Lightning leaves it in place under distributed strategies, and a
-    SequentialSampler so that ``overfit_batches`` does.
-
-    Args:
-        size: Number of samples.
-        batch_size: Samples per batch on one rank, at most.
-        rank, world_size: This process and how many there are.
-        seed: Seed of the order.
-        shuffle: Whether to permute, anew in each epoch.
-        drop_last: Leave out the samples that do not fill the last global batch. Without it, samples are spread as in
-            evaluation, and batches may be smaller than ``batch_size``.
-        repeats: Each sample comes this often in a row, spread over ranks, the epoch's length unchanged: an epoch then
-            sees ``size / repeats`` samples (repeated augmentation, Hoffer et al. 2020, as used by DeiT).
-        groups: (size,) the group of each sample, for batches of samples alike (in shape, say). The shuffled order is
-            cut into chunks of ``chunk`` batches; each is sorted by group, and its batches are shuffled. Within a chunk,
-            only a batch where two groups meet is mixed. Without ``shuffle`` this changes nothing.
-    """
-
-    chunk = 64
-
-    def __init__(
-        self,
-        size: int,
-        batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-        seed: int = 0,
-        shuffle: bool = False,
-        drop_last: bool = False,
-        repeats: int = 1,
-        groups: np.ndarray | None = None,
-    ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}: expected at least 1")
-        if repeats < 1:
-            raise ValueError(f"repeats is {repeats}: expected at least 1")
-        if repeats > 1 and groups is not None:
-            raise ValueError(f"repeats is {repeats}: expected 1 where samples are grouped")
-        total = batch_size * world_size
-        self.size, self.batch_size, self.repeats = size, batch_size, repeats
-        self.rank, self.world_size, self.seed, self.shuffle = rank, world_size, seed, shuffle
-        self.groups = groups
-        self.batches = size // total if drop_last else math.ceil(size / total)
-        self.used = self.batches * total if drop_last else size
-        self.epoch = 0
-
-    def __len__(self) -> int:
-        return self.batches
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def order(self, epoch: int) -> np.ndarray:
-        """The samples of one epoch in their global order, over all ranks: (used,) int64."""
-        if not self.shuffle:
-            return np.arange(self.used) // self.repeats
-        generator = torch.Generator().manual_seed(mix(self.seed, epoch))
-        permutation = torch.randperm(self.size, generator=generator).numpy()
-        if self.groups is not None:
-            return self._grouped(permutation[: self.used], self.groups, generator)
-        return permutation[np.arange(self.used) // self.repeats]
-
-    def _grouped(self, order: np.ndarray, groups: np.ndarray, generator: torch.Generator) -> np.ndarray:
-        """An order's samples, rearranged within chunks so that batches hold samples of one group, if possible."""
-        arranged = np.empty_like(order)
-        for first in range(0, self.batches, self.chunk):
-            last = min(first + self.chunk, self.batches)
-            part = order[self._start(first) : self._start(last)]
-            part = part[np.argsort(groups[part], kind="stable")]
-            taken = 0  # batches differ in size by one, so they are filled in a random order rather than moved
-            for batch in (first + torch.randperm(last - first, generator=generator)).tolist():
-                start, end = self._start(batch), self._start(batch + 1)
-                arranged[start:end] = part[taken : taken + end - start]
-                taken += end - start
-        return arranged
-
-    def _start(self, batch: int) -> int:
-        """Where in the global order a batch begins."""
-        shorter, longer = divmod(self.used, self.batches)  # the first `longer` batches have one sample more
-        return batch * shorter + min(batch, longer)
-
-    def positions(self, batch: int) -> range:
-        """Where in the global order this rank's share of a batch lies."""
-        return range(self._start(batch) + self.rank, self._start(batch + 1), self.world_size)
-
-    def keys_of_batch(self, batch: int, epoch: int | None = None) -> Keys:
-        """This rank's keys of one batch; of the current epoch if none is given."""
-        epoch = self.epoch if epoch is None else epoch
-        return self._keys(batch, epoch, self.order(epoch))
-
-    def batch_indices(self, batch: int, epoch: int | None = None) -> list[int]:
-        """This rank's sample indices of one batch; of the current epoch if none is given."""
-        return [index for _, _, index in self.keys_of_batch(batch, epoch)]
-
-    def _keys(self, batch: int, epoch: int, order: np.ndarray) -> Keys:
-        keys = ((epoch, position % self.repeats, int(order[position])) for position in self.positions(batch))
-        return Keys(keys, batch)
-
-    def __iter__(self) -> Iterator[Keys]:  # type: ignore[override]  # whole batches of keys, not indices
-        epoch, order = self.epoch, self.order(self.epoch)
-        for batch in range(self.batches):
-            yield self._keys(batch, epoch, order)
 
 
 class SeededBatches(Dataset[list[Any]]):
@@ -325,6 +193,9 @@ class ImageDataModule(LightningDataModule):
     in_memory = False
     """Whether samples lie decoded in memory, so that workers would only cost."""
 
+    loader_timeout = 300.0
+    """Seconds after which a worker that has not made its batch is taken to hang, and the run ends with an error."""
+
     stage_settings: tuple[str, ...] = ()
     """The arguments that may change in the course of training: see :meth:`train_in_stages`."""
 
@@ -367,6 +238,7 @@ class ImageDataModule(LightningDataModule):
         self.drop_last, self.repeats = drop_last, repeats
         self.classes: list[str] | None = None
         self._stages: dict[int, Callable[[Samples], Samples]] = {}
+        self._position: Mapping[str, int] | None = None  # where a checkpoint that is continued from ended
 
     # What a subclass says.
 
@@ -440,6 +312,8 @@ class ImageDataModule(LightningDataModule):
                 f"{len(samples)} {split} samples do not fill one batch of {self.batch_size} on {world_size} processes: "
                 f"set batch_size to {max(1, len(samples) // world_size)} or less"
             )
+        if training and self._position is not None and trainer and trainer.ckpt_path:
+            order.resume(self._position)  # kept: Lightning may ask for the loader more than once
         workers = self.num_workers
         if workers is None:
             workers = 0 if self.in_memory else default_workers(trainer.num_devices if trainer else 1)
@@ -458,6 +332,8 @@ class ImageDataModule(LightningDataModule):
             collate_fn=self.collate(),
             num_workers=workers,
             persistent_workers=workers > 0,
+            timeout=self.loader_timeout if workers > 0 else 0,
+            worker_init_fn=outlive_signals,
             pin_memory=torch.accelerator.is_available(),
             generator=torch.Generator().manual_seed(
                 self.seed
@@ -513,14 +389,43 @@ class ImageDataModule(LightningDataModule):
         seed = mix(self.seed, self.trainer.current_epoch, batch, self.trainer.global_rank)  # type: ignore[union-attr]
         return torch.Generator(device).manual_seed(seed)
 
-    # What a checkpoint keeps: the class names, so that predictions can be named where the training data is not.
+    # What a checkpoint keeps: the class names, so that predictions can be named where the training data is not, and how
+    # far the epoch has come.
 
     def state_dict(self) -> dict[str, Any]:
-        return {"classes": self.classes}
+        return {"classes": self.classes, "position": self._current_position()}
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls,
+        checkpoint_path: Any,
+        map_location: Any = None,
+        hparams_file: Any = None,
+        weights_only: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        """Lightning's own, but nothing is unpickled unless ``weights_only`` is False, also from a URL."""
+        return super().load_from_checkpoint(checkpoint_path, map_location, hparams_file, weights_only, **kwargs)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self.classes is None:
             self.classes = state_dict.get("classes")
+        if self.trainer is None or self.trainer.state.fn != "fit":
+            return
+        self._position = state_dict.get("position")
+        # A strategy that splits the weights restores late, when configure_optimizers may have had a loader made.
+        self.trainer.fit_loop._combined_loader = None
+
+    def _current_position(self) -> dict[str, int] | None:
+        trainer: Any = self.trainer
+        order = getattr(getattr(trainer, "train_dataloader", None), "sampler", None)
+        if not isinstance(order, BatchOrder):
+            return None
+        loop = trainer.fit_loop
+        epochs, batches = loop.epoch_progress.current, loop.epoch_loop.batch_progress.current
+        if epochs.processed == epochs.ready:  # at an epoch's end
+            return order.position(epochs.ready, 0)
+        return order.position(epochs.ready - 1, batches.processed)
 
     def report_unreadable(self, samples: Samples) -> None:
         """Says how many images could not be read so far, and which."""

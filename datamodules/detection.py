@@ -201,7 +201,7 @@ class DetectionDataModule(ImageDataModule):
     # What a checkpoint keeps: which label is which class.
 
     def state_dict(self) -> dict[str, Any]:
-        return {"classes": self.classes, "category_ids": getattr(self, "category_ids", None)}
+        return super().state_dict() | {"category_ids": getattr(self, "category_ids", None)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over a checkpoint's classes where there are none yet, as in prediction away from the data.
@@ -210,11 +210,9 @@ class DetectionDataModule(ImageDataModule):
             ValueError: If a label means something else in the checkpoint than in this data.
         """
         saved, ids = state_dict.get("classes"), state_dict.get("category_ids")
-        if self.classes is None:
-            self.classes = saved
-            if ids is not None:
-                self.category_ids = ids
-            return
+        if self.classes is None and ids is not None:
+            self.category_ids = ids
+        super().load_state_dict(state_dict)
         ours, theirs = _table(self.classes, getattr(self, "category_ids", None)), _table(saved, ids)
         if saved is not None and ours != theirs:
             label = next(i for i, (a, b) in enumerate(zip_longest(ours, theirs)) if a != b)

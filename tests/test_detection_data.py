@@ -494,7 +494,7 @@ def test_unreadable_images_are_replaced_in_training_and_reported_once():
 
 def test_a_checkpoint_with_other_classes_is_refused():
     state = ScenesDataModule().state_dict()
-    assert state == {"classes": ["dark", "bright"], "category_ids": [3, 7]}
+    assert state == {"classes": ["dark", "bright"], "category_ids": [3, 7], "position": None}
     ScenesDataModule().load_state_dict(state)
     for changed, message in (
         ({"classes": ["dark", "light"]}, r"label 1 is light \(category 7\) there and bright \(category 7\) here"),

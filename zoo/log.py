@@ -22,7 +22,8 @@ class StepLog:
     processes. At an epoch's last batch progress bar and callbacks get the mean so far, so that they have it however
     short the epochs. In between nothing waits for the device.
 
-    It holds nothing that belongs in a checkpoint. One is enough for a module, as an attribute::
+    A checkpoint between two logging steps is continued exactly where :class:`zoo.callbacks.ExactResume` keeps the sums.
+    One is enough for a module, as an attribute::
 
         self.step_log(self, {"train/loss": loss, "train/kl": kl}, prog_bar=("train/loss",))
     """
@@ -70,3 +71,18 @@ class StepLog:
             trainer.logged_metrics.update(zip(names, means.unbind(), strict=True))
             for logger in trainer.loggers:
                 logger.log_metrics(found | {"epoch": trainer.current_epoch}, step)
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """The sums of this process, as plain data."""
+        return [
+            {"names": list(names), "window": window, "total": total.cpu(), "count": count}
+            for names, ((_, window), total, count) in self._sums.items()
+        ]
+
+    def load_state_dict(self, state: list[dict[str, Any]], trainer: Any) -> None:
+        """Goes on from the sums of a run that this Trainer continues."""
+        device = trainer.strategy.root_device
+        self._sums = {
+            tuple(sums["names"]): ((id(trainer), sums["window"]), sums["total"].to(device), sums["count"])
+            for sums in state
+        }

@@ -67,10 +67,12 @@ class EMA(Callback):
         else:
             start.update({name: self._restored[name].to(t) for name, t in start.items() if name in self._restored})
         self.other, self.averaged, self._restored = start, False, None
-        self.seen_step = trainer.global_step
         # What every checkpoint takes the weights from; callbacks are not asked when only weights are saved.
         module_state = type(trainer.strategy).lightning_module_state_dict
         trainer.strategy.lightning_module_state_dict = lambda: self._averages(module_state(trainer.strategy))
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.seen_step = trainer.global_step  # by now a checkpoint's
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step

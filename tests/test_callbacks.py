@@ -1,4 +1,4 @@
-"""Callbacks: what they average, stop, measure, draw and write, in runs of a real Trainer."""
+"""Callbacks: what they average, measure, draw and write, in runs of a real Trainer."""
 
 import csv
 import io
@@ -23,14 +23,14 @@ from zoo.callbacks import (
     EMA,
     ExportBackbone,
     GradientNorm,
-    NonFiniteGuard,
-    NonFiniteLossError,
     ProgressBar,
     SavePictures,
     WritePredictions,
 )
 
 QUIET = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+SMALL = {"backbone": "vit_tiny_patch16_224", "num_classes": 10, "image_size": 8, "patch_size": 4, "in_channels": 1}
+SMALL |= {"width": 16, "depth": 1, "heads": 2}
 
 
 class Net(LightningModule):
@@ -125,6 +125,13 @@ def test_updates_follow_optimizer_steps_not_batches(tmp_path):
     every_third = EMA(every_n_steps=3)
     fit(tmp_path, Net(), every_third)
     assert every_third.updates == 2  # after steps 3 and 6
+
+
+def test_a_mask_of_infinite_values_is_copied(tmp_path):
+    module, ema = Net(), EMA(0.5, warmup=False)
+    module.register_buffer("mask", torch.tensor([0.0, -math.inf]))
+    fit(tmp_path, module, ema)
+    assert module.mask.tolist() == [0, -math.inf]
 
 
 def test_validation_sees_the_average_and_training_goes_on_from_the_weights(tmp_path):
@@ -234,93 +241,6 @@ def test_what_cannot_be_averaged_is_refused(tmp_path):
     trainer.strategy.__class__ = FSDPStrategy
     with pytest.raises(ValueError, match="FSDPStrategy splits them"):
         EMA().setup(trainer, Net(), "fit")
-
-
-# The guard.
-
-
-class Diverges(Net):
-    def __init__(self, at: int, value: float = math.nan) -> None:
-        super().__init__()
-        self.at, self.value = at, value
-
-    def training_step(self, batch, batch_idx):
-        loss = super().training_step(batch, batch_idx)
-        return loss * self.value if self.global_step == self.at else loss
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_loss_that_is_no_number_stops_the_run_before_it_touches_a_weight(tmp_path, value):
-    module, watch = Diverges(at=5, value=value), Watch()
-    saves = ModelCheckpoint(tmp_path, "step{step}", every_n_train_steps=1, save_top_k=-1, auto_insert_metric_name=False)
-    with pytest.raises(
-        NonFiniteLossError, match=r"^the loss is (nan|inf) at step 5 \(epoch 0, batch 5\); the batch is in .*$"
-    ):
-        fit(tmp_path, module, watch, saves, NonFiniteGuard(), enable_checkpointing=True)
-    assert len(watch.states) == 5
-    assert torch.equal(module.first.weight, watch.states[-1]["first.weight"])
-    dumped = torch.load(tmp_path / "nonfinite_rank0.pt", weights_only=True)
-    assert (dumped["step"], dumped["epoch"], dumped["batch_idx"], dumped["indices"]) == (5, 0, 5, None)
-    assert torch.equal(dumped["batch"][0], list(loader())[5][0])
-    assert sorted(file.stem for file in tmp_path.glob("step*.ckpt")) == [f"step{n}" for n in range(1, 6)]
-
-
-class DigitsDiverge(ViTClassifier):
-    at = 6
-
-    def training_step(self, batch, batch_idx):
-        loss = super().training_step(batch, batch_idx)
-        return loss * math.nan if self.global_step == self.at else loss
-
-
-SMALL = {"backbone": "vit_tiny_patch16_224", "num_classes": 10, "image_size": 8, "patch_size": 4, "in_channels": 1}
-SMALL |= {"width": 16, "depth": 1, "heads": 2}
-
-
-@pytest.mark.parametrize("every", [None, 4])
-def test_the_samples_of_the_batch_are_named_also_when_it_is_past(tmp_path, every):
-    """Looked at every fourth batch, as on an accelerator, the loss of step 6 is found after step 7."""
-    data = DigitsDataModule(num_workers=0, batch_size=16)
-    with pytest.raises(
-        NonFiniteLossError, match=r"at step 6 \(epoch 0, batch 6, samples \d+, .*, \.\.\.\); the batch is in"
-    ):
-        fit(tmp_path, DigitsDiverge(**SMALL), NonFiniteGuard(every), data=data)
-    dumped = torch.load(tmp_path / "nonfinite_rank0.pt", weights_only=True)
-    order = DigitsDataModule(num_workers=0, batch_size=16).train_dataloader().sampler
-    assert dumped["indices"] == order.batch_indices(6, epoch=0)
-    samples = data.samples("train")
-    images, labels = dumped["batch"]
-    assert labels.tolist() == [int(samples[index][1]) for index in dumped["indices"]]
-    if every:  # loaded again, so as it comes from the disk
-        assert torch.equal(images, torch.stack([samples[index][0] for index in dumped["indices"]]))
-        assert dumped["losses"]["step"] == [4, 5, 6, 7]
-    assert math.isnan(dumped["losses"]["loss"][-2 if every else -1])
-
-
-def test_nothing_is_saved_between_two_looks_after_a_loss_that_is_no_number(tmp_path):
-    saves = ModelCheckpoint(tmp_path, "step{step}", every_n_train_steps=2, save_top_k=-1, auto_insert_metric_name=False)
-    with pytest.raises(NonFiniteLossError, match="at step 2 "):
-        fit(tmp_path, Diverges(at=2), saves, NonFiniteGuard(every_n_steps=8), enable_checkpointing=True)
-    assert [file.stem for file in tmp_path.glob("step*.ckpt")] == ["step2"]
-
-
-def test_a_run_saved_on_exception_is_saved(tmp_path):
-    rescue = ModelCheckpoint(tmp_path, save_on_exception=True)
-    with pytest.raises(NonFiniteLossError):
-        fit(tmp_path, Diverges(at=2), NonFiniteGuard(), rescue, enable_checkpointing=True)
-    assert list(tmp_path.glob("*.ckpt"))
-
-
-class DivergesOnRankOne(Net):
-    def training_step(self, batch, batch_idx):
-        loss = super().training_step(batch, batch_idx)
-        return loss * math.nan if self.global_step == 2 and self.global_rank == 1 else loss
-
-
-def test_two_processes_stop_together(tmp_path):
-    with pytest.raises(Exception, match="not finite at step 2|the loss is nan at step 2"):
-        fit(tmp_path, DivergesOnRankOne(), NonFiniteGuard(2), strategy="ddp_fork", devices=2)
-    assert [file.name for file in tmp_path.glob("*.pt")] == ["nonfinite_rank1.pt"]
 
 
 # The gradient's norm.

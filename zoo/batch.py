@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DistributedSampler
 
 IMAGE_KEYS = ("image", "images", "pixel_values")
 LABEL_KEYS = ("label", "labels")
@@ -165,3 +166,32 @@ def _describe(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"a {type(value).__name__} of {len(value)}"
     return f"{type(value).__name__}"
+
+
+def once(module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+    """A batch of an evaluation without the samples that fill this process up, or None if there are no others in it.
+
+    Under several processes Lightning gives other people's loaders a ``DistributedSampler``, which begins again where
+    samples run out, so that all processes get as many. What is repeated comes last. Our own order repeats nothing.
+    """
+    trainer = module._trainer
+    if trainer is None or trainer.world_size == 1:
+        return batch
+    loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
+    loader = loaders[dataloader_idx] if isinstance(loaders, list | tuple) else loaders
+    batch_sampler: Any = getattr(loader, "batch_sampler", None)
+    sampler: Any = getattr(batch_sampler, "sampler", None)  # where Lightning has put it
+    if not isinstance(sampler, DistributedSampler) or not hasattr(batch_sampler, "batch_size"):
+        return batch
+    dataset: Any = sampler.dataset
+    own = len(range(sampler.rank, len(dataset), sampler.num_replicas))
+    count = own - batch_idx * batch_sampler.batch_size
+    if count >= batch_sampler.batch_size or not own:  # with fewer samples than processes, one has to be counted twice
+        return batch
+    if count <= 0:
+        return None
+    if isinstance(batch, Mapping):
+        return {key: part[:count] if isinstance(part, Tensor | list | tuple) else part for key, part in batch.items()}
+    if isinstance(batch, list | tuple) and not _is_list_of_images(batch):
+        return [part[:count] if isinstance(part, Tensor | list | tuple) else part for part in batch]
+    return batch[:count]

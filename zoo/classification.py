@@ -19,6 +19,7 @@ from torchmetrics.classification import (
 from zoo import batch as batches
 from zoo import norms, optim, pictures
 from zoo._lightning import LightningModule
+from zoo.checkpoints import SafeLoading
 from zoo.log import StepLog
 from zoo.seeding import differ_between_ranks
 
@@ -87,7 +88,7 @@ def check_labels(labels: Tensor, num_classes: int, batch_idx: int) -> None:
             raise ValueError(f"label {wrong} is out of range: num_classes is {num_classes}, labels run from 0")
 
 
-class Classifier(LightningModule):
+class Classifier(SafeLoading, LightningModule):
     """The steps of an image classifier. It has no constructor: a technique builds ``backbone`` and ``head`` itself.
 
     A subclass sets, in its constructor: ``hparams`` with ``num_classes``, ``multi_label``, ``loss``,
@@ -198,6 +199,8 @@ class Classifier(LightningModule):
     def _evaluate(
         self, batch: Any, batch_idx: int, stage: str, mean_loss: MeanMetric, metrics: MetricCollection
     ) -> None:
+        if (batch := batches.once(self, batch, batch_idx)) is None:
+            return
         images, labels = batches.images_and_labels(batch)
         check_labels(labels, self.hparams.num_classes, batch_idx)
         logits = self(images).float()

@@ -101,6 +101,22 @@ def on_purpose(error: BaseException) -> str | None:
         raised = re.findall(r'File "(.+?)", line \d+, in .*\n +(.*)', str(error))[-1:]
         if raised and _is_ours(raised[0][0]) and raised[0][1].startswith("raise"):
             return re.split(rf"\n(?:[\w.]+\.)?{found[1]}: ", str(error))[-1].strip()
+    # What became of a loader's worker: torch's messages say neither why nor what to do. The second form is that of one
+    # that dies while a batch is being taken from it.
+    frames = traceback.extract_tb(error.__traceback__)
+    if re.match(r"DataLoader worker \(pid.*?\) (is killed by signal|exited unexpectedly)", str(error)) or (
+        isinstance(error, ConnectionError | EOFError)
+        and any(frame.filename.endswith("torch/multiprocessing/reductions.py") for frame in frames)
+    ):
+        return (
+            "a worker of the data's loader was killed or has died, most often because memory ran out: set a smaller "
+            "--data.num_workers or --data.batch_size; with --data.num_workers 0 it fails with an error of its own"
+        )
+    if found := re.match(r"DataLoader timed out after (\S+) seconds", str(error)):
+        return (
+            f"the data's loader had no batch for {found[1]} seconds: a worker hangs, or its disk or network does; with "
+            "--data.num_workers 0 one sees where, and a class's loader_timeout sets how long is waited"
+        )
     # load_state_dict answers a checkpoint of another network with a page of parameter names.
     if found := re.match(r"Error\(s\) in loading state_dict for (\w+):\s*(.{,120})", str(error)):
         return (

@@ -16,7 +16,8 @@ class EMA(Callback):
     After a step, ``average = d * average + (1 - d) * weights``, with ``d = min(decay, (1 + n) / (10 + n))`` in the n-th
     update, n from 0: the first weights are forgotten soon, whatever the decay (TensorFlow's ExponentialMovingAverage
     with ``num_updates``, as EfficientNet was trained). Floating-point buffers, such as the statistics of BatchNorm, are
-    averaged likewise; others are copied. All tensors are updated in a few fused operations.
+    averaged likewise, unless they hold infinite values; others are copied. All tensors are updated in a few fused
+    operations.
 
     A checkpoint's ``state_dict`` is the average, ready for inference, and ``current_model_state`` the weights in
     training, from which a continued run goes on exactly; one that was written without this callback starts an average
@@ -46,6 +47,7 @@ class EMA(Callback):
         self._restored: dict[str, Tensor] | None = None
         self._places: dict[str, tuple[dict[str, Any], str]] = {}
         self._names: dict[str, str] = {}
+        self._averageable: list[str] = []
 
     # The run.
 
@@ -61,6 +63,8 @@ class EMA(Callback):
         half = next((name for name, t in tensors.items() if t.dtype in (torch.bfloat16, torch.float16)), None)
         if half is not None:
             raise ValueError(f"EMA needs float32 weights, but {half} is {tensors[half].dtype}: use bf16-mixed")
+        # Between infinite values, as masks have them, there is no average.
+        self._averageable = [n for n, t in tensors.items() if t.is_floating_point() and bool(t.isfinite().all())]
         start = {name: tensor.detach().clone() for name, tensor in tensors.items()}
         if self._restored is None:  # a new run, whatever this object has averaged before
             self.updates = 0
@@ -88,7 +92,7 @@ class EMA(Callback):
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
         self.updates += 1
         tensors = self._tensors()
-        floats = [name for name, tensor in tensors.items() if tensor.is_floating_point()]
+        floats = self._averageable
         torch._foreach_lerp_([self.other[name] for name in floats], [tensors[name] for name in floats], 1 - decay)
         for name in tensors.keys() - set(floats):
             self.other[name].copy_(tensors[name])

@@ -1,8 +1,9 @@
-"""Stops a run whose loss is no longer a number, and keeps what led to it."""
+"""Stops a run whose numbers are no longer finite, or skips a few of its steps, and keeps what led to it."""
 
 import math
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,11 @@ from zoo._lightning import Callback
 
 
 class NonFiniteLossError(FloatingPointError):
-    """A loss was NaN or infinite."""
+    """A loss, or a gradient, was NaN or infinite."""
+
+
+class NonFiniteWeightError(FloatingPointError):
+    """A weight was NaN or infinite."""
 
 
 class Step(NamedTuple):
@@ -24,6 +29,9 @@ class Step(NamedTuple):
     batch_idx: int
 
 
+Losses = list[tuple[Step, Tensor]]
+
+
 class NonFiniteGuard(Callback):
     """Raises :class:`NonFiniteLossError` for a loss that is NaN or infinite, and saves its batch.
 
@@ -32,41 +40,86 @@ class NonFiniteGuard(Callback):
     device and are looked at together, at the Trainer's logging steps and before anything is saved: no checkpoint holds
     what came after. All processes stop at the same step.
 
+    A gradient may be infinite where the loss is not. So before anything is saved, and at the end, the weights are
+    looked at, too: no checkpoint of a fit, be it of weights alone or written on the way out, holds a parameter that is
+    not finite (buffers may, as masks do). :class:`NonFiniteWeightError` stops all processes.
+
     ``nonfinite_rank0.pt`` in the run's directory (one for each rank that met such a loss) is a dictionary, to be read
     with ``torch.load``: step, epoch, batch_idx, the losses since the last look, and, where the loader can tell, the
     batch, with the indices and names of its samples.
 
+    With ``skip`` a step is left out instead if a loss of any of its batches on any rank, or a gradient, is not finite:
+    all ranks drop their gradients, so that neither weights nor moments nor weight decay move, and floating-point
+    buffers, such as BatchNorm's statistics, get their values from before the step back. The step still counts, also for
+    schedules. A warning names it and its samples, and ``nonfinite_rank0_step7.pt`` keeps the batch: that of the loss,
+    or, of a gradient, each rank's last. The price: in every step the host waits for the device, processes exchange a
+    number, and buffers are copied. In 16-mixed precision only losses count: its scaler finds its scale by gradients
+    that overflow, and skips their steps itself.
+
     Args:
-        every_n_steps: Batches between looks. None: as described above.
+        every_n_steps: Batches between looks. None: as described above. With ``skip`` every step is looked at.
+        skip: How many steps in a row may be skipped; one more raises. 0: none.
+
+    Raises:
+        ValueError: With ``skip`` under DeepSpeed, which keeps the gradients to itself.
     """
 
-    def __init__(self, every_n_steps: int | None = None) -> None:
+    kept = 20
+    """Of a run's skipped batches each rank keeps the first so many: they are to be looked at, not to fill a disk."""
+
+    writes = "skipped batch"
+
+    def __init__(self, every_n_steps: int | None = None, skip: int = 0) -> None:
         if every_n_steps is not None and every_n_steps < 1:
             raise ValueError(f"every_n_steps is {every_n_steps}: expected at least 1")
-        self.every_n_steps = every_n_steps
+        if skip < 0:
+            raise ValueError(f"skip is {skip}: expected 0 or more")
+        self.every_n_steps, self.skip = every_n_steps, skip
         self.last_path: Path | None = None
-        self._losses: list[tuple[Step, Tensor]] = []
+        self._losses: Losses = []
         self._batch: tuple[int, Any] = (-1, None)
         self._every = 1
         self._stopped = False
+        self._in_a_row = self._saved = 0
+        self._buffers: list[Tensor] = []
+        self._clips: float | None = None
+        self._state: Callable[[], dict[str, Any]] | None = None
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        if self.skip and type(trainer.strategy).__name__ == "DeepSpeedStrategy":
+            raise ValueError("NonFiniteGuard cannot skip a step of DeepSpeedStrategy: leave skip at 0, or use ddp")
         alone = trainer.world_size == 1 and pl_module.device.type == "cpu"
         self._every = self.every_n_steps or (1 if alone else max(1, trainer.log_every_n_steps))
-        self._losses, self._stopped = [], False
+        self._losses, self._buffers, self._stopped, self._in_a_row, self._saved = [], [], False, 0, 0
+
+    # Losses, at some batches, or with skip losses and gradients, at each step.
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self._batch = batch_idx, batch
+        if self.skip and not self._losses:  # the first batch of a step
+            self._buffers = [buffer.clone() for buffer in _float_buffers(pl_module)]
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
         self._losses.append((Step(trainer.global_step, trainer.current_epoch, self._batch[0]), loss.detach()))
         if self._every == 1 and trainer.world_size == 1:
             self._look(trainer)
 
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        if self.skip and self._look_at_step(trainer, pl_module, optimizer):
+            # Of a fused optimizer the scaler insists on gradients, and skips by itself.
+            by_scaler = _has_scaler(trainer) and getattr(optimizer, "_step_supports_amp_scaling", False)
+            for parameter in _with_gradient(optimizer):
+                parameter.grad = torch.full_like(parameter, math.nan) if by_scaler else None
+            for buffer, before in zip(_float_buffers(pl_module), self._buffers, strict=True):
+                buffer.copy_(before)
+            self._clips, trainer.gradient_clip_val = trainer.gradient_clip_val, None  # torch fails to clip nothing
+
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if (batch_idx + 1) % self._every == 0:
             self._look(trainer)
         self._batch = -1, None
+        if self._clips is not None:
+            trainer.gradient_clip_val, self._clips = self._clips, None
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         self._look(trainer)
@@ -74,40 +127,102 @@ class NonFiniteGuard(Callback):
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         self._look(trainer)
 
-    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        self._look(trainer)
-
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        self._stopped = True  # what is saved on the way out is not looked at: other processes may not come here
-
     def _look(self, trainer: Any) -> None:
         """Looks at the losses since the last look. All processes come here after the same batch."""
+        if self.skip or self._stopped or trainer.state.fn != "fit" or (trainer.world_size == 1 and not self._losses):
+            return
         losses, self._losses = self._losses, []
-        if self._stopped or trainer.state.fn != "fit" or (trainer.world_size == 1 and not losses):
-            return
         values = torch.stack([loss for _, loss in losses]).flatten().tolist() if losses else []
-        first = next((i for i, value in enumerate(values) if not math.isfinite(value)), None)
-        number = float("inf") if first is None else float(losses[first][0].step)
-        if trainer.world_size > 1:
-            device = trainer.strategy.root_device
-            number = trainer.strategy.reduce(torch.tensor(number, device=device), reduce_op="min").item()
-        if number == float("inf"):
-            return
+        first = _first_bad(values)
+        self._judge(trainer, losses, values, None if first is None else losses[first][0])
+
+    def _look_at_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> bool:
+        """Whether the step that is due is to be skipped. All processes answer alike."""
+        losses, self._losses = self._losses, []
+        gradients = [] if _has_scaler(trainer) else [parameter.grad for parameter in _with_gradient(optimizer)]
+        parts = [loss.float().reshape(1) for _, loss in losses] + ([_largest(gradients)] if gradients else [])
+        numbers = torch.cat(parts).tolist() if parts else []
+        values, first = numbers[: len(losses)], _first_bad(numbers)
+        if first is None or first < len(losses):
+            return self._judge(trainer, losses, values, None if first is None else losses[first][0])
+        bad, named = gradients[first - len(losses)], pl_module.named_parameters()
+        name = next((name for name, parameter in named if parameter.grad is bad), "a parameter")
+        last = Step(trainer.global_step, trainer.current_epoch, self._batch[0])
+        return self._judge(trainer, losses, values, last, f"the gradient of {name} is not finite")
+
+    def _judge(self, trainer: Any, losses: Losses, values: list[float], found: Step | None, gradient: str = "") -> bool:
+        """Whether a process has found a batch with a bad loss or gradient, which raises unless it may be skipped."""
+        own = math.inf if found is None else found.step
+        # A gradient counts where no process has a bad loss, which spoils the gradients of all.
+        number = _of_all(trainer, own + 0.5 if gradient else own, "min")
+        self._in_a_row = 0 if number == math.inf else self._in_a_row + 1
+        if number == math.inf:
+            return False
         folder = Path(trainer.log_dir or trainer.default_root_dir)  # all ranks have to ask
-        if first is None or losses[first][0].step > number:
-            raise NonFiniteLossError(f"the loss of another process was not finite at step {number:.0f}; see {folder}")
-        found = losses[first][0]
+        stops, told = self._in_a_row > self.skip, ""
+        if found is not None and own + (0.5 if gradient else 0) == number:
+            self._saved += not stops
+            path = folder / f"nonfinite_rank{trainer.global_rank}{'' if stops else f'_step{own}'}.pt"
+            kept = path if stops or self._saved <= self.kept else None
+            told = gradient or f"the loss is {values[_first_bad(values) or 0]}"
+            told += f" {self._keep(trainer, losses, values, found, kept)}"
+        if stops:
+            told = told or f"the loss of another process was not finite at step {int(number)}; see {folder}"
+            raise NonFiniteLossError(told + (f"; {self.skip} steps before it were skipped" if self.skip else ""))
+        if told:
+            warnings.warn(f"skipped a step, {self._in_a_row} in a row: {told}", stacklevel=2)
+        return True
+
+    # Weights, before each checkpoint and at the end.
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        given = self._state = trainer.strategy.lightning_module_state_dict
+
+        def looked_at() -> dict[str, Any]:
+            self._look(trainer)
+            self._look_at_weights(trainer, pl_module)
+            return given()
+
+        # All processes take the weights of every checkpoint from it; callbacks are not asked where these are all.
+        trainer.strategy.lightning_module_state_dict = looked_at
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self._look_at_weights(trainer, pl_module)
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if self._state is not None:
+            trainer.strategy.lightning_module_state_dict, self._state = self._state, None
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        self._stopped = True  # from here on each process looks for itself: others may not come
+        savers = [saver for saver in trainer.checkpoint_callbacks if getattr(saver, "save_on_exception", False)]
+        if savers and _bad_weight(pl_module) is not None:
+            for saver in savers:  # an error in the midst of this one would keep loggers from writing what they have
+                saver.save_on_exception = False
+
+    def _look_at_weights(self, trainer: Any, pl_module: Any) -> None:
+        name = _bad_weight(pl_module)
+        if not (name is not None if self._stopped else _of_all(trainer, float(name is not None), "max")):
+            return
+        raise NonFiniteWeightError(
+            f"{name or 'a weight of another process'} is not finite after {trainer.global_step} steps, and not saved: "
+            "a gradient was too large; try a smaller learning rate, gradient_clip_val or NonFiniteGuard's skip"
+        )
+
+    # What is kept of a batch.
+
+    def _keep(self, trainer: Any, losses: Losses, values: list[float], found: Step, path: Path | None) -> str:
+        """Saves a batch, if there is a path, and says where in the run it came and where it is."""
         indices, names, batch = self._samples(trainer, found)
-        self.last_path = folder / f"nonfinite_rank{trainer.global_rank}.pt"
-        history = {"step": [place.step for place, _ in losses], "loss": values}
-        beside = {"losses": history, "indices": indices, "names": names, "batch": batch}
-        _save({**found._asdict(), **beside}, self.last_path)
+        if path is not None:
+            history = {"step": [place.step for place, _ in losses], "loss": values}
+            beside = {"losses": history, "indices": indices, "names": names, "batch": batch}
+            _save({**found._asdict(), **beside}, path)
+            self.last_path = path
         samples = "" if indices is None else f", samples {', '.join(map(str, indices[:8]))}"
         samples += ", ..." if indices is not None and len(indices) > 8 else ""
-        raise NonFiniteLossError(
-            f"the loss is {values[first]} at step {found.step} (epoch {found.epoch}, batch {found.batch_idx}{samples})"
-            f"; the batch is in {self.last_path}"
-        )
+        saved = f"; the batch is in {path}" if path is not None else f"; {self.kept} batches are saved, this one is not"
+        return f"at step {found.step} (epoch {found.epoch}, batch {found.batch_idx}{samples}){saved}"
 
     def _samples(self, trainer: Any, found: Step) -> tuple[list[int] | None, list[str] | None, Any]:
         """Indices, names and tensors of a batch. A past one is loaded again if its order is known."""
@@ -122,6 +237,43 @@ class NonFiniteGuard(Callback):
         if batch is None:
             batch = loader.collate_fn(dataset[keys])
         return [key[-1] for key in keys], [dataset.name(key[-1]) for key in keys], _plain(batch)
+
+
+def _has_scaler(trainer: Any) -> bool:
+    return getattr(trainer.precision_plugin, "scaler", None) is not None
+
+
+def _with_gradient(optimizer: Any) -> list[Any]:
+    return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+
+def _float_buffers(module: torch.nn.Module) -> list[Tensor]:
+    return [buffer for buffer in module.buffers() if buffer.is_floating_point()]
+
+
+def _first_bad(values: Sequence[float]) -> int | None:
+    return next((index for index, value in enumerate(values) if not math.isfinite(value)), None)
+
+
+def _largest(tensors: Sequence[Tensor]) -> Tensor:
+    """(n,) the largest magnitude in each of n tensors: NaN or infinite where a value is. A sum could overflow."""
+    own = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors]  # of a shard
+    return torch.stack(torch._foreach_norm([t.detach() if t.numel() else t.new_zeros(1) for t in own], math.inf))
+
+
+def _bad_weight(module: torch.nn.Module) -> str | None:
+    """The name of the first parameter with a value that is NaN or infinite."""
+    weights = {name: weight for name, weight in module.named_parameters() if weight.is_floating_point()}
+    index = _first_bad(_largest(list(weights.values())).tolist()) if weights else None
+    return None if index is None else list(weights)[index]
+
+
+def _of_all(trainer: Any, value: float, reduce_op: str) -> float:
+    """The smallest or the largest of all processes' values."""
+    if trainer.world_size == 1:
+        return value
+    number = torch.tensor(value, dtype=torch.float64, device=trainer.strategy.root_device)  # float32 counts to 2^24
+    return float(trainer.strategy.reduce(number, reduce_op=reduce_op))
 
 
 def _plain(batch: Any) -> Any:

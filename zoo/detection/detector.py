@@ -21,6 +21,7 @@ from zoo import norms, optim, pictures
 from zoo._lightning import LightningModule, rank_zero_info
 from zoo.average_precision import CocoAveragePrecision
 from zoo.backbones import name_of
+from zoo.checkpoints import SafeLoading
 from zoo.detection.assign import assign
 from zoo.detection.cells import Anchors, Cells, Head, Targets, anchors_per_cell, make_cells, pad_targets
 from zoo.detection.detections import best_candidates, suppressed, to_original
@@ -66,7 +67,7 @@ class DenseMaps(NamedTuple):
     image_size: tuple[int, int]
 
 
-class FPNDetector(LightningModule):
+class FPNDetector(SafeLoading, LightningModule):
     """Dense object detector on a feature pyramid: FCOS, ATSS or RetinaNet.
 
     Batch: images (B, C, H, W) of any one size, normalised, and for each a dictionary of ``boxes`` (n, 4) xyxy in pixels
@@ -450,6 +451,8 @@ class FPNDetector(LightningModule):
         return metric.to(self.device)  # where Lightning gathers what is logged
 
     def _evaluate(self, batch: Any, batch_idx: int, losses: TotalLosses, ap: CocoAveragePrecision) -> None:
+        if (batch := batches.once(self, batch, batch_idx)) is None:
+            return
         images, targets = self._checked(batch, batch_idx)
         _, sizes, originals = _images_and_sizes(batch)
         maps = self(images)

@@ -13,6 +13,7 @@ from torchvision.utils import make_grid
 from zoo import batch as batches
 from zoo import optim, pictures
 from zoo._lightning import LightningModule, rank_zero_info
+from zoo.checkpoints import SafeLoading
 from zoo.gumbel_vae import likelihoods
 from zoo.gumbel_vae.networks import create_networks
 from zoo.gumbel_vae.schedules import cosine
@@ -39,7 +40,7 @@ class VAEOutput(NamedTuple):
     kl: Tensor
 
 
-class VAE(LightningModule):
+class VAE(SafeLoading, LightningModule):
     """A variational autoencoder. It has no constructor: a technique calls :meth:`build` in its own.
 
     A technique provides its latents: :meth:`encode`, :meth:`draw`, :meth:`draw_prior`, :meth:`log_ratio`, :meth:`kl`,
@@ -303,9 +304,13 @@ class VAE(LightningModule):
             metric.reset()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
+        if (batch := batches.once(self, batch, batch_idx)) is None:
+            return
         self._evaluate(batches.images(batch), "val", self.val_metrics)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
+        if (batch := batches.once(self, batch, batch_idx)) is None:
+            return
         images = batches.images(batch)
         self._evaluate(images, "test", self.test_metrics)
         if self.hparams.iw_samples is not None:

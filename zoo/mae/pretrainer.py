@@ -11,6 +11,7 @@ from zoo import batch as batches
 from zoo import optim, pictures
 from zoo._lightning import LightningModule, rank_zero_info
 from zoo.backbones import name_of
+from zoo.checkpoints import SafeLoading
 from zoo.knn import LeaveOneOutKNN
 from zoo.log import StepLog
 from zoo.mae.decoders import CrossDecoder, SelfDecoder
@@ -64,7 +65,7 @@ class Reconstruction(NamedTuple):
     uses_target_statistics: bool
 
 
-class MAEPretrainer(LightningModule):
+class MAEPretrainer(SafeLoading, LightningModule):
     """Masked autoencoder.
 
     Batch: images (B, C, H, W) in any form that :mod:`zoo.batch` reads; labels are not learned from. Logs
@@ -325,6 +326,8 @@ class MAEPretrainer(LightningModule):
         self._evaluate(batch, batch_idx, "test", self.test_metrics)
 
     def _evaluate(self, batch: Any, batch_idx: int, stage: str, metrics: Any) -> None:
+        if (batch := batches.once(self, batch, batch_idx)) is None:
+            return
         images = batches.images(batch)
         _, prediction, mask = self(images, self._fixed_noise(images, batch_idx))
         errors = self._errors(prediction, patchify(images, self.patch_size))

@@ -396,16 +396,18 @@ class ImageDataModule(LightningDataModule):
         return {"classes": self.classes, "position": self._current_position()}
 
     @classmethod
-    def load_from_checkpoint(  # type: ignore[override]
+    def load_from_checkpoint(
         cls,
         checkpoint_path: Any,
         map_location: Any = None,
         hparams_file: Any = None,
-        weights_only: bool = True,
+        weights_only: bool | None = True,
         **kwargs: Any,
     ) -> Any:
         """Lightning's own, but nothing is unpickled unless ``weights_only`` is False, also from a URL."""
-        return super().load_from_checkpoint(checkpoint_path, map_location, hparams_file, weights_only, **kwargs)
+        # Lightning takes None for False where a URL is given.
+        safe = weights_only is not False
+        return super().load_from_checkpoint(checkpoint_path, map_location, hparams_file, weights_only=safe, **kwargs)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self.classes is None:

@@ -9,8 +9,9 @@ How the less usual kinds are read:
 - CMYK and other colour spaces become RGB by Pillow's conversion, without colour profiles.
 - Of animations and pages the first counts.
 
-Pillow's guard against decompression bombs stays on, and truncated files are errors. A file is only ever opened as one
-of the formats below: Pillow knows others, PostScript among them, which it would hand to an outside program.
+An image of more pixels than ``PIL.Image.MAX_IMAGE_PIXELS`` (89 million) is an error before any of them is decoded;
+whoever has larger ones sets that number. Truncated files are errors. A file is only ever opened as one of the formats
+below: Pillow knows others, PostScript among them, which it would hand to an outside program.
 """
 
 import functools
@@ -49,10 +50,18 @@ def decode(path: str | os.PathLike[str], channels: int = 3) -> Image.Image:
         # An open file, not a path: Pillow 13 maps a path into memory, and scrambles an uncompressed TIFF that way
         # if its orientation swaps the sides.
         with open(path, "rb") as file, Image.open(file, formats=_known_formats()) as image:
+            _check_size(image)
             image.load()
             return convert(_upright(image), channels)
     except Exception as error:  # on broken files Pillow's readers raise nearly anything
         raise UnreadableImageError(f"{os.fspath(path)} cannot be read: {_reason(path, error)}") from error
+
+
+def _check_size(image: Image.Image) -> None:
+    """Pillow only warns up to twice its limit."""
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and image.width * image.height > limit:
+        raise Image.DecompressionBombError(f"it has {image.width} x {image.height} pixels")
 
 
 def convert(image: Image.Image, channels: int) -> Image.Image:
@@ -92,6 +101,10 @@ def _upright(image: Image.Image) -> Image.Image:
 def _reason(path: str | os.PathLike[str], error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
+    if isinstance(error, Image.DecompressionBombError):
+        return (
+            f"{str(error).rstrip('.')}: PIL.Image.MAX_IMAGE_PIXELS, {Image.MAX_IMAGE_PIXELS:,}, is what may be decoded"
+        )
     if isinstance(error, UnidentifiedImageError):
         return "it is empty" if Path(path).stat().st_size == 0 else "it is no image of a known format"
     return " ".join(str(error).split()) or type(error).__name__

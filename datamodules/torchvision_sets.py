@@ -3,19 +3,29 @@
 Official splits are kept. Where a set has no validation split, a stratified share of its training images is held out,
 fixed by ``split_seed``; EuroSAT, which has no split at all, gives a share for testing in the same way. ImageNet's test
 labels are not public: its validation images serve as both.
+
+Archives are unpacked by ``datamodules/archives.py``, and CIFAR's pickled arrays are read as numbers, lists and names:
+torchvision would run whatever such files hold.
 """
 
-from collections.abc import Callable, Sequence
+import os
+import pickle
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from types import SimpleNamespace
+from typing import IO, Any, Literal
 
 import numpy as np
+import torchvision
+from PIL import Image
 from torch import Tensor
 from torchvision import datasets
 
-from datamodules import transforms
+from datamodules import archives, transforms
 from datamodules.base import IMAGENET_MEAN, IMAGENET_STD, ImageDataModule, Samples, Split, with_transform
 from datamodules.folder import ImageFiles, stratified_split
 from datamodules.images import UnreadableImageError, convert
@@ -84,7 +94,8 @@ class TorchvisionSamples:
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         try:
             image, label = self.source[int(self.indices[index])]
-        except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for some broken PNG files
+        # Pillow raises SyntaxError for some broken PNG files.
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             raise UnreadableImageError(f"{self.names[index]} cannot be read: {error}") from error
         return self.transform(convert(image, self.channels)), int(label)
 
@@ -201,6 +212,8 @@ class TorchvisionDataModule(ImageDataModule):
         splits = [options for options in (self.source.train, self.source.val, self.source.test) if options is not None]
         if not self.source.downloads:  # ImageNet's archives are unpacked here, by one process
             splits = [options for options in splits if not (Path(self.root) / options["split"]).is_dir()]
+            for split in dict.fromkeys(options["split"] for options in splits):
+                self._unpack(split)
         elif not self.download:
             return
         for options in splits:
@@ -230,15 +243,141 @@ class TorchvisionDataModule(ImageDataModule):
 
     def _open(self, options: dict[str, Any], download: bool = False) -> Any:
         kwargs = options | ({"download": download} if self.source.downloads else {})
-        try:
+        with self._reading(download):
             source = getattr(datasets, self.dataset)(self.root, **kwargs)
+        self.classes = _class_names(source) or self.classes
+        return source
+
+    def _unpack(self, split: str) -> None:
+        """ImageNet's folder of a split from its archives: beside, since torchvision takes any folder for the whole."""
+        beside = f".{split}.unpacking"
+        folder = Path(self.root, beside)
+        shutil.rmtree(folder, ignore_errors=True)  # of one that was interrupted
+        with self._reading(download=False):
+            try:
+                if not Path(self.root, datasets.imagenet.META_FILE).is_file():
+                    datasets.imagenet.parse_devkit_archive(self.root)
+                getattr(datasets.imagenet, f"parse_{split}_archive")(self.root, folder=beside)
+                os.rename(folder, Path(self.root, split))
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    @contextmanager
+    def _reading(self, download: bool) -> Iterator[None]:
+        """torchvision at work on the set: it runs nothing that the files hold, and says in a line what is wrong."""
+        try:
+            with _harmless():
+                yield
         except (RuntimeError, OSError) as error:
             found = Path(self.root).resolve()
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             hint = "download=true fetches it" if self.source.downloads and not download else "put its archives there"
             raise FileNotFoundError(f"{self.dataset} cannot be read from {found}: {reason} ({hint})") from error
-        self.classes = _class_names(source) or self.classes
-        return source
+
+
+@contextmanager
+def _harmless() -> Iterator[None]:
+    """Has torchvision unpack with our limits, and read CIFAR's pickles without running them.
+
+    Raises:
+        ImportError: If torchvision does these in other places than the known ones.
+    """
+    utils, cifar = datasets.utils, datasets.cifar
+    extractors = getattr(utils, "_ARCHIVE_EXTRACTORS", {})
+    known = set(extractors) == {".tar", ".zip"} and callable(getattr(utils, "_decompress", None))
+    if not known or getattr(cifar, "pickle", None) is not pickle:
+        raise ImportError(
+            f"torchvision {torchvision.__version__} unpacks or reads its data sets in a way that is not known to be "
+            "safe; that of 0.29 is"
+        )
+    before = dict(extractors), utils._decompress
+    extractors.update(dict.fromkeys(extractors, _extract))
+    utils._decompress, cifar.pickle = _decompress, SimpleNamespace(load=_load_arrays)
+    try:
+        yield
+    finally:
+        extractors.update(before[0])
+        utils._decompress, cifar.pickle = before[1], pickle
+
+
+def _extract(source: str, folder: str, compression: str | None) -> None:
+    archives.extract(source, folder)
+
+
+def _decompress(source: str, target: str | None = None, remove_finished: bool = False) -> Path:
+    """One compressed file, in the way torchvision asks for it."""
+    place = Path(source).with_suffix("") if target is None else Path(target)
+    archives.extract(source, place.parent)
+    if remove_finished:
+        os.remove(source)
+    return place
+
+
+class _Dtype:
+    """What a pickle says of an array's numbers."""
+
+    def __init__(self, code: str, *_: Any) -> None:
+        self.dtype = np.dtype(code)
+        if self.dtype.kind not in "biuf":
+            raise pickle.UnpicklingError(f"arrays of {self.dtype} are not read, only of numbers")
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class _Array:
+    """An array, as a pickle describes it."""
+
+    def __init__(self, *_: Any) -> None:
+        self.values = np.empty(0)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, shape, kind, columns_first, data = state
+        data = data.encode("latin1") if isinstance(data, str) else data  # Python 2 had one type for both
+        self.values = np.frombuffer(data, kind.dtype).reshape(shape, order="F" if columns_first else "C")
+
+
+def _from_buffer(data: bytes, kind: _Dtype, shape: tuple[int, ...], order: str) -> _Array:
+    array = _Array()
+    array.__setstate__((1, shape, kind, order == "F", data))
+    return array
+
+
+# Stand-ins for what CIFAR's files name: nothing of it is NumPy's own code but the numbers.
+_KNOWN: dict[str, Any] = {
+    "numpy.ndarray": _Array,
+    "numpy.dtype": _Dtype,
+    **{f"numpy.{core}.multiarray._reconstruct": _Array for core in ("core", "_core")},
+    **{f"numpy.{core}.numeric._frombuffer": _from_buffer for core in ("core", "_core")},
+    "_codecs.encode": lambda text, encoding: text.encode("latin1"),  # bytes, in the older formats of pickles
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    """Reads numbers, names, lists, dictionaries and arrays."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return _KNOWN[f"{module}.{name}"]
+        except KeyError:
+            raise pickle.UnpicklingError(
+                f"it holds {module}.{name}, which could run code; expected numbers, names and arrays of numbers"
+            ) from None
+
+
+def _load_arrays(file: IO[bytes], encoding: str = "ASCII") -> Any:
+    """What ``pickle.load`` gives for a file of CIFAR.
+
+    Raises:
+        ValueError: If the file holds anything but numbers, names and arrays, or is damaged.
+    """
+    try:
+        content = _Unpickler(file, encoding=encoding).load()
+    except Exception as error:  # of damaged files nearly any
+        raise ValueError(f"{file.name} is not read: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file.name} is not read: expected a dictionary, got {type(content).__name__}")
+    return {key: value.values if isinstance(value, _Array) else value for key, value in content.items()}
 
 
 def _labels(source: Any) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 import datamodules
 import zoo
 from zoo import mistakes, recipes
-from zoo._lightning import LightningDataModule, LightningModule
+from zoo._lightning import Callback, LightningDataModule, LightningModule, Trainer
 from zoo.cli import COMMANDS, main
 
 ROOT = Path(zoo.__file__).parent.parent
@@ -64,6 +65,14 @@ class Plain(LightningModule):
 
     def configure_optimizers(self) -> object:
         return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Interrupt(Callback):
+    """SLURM's word that the job's time is over, in its second step."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
+        if batch_idx == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
 
 
 class Dots(Dataset):
@@ -437,8 +446,63 @@ def test_a_saved_configuration_serves_every_command(capsys: pytest.CaptureFixtur
         # The weights that training started from need not exist any more.
         assert main([command, "-c", saved, *checkpoint, "--model.weights", "gone"]) == 0
         again = f"runs/ToyClassifier/version_{number}/config.{command}.yaml"
-        assert set(yaml.safe_load(Path(again).read_text())) == {"seed_everything", "trainer", "model", "data"}
+        assert set(yaml.safe_load(Path(again).read_text())) == {"seed_everything", "guards", "trainer", "model", "data"}
         assert main(["fit", "-c", again, *checkpoint, "--trainer.fast_dev_run", "true"]) == 0
+
+
+def test_last_is_the_newest_whole_checkpoint_of_the_same_model_and_data(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    last = ["--ckpt_path", "last"]
+    folder = Path("runs/ToyClassifier")
+    assert main(["fit", *TOY, *SHORT, *last]) == 0  # a job that may be started anew always says it
+    assert f"no checkpoint of this model and data in {folder}: a new run" in caplog.text
+    assert main(["fit", *TOY, *SHORT, "--model.lr", "0.2"]) == 0  # newer, and of another model
+    ours = only("runs/*/version_0/checkpoints/epoch*.ckpt")
+    cut = folder / "version_1" / "cut.ckpt"
+    cut.write_bytes(ours.read_bytes()[:-1000])
+    with pytest.warns(UserWarning, match=f"{cut} is damaged, it was cut short, or is no checkpoint: taking {ours}"):
+        assert main(["fit", *TOY, *SHORT, "--trainer.max_epochs", "2", *last]) == 0
+    assert f"continuing with {ours}" in caplog.text
+    assert torch.load(only("runs/*/version_2/checkpoints/epoch*.ckpt"), weights_only=True)["epoch"] == 1
+    cut.unlink()
+    assert main(["test", *TOY, *SHORT, *last]) == 0
+    assert f"continuing with {folder}/version_2/checkpoints" in caplog.text
+    told = f"there is no checkpoint of this model and data in {folder}; the newest checkpoint is {folder}/version_2/"
+    assert refused(capsys, "test", *TOY, *SHORT, "--model.lr", "0.3", *last).startswith(told)
+
+
+def test_a_checkpoint_says_what_made_it_and_guards_can_be_left_out() -> None:
+    assert main(["fit", *TOY, *SHORT]) == 0
+    checkpoint = torch.load(only("runs/*/version_0/checkpoints/epoch*.ckpt"), weights_only=True)
+    written = Path("runs/ToyClassifier/version_0/config.yaml").read_text()
+    made = checkpoint["provenance"]
+    assert yaml.safe_load(made["config"]) == yaml.safe_load(written)
+    assert torch.__version__.startswith(made["versions"]["torch"])
+    assert "exact_resume" in checkpoint
+    assert main(["fit", *TOY, *SHORT, "--guards", "false"]) == 0
+    checkpoint = torch.load(only("runs/*/version_1/checkpoints/epoch*.ckpt"), weights_only=True)
+    assert not {"exact_resume", "provenance"} & checkpoint.keys()
+
+
+def test_a_requeued_job_goes_on_with_its_own_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SLURM keeps a job's number; another job does not take its checkpoint."""
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "1", "SLURM_JOB_NAME": "train", "SLURM_PROCID": "0"}
+    slurm |= {"SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
+    for name, value in slurm.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("zoo.callbacks.preemption._requeue", lambda: None)
+    options = [*TOY, *SHORT, "--data.batch_size=2", "--trainer.limit_train_batches=4"]
+    with pytest.raises(SystemExit, match="143"):
+        main(["fit", *options, "--trainer.callbacks+=Interrupt"])
+    checkpoint = torch.load("runs/slurm-7/hpc_ckpt_1.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 2
+    assert main(["fit", *options]) == 0
+    done = torch.load(only("runs/*/version_1/checkpoints/epoch*.ckpt"), weights_only=True)
+    assert done["global_step"] == 4
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    assert main(["fit", *TOY, *SHORT]) == 0
+    assert torch.load(only("runs/*/version_2/checkpoints/epoch*.ckpt"), weights_only=True)["global_step"] == 2
 
 
 def test_settings_win_over_the_checkpoint() -> None:

@@ -9,6 +9,7 @@ import timm
 import torch
 import yaml
 from PIL import Image
+from test_resume import assert_same
 from test_torchvision_sets import WRITERS, jpeg
 from torchvision.models import detection
 from torchvision.models._meta import _COCO_CATEGORIES
@@ -36,7 +37,7 @@ SMALL_IMAGES = {"image_size": "64", "max_size": "96", "square": "64", "short_sid
 COCO = {i: name for i, name in enumerate(_COCO_CATEGORIES) if name not in ("__background__", "N/A")}
 LARGE = ("b4", "b5", "b6", "b7")  # they take long to train: B0 runs in their place, with all of their settings
 SMALL_RUN = ["--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.precision", "32-true"]
-SMALL_RUN += ["--trainer.sync_batchnorm", "false", "--trainer.fast_dev_run", "true"]
+SMALL_RUN += ["--trainer.sync_batchnorm", "false"]
 SMALL_RUN += ["--data.batch_size", "4", "--data.num_workers", "0"]
 
 
@@ -85,10 +86,10 @@ def small_detector(recipe: dict) -> list[str]:
     return [f"--model.backbone={SMALL_BACKBONE[kind]}", *(f"--data.{name}={size}" for name, size in sizes.items())]
 
 
-@pytest.mark.parametrize("name", list(recipes()))
-def test_recipe_runs(name, tmp_path, monkeypatch):
+def small(name: str, root: Path, monkeypatch) -> list[str]:
+    """The recipe and the options that make a tiny run of it, on data that are made for it."""
     recipe = yaml.safe_load(recipes()[name].read_text())
-    data = write_data(recipe["data"], tmp_path / "data", monkeypatch)
+    data = write_data(recipe["data"], root, monkeypatch)
     weights = ["--model.weights", "null"] if recipe["model"]["init_args"].get("weights") else []
     model = list(SMALL_MODEL[recipe["model"]["class_path"]])
     if recipe["model"]["init_args"].get("variant") in LARGE:
@@ -99,7 +100,53 @@ def test_recipe_runs(name, tmp_path, monkeypatch):
         model += ["--model.iw_samples=2"]
     if name == "gumbel_vae/imagenet_dvae":
         model += ["--model.image_size=32", "--data.image_size=32", "--model.latents=[4,4]"]
-    assert main(["fit", "-c", name, *model, *SMALL_RUN, *data, *weights]) == 0
+    return ["-c", name, *model, *SMALL_RUN, *data, *weights]
+
+
+@pytest.mark.parametrize("name", list(recipes()))
+def test_recipe_runs(name, tmp_path, monkeypatch):
+    assert main(["fit", *small(name, tmp_path / "data", monkeypatch), "--trainer.fast_dev_run", "true"]) == 0
+
+
+# One of each technique; the others, without those that differ in size alone, are slow together.
+QUICK = (
+    "vit/digits",
+    "mae/digits",
+    "efficientnet/digits",
+    "detection/shapes",
+    "gumbel_vae/digits",
+    "gaussian_vae/digits",
+)
+SIZES = re.compile("efficientnet/b[1-7]_imagenet|mae/(large|huge)_imagenet")
+
+
+@pytest.mark.filterwarnings("ignore:warmup_epochs")
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+        for name in recipes()
+        if not SIZES.fullmatch(name)
+    ],
+)
+def test_recipe_is_continued_bit_for_bit(name, tmp_path, monkeypatch):
+    """Weights, averages, optimizer, schedule, logged sums, random states and order, from the middle of an epoch."""
+    epochs = 4 if name == "efficientnet/v2_s_imagenet" else 3  # it has four stages
+    options = small(name, tmp_path / "data", monkeypatch)
+    options += ["--data.batch_size=2", "--model.lr=0.001", f"--trainer.max_epochs={epochs}"]
+    options += ["--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1", "--trainer.limit_test_batches=0"]
+    options += ["--trainer.log_every_n_steps=4", "--trainer.accumulate_grad_batches=1"]
+    options += ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.every_n_train_steps=1"]
+    options += ["--trainer.callbacks.save_top_k=-1", "--trainer.callbacks.filename={step}"]
+    for run, checkpoint in (("whole", []), ("rest", ["--ckpt_path=whole/step=3.ckpt"])):
+        assert main(["fit", *options, f"--trainer.callbacks.dirpath={run}", *checkpoint]) == 0
+        torch.rand(3)
+    whole, rest = (torch.load(f"{run}/step={2 * epochs}.ckpt", weights_only=True) for run in ("whole", "rest"))
+    assert not Path("rest/step=3.ckpt").exists()
+    for part in whole.keys() - {"callbacks", "loops", "provenance"}:
+        assert_same(whole[part], rest[part], part)
+    averages = [callbacks.get("EMA") for callbacks in (whole["callbacks"], rest["callbacks"])]
+    assert averages[0] == averages[1]
 
 
 @pytest.mark.parametrize("name", list(recipes()))

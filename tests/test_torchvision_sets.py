@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
-from datamodules import TorchvisionDataModule
+from datamodules import TorchvisionDataModule, archives
 from datamodules._lightning import Trainer
 from datamodules.torchvision_sets import SOURCES
 from zoo import ViTClassifier
@@ -321,3 +321,61 @@ def test_predict_root_replaces_the_test_split(made, tmp_path):
     assert loader.dataset.present([0]) == [(0, "one.jpg")]
     (batch,) = list(loader)
     assert batch.shape == (1, 3, 32, 32)
+
+
+def write_imagenet_archives(root: Path, patch: pytest.MonkeyPatch) -> None:
+    """ImageNet as it is downloaded: an archive of archives for training, one of images for validation."""
+    wnids = ["n01440764", "n01443537"]
+    inner = {}
+    for label, wnid in enumerate(wnids):
+        pack(root / "inner.tar", {f"{wnid}_{i}.JPEG": jpeg(label) for i in range(PER_SPLIT // 2)})
+        inner[f"{wnid}.tar"] = (root / "inner.tar").read_bytes()
+    (root / "inner.tar").unlink()
+    names = {split: datasets.imagenet.ARCHIVE_META[split][0] for split in ("train", "val")}
+    pack(root / names["train"], inner)
+    pack(root / names["val"], {f"val_{i:02}.JPEG": jpeg(label) for i, label in enumerate(LABELS)})
+    classes = {wnids[0]: ("tench", "Tinca tinca"), wnids[1]: ("goldfish",)}
+    torch.save((classes, [wnids[label] for label in LABELS]), root / datasets.imagenet.META_FILE)
+    for split, name in names.items():
+        patch.setitem(datasets.imagenet.ARCHIVE_META, split, (name, md5(root / name)))
+
+
+def test_imagenet_is_unpacked_from_its_archives(tmp_path, monkeypatch):
+    write_imagenet_archives(tmp_path, monkeypatch)
+    data = TorchvisionDataModule("ImageNet", str(tmp_path), batch_size=4, num_workers=0)
+    data.prepare_data()
+    for split, count in (("train", 20), ("val", 20)):
+        samples = data.samples(split)
+        assert len(samples) == count
+        assert [abs(samples[i][0].float().mean().item() - shade(samples[i][1])) < 4 for i in range(count)] == [
+            True
+        ] * 20
+    assert not list(tmp_path.glob(".*"))
+    before = (tmp_path / "train").stat().st_mtime_ns
+    data.prepare_data()  # and not a second time
+    assert (tmp_path / "train").stat().st_mtime_ns == before
+
+
+def test_an_interrupted_unpacking_is_not_taken_for_imagenet(tmp_path, monkeypatch):
+    """torchvision itself takes any folder called train for the whole set."""
+    write_imagenet_archives(tmp_path, monkeypatch)
+    data = TorchvisionDataModule("ImageNet", str(tmp_path), batch_size=4, num_workers=0)
+    extract, done = archives.extract, []
+
+    def interrupted(source: str, folder: str) -> None:
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(source)
+        extract(source, folder)
+
+    monkeypatch.setattr(archives, "extract", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        data.prepare_data()
+    assert not (tmp_path / "train").exists()
+    assert not list(tmp_path.glob(".*"))
+    (tmp_path / ".train.unpacking").mkdir()  # of a process that was killed
+    (tmp_path / ".train.unpacking" / "half.tar").write_bytes(b"half")
+    monkeypatch.setattr(archives, "extract", extract)
+    data.prepare_data()
+    assert len(data.samples("train")) == 20
+    assert not list(tmp_path.glob(".*"))

@@ -26,7 +26,7 @@ _EXPORTS = {
     "MAEPretrainer": "mae",
     "ViTClassifier": "vit",
 }
-_PARTS = ("callbacks", "weights")
+_PARTS = ("callbacks", "checkpoints", "guards", "weights")
 
 
 def __getattr__(name: str) -> Any:

@@ -2,8 +2,8 @@
 
     zoo fit -c vit/digits --model.lr 3e-4
 
-``zoo/recipes.py`` knows the recipes, ``zoo/run.py`` is the LightningCLI, ``zoo/blueprint.py`` reads a configuration
-without running it, ``zoo/mistakes.py`` words what went wrong.
+``zoo/recipes.py`` knows the recipes, ``zoo/run.py`` is the LightningCLI, ``zoo/imports.py`` says what a configuration
+may name, ``zoo/blueprint.py`` reads a configuration without running it, ``zoo/mistakes.py`` words what went wrong.
 With ``ZOO_DEBUG=1`` every error shows its traceback.
 """
 
@@ -53,11 +53,13 @@ usage: zoo {command} [-c RECIPE ...] [--option VALUE ...]
   --model.lr 3e-4          an option of the model; options win over recipes and over checkpoints
   --data.batch_size 32     an option of the data; --data.predict_root FOLDER is what predict reads
   --trainer.max_epochs 9   an argument of Lightning's Trainer; --trainer.help lists all
-  --ckpt_path FILE         the checkpoint to use; with fit, the one to continue from
+  --ckpt_path FILE         the checkpoint to use; with fit, the one to continue from;
+                           last: the newest of this model and data
   --seed_everything N      0, unless said otherwise
   --print_config           show the whole configuration and stop
   --strict-imports         for a configuration from a stranger, or from a URL: it may name the classes of the zoo,
-                           torch, torchvision, timm, torchmetrics and lightning only (or ZOO_STRICT_IMPORTS=1)"""
+                           and of torch.nn, torch.optim and Lightning what needs no trust (or ZOO_STRICT_IMPORTS=1)
+  --guards false           without exact resume, preemption, whole checkpoints and the other guards"""
 
 
 COST = """\

@@ -12,11 +12,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from jsonargparse import Namespace, set_parsing_settings
+import yaml
+from jsonargparse import Namespace
 
-from zoo import mistakes, recipes
-from zoo._lightning import NAMESPACE, Callback, LightningDataModule, LightningModule
+from zoo import imports, mistakes, recipes
+from zoo._lightning import NAMESPACE, Callback, LightningDataModule, LightningModule, rank_zero_info
 from zoo.callbacks import WriteDetections, WritePredictions
+from zoo.checkpoints import configuration, newest
+from zoo.guards import guard
 from zoo.mistakes import Mistake
 from zoo.sweep import write_json
 
@@ -33,12 +36,6 @@ else:
     from pytorch_lightning.utilities.model_helpers import is_overridden
     from pytorch_lightning.utilities.rank_zero import rank_zero_module
 
-# What --strict-imports lets a configuration name. torch by its parts, since torch.hub runs code from the network.
-ALLOWED = ["zoo", "datamodules", "torch.optim", "torch.nn", "torch.utils.data", "torchvision", "timm", "torchmetrics"]
-ALLOWED += ["lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric"]
-# Parts of those which import or run what their arguments name.
-NEVER = ["lightning.pytorch.cli", "pytorch_lightning.cli", "lightning.fabric.cli"]
-NEVER += ["zoo.cli", "zoo.run", "zoo.blueprint"]
 # What an option of the Trainer switches off, and the callback that goes with it.
 SWITCHES = {
     "logger": "LearningRateMonitor",
@@ -72,12 +69,7 @@ def launch(
     packages: Iterable[ModuleType],
 ) -> Any:
     """The command line of a kind, once it has done what it does. Other arguments: see :func:`run`."""
-    set_parsing_settings(
-        import_path_denylist=["*", *NEVER] if strict else [],  # an empty one enforces jsonargparse's own
-        import_path_allowlist=ALLOWED if strict else [],
-        instantiate_subclass_spec_in_any=False,
-        config_read_mode_fsspec_enabled=strict,  # else `--model s3://...` would read a configuration, too
-    )
+    imports.restrict(strict)
     _quiet(command)
     if not strict and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # a console script does not see the user's own modules otherwise
@@ -155,8 +147,11 @@ class SaveConfig(SaveConfigCallback):
     """
 
     def __init__(self, parser: LightningArgumentParser, config: Namespace, **kwargs: Any) -> None:
-        shared = {key: config[key] for key in ("seed_everything", "trainer", "model", "data")}
-        super().__init__(parser, Namespace(shared), **kwargs)
+        super().__init__(parser, _shared(config), **kwargs)
+
+
+def _shared(config: Namespace) -> Namespace:
+    return Namespace({key: config[key] for key in ("seed_everything", "guards", "trainer", "model", "data")})
 
 
 class ZooCLI(LightningCLI):
@@ -165,6 +160,9 @@ class ZooCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)
         self.written = parser.parse_args(args, defaults=False)  # what somebody wrote, in a recipe or as an option
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--guards", type=bool, default=True, help="see docs/reliability.md")
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
@@ -184,6 +182,16 @@ class ZooCLI(LightningCLI):
         for option, needless in SWITCHES.items():  # the Trainer would refuse both together
             if config.trainer.get(option) is False and isinstance(callbacks, list):
                 callbacks[:] = [callback for callback in callbacks if not callback.class_path.endswith("." + needless)]
+        if "SLURM_JOB_ID" in os.environ:  # a requeued job keeps its number, and finds its checkpoint by it
+            job = os.environ.get("SLURM_ARRAY_JOB_ID", os.environ["SLURM_JOB_ID"])
+            task = f"_{os.environ['SLURM_ARRAY_TASK_ID']}" if "SLURM_ARRAY_TASK_ID" in os.environ else ""
+            config.trainer.default_root_dir = str(Path(config.trainer.default_root_dir or ".", f"slurm-{job}{task}"))
+        # Lightning takes None for False where the checkpoint comes from a URL.
+        if not config.get("weights_only") and not any(o.startswith("--weights_only") for o in Parser.given[1]):
+            raise Mistake(
+                "weights_only: false lets a checkpoint run code; it is an option, --weights_only false, and not "
+                "a setting of a configuration"
+            )
         path = config.get("ckpt_path")
         # The weights of a recipe do not count: they are where a fit starts, usually without a trained head.
         trained = any(option.startswith(("--model.weights", "--model.init_args.weights")) for option in Parser.given[1])
@@ -198,6 +206,8 @@ class ZooCLI(LightningCLI):
         config = self.config[str(self.subcommand)]
         self.datamodule = self._instantiate(Namespace(data=config.data)).data
         self._count_classes(config.model)
+        if config.get("ckpt_path") == "last":
+            config.ckpt_path = self._last()
         self.__dict__.pop("config_dump", None)  # LightningCLI's copy for the checkpoint, made before the count
         others = config.clone()
         del others["data"]
@@ -225,6 +235,28 @@ class ZooCLI(LightningCLI):
             )
         model.init_args.num_classes = count
 
+    def _last(self) -> str | None:
+        """The newest whole checkpoint of a run with the same model and data. With fit there need not be one yet."""
+        config = self.config[str(self.subcommand)]
+        wanted = yaml.safe_load(self._resolved())
+        folder = _folders(config)[0]
+
+        def is_ours(path: Path) -> bool:
+            found = yaml.safe_load(configuration(path) or "{}")
+            return all(found.get(part) == wanted[part] for part in ("model", "data"))
+
+        path = newest(folder, is_ours)
+        if path is None and self.subcommand != "fit":
+            raise Mistake(f"there is no checkpoint of this model and data in {folder}{_newest_checkpoint(config)}")
+        found = f"continuing with {path}" if path else f"no checkpoint of this model and data in {folder}: a new run"
+        rank_zero_info(found)
+        return None if path is None else str(path)
+
+    def _resolved(self) -> str:
+        """The resolved configuration, as :class:`SaveConfig` writes it."""
+        config = _shared(self.config[str(self.subcommand)])
+        return str(self._parser(str(self.subcommand)).dump(config, skip_none=False))
+
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         trainer: Any
         try:
@@ -235,7 +267,7 @@ class ZooCLI(LightningCLI):
             trainer.callbacks.append(WriteDetections() if hasattr(self.model, "detect") else WritePredictions())
         if self.subcommand == "fit" and self.config.fit.ckpt_path:
             trainer.callbacks.append(KeepOptimizerSettings())
-        return trainer
+        return guard(trainer, self._resolved()) if self.config[str(self.subcommand)].guards else trainer
 
     def after_fit(self) -> None:
         """Tests with the best checkpoint, or the last, and says how it went and where everything is."""
@@ -254,7 +286,7 @@ class ZooCLI(LightningCLI):
                 shown = {name: value for name, value in found.items() if "/ap_by_class/" not in name}
                 lines += [_metric(name, value, hasattr(self.model, "detect")) for name, value in shown.items()]
                 metrics |= found
-            if trainer.is_global_zero:
+            if trainer.is_global_zero and results:  # none with limit_test_batches 0
                 lines += _baselines(self.datamodule, results[0])
         lines += [f"{name} {path}" for name, path in _written(trainer)]
         lines += [f"checkpoint {checkpoint}"] if checkpoint else []
@@ -310,17 +342,18 @@ def _subclasses(kind: type) -> list[type]:
     return [found for cls in direct for found in (cls, *_subclasses(cls))]
 
 
+def _folders(config: Namespace) -> list[Path]:
+    """Where checkpoints of this recipe's runs lie, and where those of all do."""
+    logger = config.trainer.get("logger")
+    if isinstance(logger, Namespace) and logger.get("init_args.save_dir"):
+        return [Path(logger.init_args.save_dir, logger.init_args.get("name") or ""), Path("runs")]
+    return [Path("runs")]
+
+
 def _newest_checkpoint(config: Namespace) -> str:
     """``; the newest checkpoint is FILE``: of this recipe's runs, else of all; or nothing if there is none."""
-    logger = config.trainer.get("logger")
-    folders = [Path("runs")]
-    if isinstance(logger, Namespace) and logger.get("init_args.save_dir"):
-        folders.insert(0, Path(logger.init_args.save_dir, logger.init_args.get("name") or ""))
-    for folder in folders:
-        files = [file for file in folder.rglob("*.ckpt") if not file.is_symlink()]
-        if files:
-            return f"; the newest checkpoint is {max(files, key=lambda file: file.stat().st_mtime)}"
-    return ""
+    found = next(filter(None, map(newest, _folders(config))), None)
+    return "" if found is None else f"; the newest checkpoint is {found}"
 
 
 def _has_test(model: Any, data: Any) -> bool:

@@ -10,7 +10,8 @@ import math
 import os
 import pickle
 from argparse import Namespace
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -181,7 +182,7 @@ def _content(path: Path) -> Any:
                 "torch.save(model.state_dict(), file)"
             ) from error
         raise ValueError(f"{name} is not a file of weights, or is damaged") from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:  # no archive, or one cut short
+    except Exception as error:  # no archive, one cut short, or nonsense: torch raises nearly anything
         raise ValueError(f"{name} is not a file of weights, or is damaged") from error
 
 
@@ -219,12 +220,27 @@ def _fetch(name: str) -> dict[str, Tensor]:
         )
         raise FileNotFoundError(f"there are no weights {name}{hint}")
     try:
-        return dict(timm.create_model(name, pretrained=True).state_dict())
+        with _weights_only():
+            return dict(timm.create_model(name, pretrained=True).state_dict())
     except Exception as error:  # timm and its hub raise dozens of kinds, and all of them mean this
         reason = str(error).strip().split("\n")[0]
         raise OSError(
             f"timm could not fetch {name}: name a file of weights instead ({type(error).__name__}: {reason})"
         ) from error
+
+
+@contextmanager
+def _weights_only() -> Iterator[None]:
+    """timm reads what it fetched with weights_only, but once more without if that fails in certain ways."""
+    variable = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(variable)
+    os.environ[variable] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(variable)
+        if before is not None:
+            os.environ[variable] = before
 
 
 def _fit(

@@ -6,23 +6,33 @@ One is a special case of another: ``WriteDetections`` of ``WritePredictions``.
 from zoo.callbacks.batch_norm import DistributeBatchNorm
 from zoo.callbacks.detections import WriteDetections
 from zoo.callbacks.ema import EMA
+from zoo.callbacks.exact_resume import ExactResume
 from zoo.callbacks.export import ExportBackbone
+from zoo.callbacks.fail_together import FailTogether
 from zoo.callbacks.grad_norm import GradientNorm
-from zoo.callbacks.nonfinite import NonFiniteGuard, NonFiniteLossError
+from zoo.callbacks.nonfinite import NonFiniteGuard, NonFiniteLossError, NonFiniteWeightError
 from zoo.callbacks.pictures import SavePictures
 from zoo.callbacks.predictions import WritePredictions
+from zoo.callbacks.preemption import Preempted, PreemptionGuard
 from zoo.callbacks.progress import ProgressBar
 from zoo.callbacks.progressive import ProgressiveLearning
+from zoo.callbacks.provenance import Provenance
 
 __all__ = [
     "EMA",
     "DistributeBatchNorm",
+    "ExactResume",
     "ExportBackbone",
+    "FailTogether",
     "GradientNorm",
     "NonFiniteGuard",
     "NonFiniteLossError",
+    "NonFiniteWeightError",
+    "Preempted",
+    "PreemptionGuard",
     "ProgressBar",
     "ProgressiveLearning",
+    "Provenance",
     "SavePictures",
     "WriteDetections",
     "WritePredictions",

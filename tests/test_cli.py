@@ -427,8 +427,9 @@ def test_no_weights_no_measurement(command: str, capsys: pytest.CaptureFixture[s
     checkpoints = [Path("runs", name, "version_0", f"{name}.ckpt") for name in ("Other", "ToyClassifier", "Newer")]
     for age, path in enumerate(checkpoints):
         path.parent.mkdir(parents=True)
-        path.touch()
+        torch.save({}, path)
         os.utime(path, (age, age))
+    Path("runs/ToyClassifier/cut.ckpt").write_bytes(b"")  # newer than all, and no use
     assert told + f"; the newest checkpoint is {checkpoints[1]}" == refused(capsys, command, *TOY)
     assert refused(capsys, command, "--model", "Plain", "--data", "ToyData").endswith(str(checkpoints[2]))
     assert refused(capsys, command, *TOY, "--ckpt_path", "no.ckpt").startswith(
@@ -485,7 +486,10 @@ def test_a_checkpoint_says_what_made_it_and_guards_can_be_left_out() -> None:
     assert not {"exact_resume", "provenance"} & checkpoint.keys()
 
 
-def test_a_requeued_job_goes_on_with_its_own_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("last", [[], ["--ckpt_path", "last"]])
+def test_a_requeued_job_goes_on_with_its_own_checkpoint(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, last: list[str]
+) -> None:
     """SLURM keeps a job's number; another job does not take its checkpoint."""
     slurm = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "1", "SLURM_JOB_NAME": "train", "SLURM_PROCID": "0"}
     slurm |= {"SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
@@ -497,11 +501,16 @@ def test_a_requeued_job_goes_on_with_its_own_checkpoint(monkeypatch: pytest.Monk
         main(["fit", *options, "--trainer.callbacks+=Interrupt"])
     checkpoint = torch.load("runs/slurm-7/hpc_ckpt_1.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 2
-    assert main(["fit", *options]) == 0
+    restored = "Restored all states from the checkpoint at runs/slurm-7/hpc_ckpt_1.ckpt"
+    assert restored not in caplog.text
+    assert main(["fit", *options, *last]) == 0
+    assert restored in caplog.text
     done = torch.load(only("runs/*/version_1/checkpoints/epoch*.ckpt"), weights_only=True)
     assert done["global_step"] == 4
     monkeypatch.setenv("SLURM_JOB_ID", "8")
+    caplog.clear()
     assert main(["fit", *TOY, *SHORT]) == 0
+    assert "Restored all states" not in caplog.text
     assert torch.load(only("runs/*/version_2/checkpoints/epoch*.ckpt"), weights_only=True)["global_step"] == 2
 
 

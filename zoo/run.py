@@ -240,16 +240,19 @@ class ZooCLI(LightningCLI):
         config = self.config[str(self.subcommand)]
         wanted = yaml.safe_load(self._resolved())
         folder = _folders(config)[0]
+        requeued = [Path(config.trainer.default_root_dir)] if "SLURM_JOB_ID" in os.environ else []
 
         def is_ours(path: Path) -> bool:
-            found = yaml.safe_load(configuration(path) or "{}")
-            return all(found.get(part) == wanted[part] for part in ("model", "data"))
+            settings = yaml.safe_load(configuration(path) or "{}")
+            return all(settings.get(part) == wanted[part] for part in ("model", "data"))
 
-        path = newest(folder, is_ours)
+        found = [path for path in (newest(place, is_ours) for place in (folder, *requeued)) if path is not None]
+        path = max(found, key=lambda path: path.stat().st_mtime, default=None)
         if path is None and self.subcommand != "fit":
             raise Mistake(f"there is no checkpoint of this model and data in {folder}{_newest_checkpoint(config)}")
-        found = f"continuing with {path}" if path else f"no checkpoint of this model and data in {folder}: a new run"
-        rank_zero_info(found)
+        rank_zero_info(
+            f"continuing with {path}" if path else f"no checkpoint of this model and data in {folder}: a new run"
+        )
         return None if path is None else str(path)
 
     def _resolved(self) -> str:
@@ -352,7 +355,8 @@ def _folders(config: Namespace) -> list[Path]:
 
 def _newest_checkpoint(config: Namespace) -> str:
     """``; the newest checkpoint is FILE``: of this recipe's runs, else of all; or nothing if there is none."""
-    found = next(filter(None, map(newest, _folders(config))), None)
+    with warnings.catch_warnings(action="ignore"):  # one line is enough for a mistake
+        found = next(filter(None, map(newest, _folders(config))), None)
     return "" if found is None else f"; the newest checkpoint is {found}"
 
 

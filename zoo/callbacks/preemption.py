@@ -85,8 +85,7 @@ class PreemptionGuard(Callback):
         if self._left is not None:  # somebody has caught what was raised, and goes on
             self.received, self._left = 0, None
         environment = trainer._accelerator_connector.cluster_environment
-        if getattr(environment, "auto_requeue", False):
-            self._auto_requeue, environment.auto_requeue = True, False  # Lightning's saves inside the handler
+        self._auto_requeue = getattr(environment, "auto_requeue", False)
         default = getattr(signal, "SIGUSR1", signal.SIGTERM)  # Windows knows SIGTERM only
         self._requeue_signal = int(getattr(environment, "requeue_signal", None) or default)
         # If ranks got different ones, the last of them counts: SIGTERM may be somebody who wants no new start.

@@ -295,7 +295,8 @@ class Slow(Net):
         return super().training_step(batch, batch_idx)
 
 
-def test_failing_together_does_nothing_where_nobody_fails():
+def test_failing_together_does_nothing_where_nobody_fails(monkeypatch):
+    monkeypatch.setattr(FailTogether, "last", 1e6)  # rank 0 would wait
     trainer(FailTogether(), devices=2, strategy="ddp_fork").fit(Net(), loader(4))
     trainer(FailTogether()).fit(Net(), loader(2))
     assert not [thread for thread in threading.enumerate() if thread.name == "fail-together"]
@@ -336,7 +337,9 @@ def test_workers_outlive_the_signals_of_others_but_not_their_parents_and_not_the
     batches._shutdown_workers()
 
 
-# Programs. Each takes seconds to start, so that most are slow tests.
+# Programs. Each takes seconds to start, on a busy machine a minute or two, so that most are slow tests.
+
+program_test = pytest.mark.timeout(600)
 
 PROGRAM = """
 import json, os, sys, time, warnings
@@ -458,12 +461,13 @@ class Program:
         return step
 
 
-def until(condition, seconds: float = 100) -> None:
+def until(condition, seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.05)
 
 
+@program_test
 def test_a_signal_to_the_group_ends_a_program_and_its_workers_saved(tmp_path):
     program = Program(tmp_path, workers=2)
     program.signal(signal.SIGTERM, "group")
@@ -472,6 +476,7 @@ def test_a_signal_to_the_group_ends_a_program_and_its_workers_saved(tmp_path):
     assert "Error" not in program.text()
 
 
+@program_test
 def test_a_signal_to_one_rank_ends_all_that_lightning_has_started(tmp_path):
     program = Program(tmp_path, devices=2)
     program.signal(signal.SIGUSR1, "rank 1")
@@ -479,6 +484,7 @@ def test_a_signal_to_one_rank_ends_all_that_lightning_has_started(tmp_path):
     assert program.saved() >= 5
 
 
+@program_test
 def test_a_rank_that_fails_takes_one_down_that_does_not_listen(tmp_path):
     program = Program(tmp_path, devices=2, fails=1)
     assert program.end() > 0
@@ -486,6 +492,7 @@ def test_a_rank_that_fails_takes_one_down_that_does_not_listen(tmp_path):
 
 
 @pytest.mark.slow
+@program_test
 def test_rank_0_that_fails_takes_the_others_down(tmp_path):
     program = Program(tmp_path, devices=2, fails=0)
     assert program.end() > 0
@@ -493,6 +500,7 @@ def test_rank_0_that_fails_takes_the_others_down(tmp_path):
 
 
 @pytest.mark.slow
+@program_test
 def test_a_signal_to_the_agent_of_torchrun_saves_the_run(tmp_path):
     prefix = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone")
     program = Program(tmp_path, devices=2, prefix=prefix)
@@ -502,6 +510,7 @@ def test_a_signal_to_the_agent_of_torchrun_saves_the_run(tmp_path):
 
 
 @pytest.mark.slow
+@program_test
 @pytest.mark.parametrize("to", ["main", "group", "rank 1"])
 def test_a_signal_ends_a_test_on_two_ranks(tmp_path, to):
     program = Program(tmp_path, devices=2, stage="test")
@@ -515,6 +524,7 @@ CASES += [(2, 0, "group"), (2, 2, "group"), (2, 0, "rank 1"), (2, 2, "rank 1")]
 
 
 @pytest.mark.slow
+@program_test
 @pytest.mark.parametrize(("processes", "workers", "to"), CASES)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=["SIGTERM", "SIGUSR1"])
 def test_one_of_twenty_signals_leaves_a_checkpoint_143_and_nothing_else(tmp_path, number, processes, workers, to):

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from datamodules import transforms
 from datamodules._lightning import LightningDataModule, rank_zero_warn
 from datamodules.order import BatchOrder, Key, Keys, mix
-from datamodules.workers import outlive_signals
+from datamodules.workers import Loader, outlive_signals
 
 Split = Literal["train", "val", "test", "predict"]
 
@@ -319,7 +319,7 @@ class ImageDataModule(LightningDataModule):
             workers = 0 if self.in_memory else default_workers(trainer.num_devices if trainer else 1)
         if self.in_memory:
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # here they would not help
-        return DataLoader(
+        return Loader(
             SeededBatches(
                 samples,
                 self.seed,

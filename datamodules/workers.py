@@ -8,7 +8,25 @@ import threading
 import time
 from typing import Any
 
+from torch.utils.data import DataLoader
+
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
+
+
+class Loader(DataLoader[Any]):
+    """A DataLoader whose workers are given their first signals only when they can deal with them.
+
+    Between its start and :func:`outlive_signals` a worker would still die of one.
+    """
+
+    def __iter__(self) -> Any:
+        if not hasattr(signal, "pthread_sigmask"):
+            return super().__iter__()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # which workers inherit
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def outlive_signals(worker_id: int) -> None:
@@ -35,6 +53,7 @@ def outlive_signals(worker_id: int) -> None:
         # Threads to come inherit the mask; those that are there would take the signals instead of the one below.
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     else:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # as they may have come
         os.setpgid(0, 0)
     threading.Thread(target=_watch, args=(parent, SIGNALS if alone else []), daemon=True).start()
 

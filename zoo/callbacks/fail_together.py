@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import itertools
 import os
 import threading
 import time
@@ -12,6 +13,8 @@ from typing import Any
 from torch import distributed as dist
 
 from zoo._lightning import Callback
+
+_runs = itertools.count(1)  # of this process, whatever their Trainers: each has keys of its own in the store
 
 
 class FailTogether(Callback):
@@ -41,13 +44,12 @@ class FailTogether(Callback):
         if grace < 0:
             raise ValueError(f"grace is {grace}: expected at least 0")
         self.grace = grace
-        self._runs = 0
         self._watch: _Watch | None = None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        self._runs += 1
+        run = next(_runs)
         if trainer.world_size > 1 and dist.is_available() and dist.is_initialized():
-            self._watch = _Watch(self, trainer.global_rank, trainer.world_size, self._runs)
+            self._watch = _Watch(self, trainer.global_rank, trainer.world_size, run)
             self._watch.start()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:

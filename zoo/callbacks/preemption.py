@@ -201,26 +201,27 @@ class PreemptionGuard(Callback):
         self._every, self._count, self._since = self.every_n_steps or 1, 0, time.monotonic()
 
     def _agree(self, trainer: Any) -> None:
+        agreed = self.received
         if trainer.world_size > 1:
             self._count += 1
             if self._count < self._every:
                 return
-            seconds = self._reduce(trainer, (time.monotonic() - self._since) / self._count)
+            agreed, seconds = self._reduce(trainer, (time.monotonic() - self._since) / self._count)
             if self.every_n_steps is None:  # the same number on all ranks, since it comes out of the reduction
                 self._every = max(1, min(2 * self._every, RARELY, int(1 / max(seconds, 1e-3))))
             self._count, self._since = 0, time.monotonic()
-        if self.received:
+        if agreed:
             self._stop(trainer)
 
-    def _reduce(self, trainer: Any, seconds: float) -> float:
-        """The longest of all ranks' times. If one of them got a signal, all have then received it."""
+    def _reduce(self, trainer: Any, seconds: float) -> tuple[int, float]:
+        """Whether one of the ranks got a signal before now, which all have then received, and the longest time."""
         place = self._signals.index(self.received) + 1 if self.received else 0
         values = torch.tensor([place, seconds], dtype=torch.float32, device=trainer.strategy.root_device)
         agreed, longest = trainer.strategy.reduce(values, reduce_op="max").tolist()
-        # A signal that comes in the meantime waits for the next time.
+        # A signal that comes in the meantime is this rank's alone: it waits for the next time.
         if agreed:
             self.received = self._signals[int(agreed) - 1]
-        return longest
+        return int(agreed), longest
 
     # The end.
 

@@ -8,6 +8,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # A pretrained tag must fail here, not download.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import logging
 import random
 import signal
 from collections.abc import Iterator
@@ -47,8 +48,9 @@ def _restored_process() -> Iterator[None]:
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     deterministic, threads = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
     benchmark, dtype = torch.backends.cudnn.benchmark, torch.get_default_dtype()
-    rank = getattr(rank_zero_only, "rank", None)
+    rank, told = getattr(rank_zero_only, "rank", None), logging.getLogger("lightning.pytorch").level
     yield
+    logging.getLogger("lightning.pytorch").setLevel(told)  # scripts quieten it
     for name in os.environ.keys() - environment.keys():
         del os.environ[name]
     os.environ.update(environment)

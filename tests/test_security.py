@@ -168,6 +168,7 @@ def test_hostile_checkpoints_and_weights_run_nothing(
     files = hostile_files(tmp_path / "files", marker)
     evil_module(marker)
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "evil_module", raising=False)  # other tests import it on purpose
     module = classifier()
     io_plugin = checkpoints.AtomicCheckpointIO()
     ways: dict[str, Callable[[Path], Any]] = {

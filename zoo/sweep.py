@@ -3,17 +3,22 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from zoo.mistakes import MARK, Mistake
+
+_running: set["subprocess.Popen[bytes]"] = set()
 
 
 def sweep(
@@ -52,7 +57,7 @@ def sweep(
     width, start = max(map(len, runs), default=0), time.perf_counter()
     threads = {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // jobs, 1))} if jobs > 1 else {}
     run = partial(run_apart, configs, out=out, needs=needs, env=threads | os.environ)
-    with ThreadPoolExecutor(jobs) as pool:
+    with _taking_runs_along(), ThreadPoolExecutor(jobs) as pool:
         futures = {pool.submit(run, [*options, *runs[name]], name): name for name in missing}
         try:
             for number, future in enumerate(as_completed(futures), 1):
@@ -102,6 +107,25 @@ def write_table(lines: Iterable[str], out: Path) -> str:
     return f"{text}\n\ntable {out / 'table.md'}\nplot {out / 'plot.png'}"
 
 
+@contextmanager
+def _taking_runs_along() -> Iterator[None]:
+    """Makes SIGTERM end the runs, too: one that went on alone would write into the folder of its successor."""
+
+    def end(number: int, frame: Any) -> None:
+        for process in tuple(_running):
+            process.terminate()
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def run_apart(
     configs: Sequence[str], options: Sequence[str], name: str, out: Path, needs: str | None, env: Mapping[str, str]
 ) -> dict[str, float]:
@@ -114,7 +138,10 @@ def run_apart(
     command += ["--trainer.enable_progress_bar", "false"]
     log, start = out / f"{name}.log", time.perf_counter()
     with log.open("w", encoding="utf-8") as file:
-        status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=env, check=False).returncode
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=env)
+        _running.add(process)
+        status = process.wait()
+        _running.discard(process)
     if status:
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         last = lines[-1].removeprefix(MARK) if lines and status > 0 else f"exit status {status}"

@@ -34,9 +34,9 @@ def outlive_signals(worker_id: int) -> None:
 
     Otherwise they die of it at once, and the main process meets "DataLoader worker is killed by signal" in the middle
     of a step, before it can save. What the main process sends still ends a worker at once, and a worker ends within two
-    seconds of the main process. A ``worker_init_fn`` for any DataLoader::
+    seconds of the main process. A ``worker_init_fn`` for any DataLoader, best for a :class:`Loader`::
 
-        DataLoader(dataset, num_workers=4, worker_init_fn=outlive_signals)
+        Loader(dataset, num_workers=4, worker_init_fn=outlive_signals)
 
     Under the start methods "spawn" and "forkserver", a worker may have threads before this is called (those of NumPy's
     OpenBLAS). It then gets a process group of its own: a signal to the group does not reach it, one to the control

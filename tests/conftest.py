@@ -66,8 +66,15 @@ def _restored_process() -> Iterator[None]:
         rank_zero_only.rank = rank
 
 
+def longest(item: pytest.Item) -> float:
+    """Seconds that a test may take, if it says so itself."""
+    marker = item.get_closest_marker("timeout")
+    return float(marker.args[0]) if marker else 0.0
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips what needs an accelerator where there is none."""
+    """What may take longest goes first, lest it be left over for one process; accelerators are not always there."""
+    items.sort(key=longest, reverse=True)
     if not torch.accelerator.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -22,6 +22,7 @@ SETUP = "python3 -m venv .venv && .venv/bin/pip install -q -e "
 SHORT = ["--trainer.accelerator=cpu", "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1"]
 SHORT += ["--trainer.limit_test_batches=1", "--trainer.log_every_n_steps=1", "--trainer.check_val_every_n_epoch=1"]
 SHORT += ["--trainer.enable_progress_bar=false", "--data.num_workers=0"]
+SHORT += ["--trainer.precision=32-true"]  # a CPU takes half a minute for a convolutional network's step in bf16
 
 
 def commands(text: str) -> list[list[str]]:
@@ -31,6 +32,8 @@ def commands(text: str) -> list[list[str]]:
 def shortened(command: list[str]) -> list[str]:
     if command[0] == "list" or any(word.endswith((".help", "--print_config")) for word in command):
         return command
+    if command[0] == "benchmark":
+        return [*command, "--repeats", "1", "--steps", "5", "--seconds", "0"]
     # One more epoch for a run that continues the one before.
     epochs = [f"--trainer.max_epochs={2 if '--ckpt_path' in command else 1}", "--model.warmup_epochs=0"]
     return [*command, *SHORT, *(epochs if command[0] == "fit" else [])]
@@ -89,7 +92,8 @@ def test_the_pages_commands_run_and_what_they_name_exists(page):
         run_python(block)
     for block in re.findall(r"^```bash\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
         for command in commands(block):
-            if not command[0].startswith(("scaling-", "compare-")):  # dozens of runs: test_search.py, test_compare.py
+            # Dozens of runs: test_search.py, test_compare.py, test_benchmark_command.py.
+            if not command[0].startswith(("scaling-", "compare-", "benchmark")):
                 run_zoo(command)
         for script in re.findall(r"^python (\S+\.py)", block, re.MULTILINE):
             assert (ROOT / script).is_file(), script

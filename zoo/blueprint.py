@@ -53,12 +53,11 @@ def cost(configs: list[str], options: list[str], strict: bool, packages: Iterabl
 
 
 def read(configs: list[str], options: list[str], strict: bool, packages: Iterable[ModuleType]) -> "Blueprint":
-    """Model, data and Trainer as ``zoo fit`` would build them, with the data's number of classes.
+    """Model, data and Trainer as ``zoo fit`` would build them, but for the data's number of classes.
 
     Arguments: see :func:`zoo.run.run`.
     """
     cli: Blueprint = launch(Blueprint, "fit", configs, options, strict, packages)
-    cli.ask_data()
     return cli
 
 
@@ -87,18 +86,27 @@ class Blueprint(ZooCLI):
         config = self.config[str(self.subcommand)]
         if config.get("data") is not None and "num_classes" in config.model.get("init_args", {}):
             self.datamodule = self.build_data()
-            self._count_classes(config.model)
+            self.count_classes()
+
+    def count_classes(self) -> None:
+        """Gives the model the number of classes of the data that was built."""
+        self._count_classes(self.config[str(self.subcommand)].model)
+        self.__dict__.pop("config_dump", None)  # LightningCLI's copy, made before the count
 
     def build_data(self) -> Any:
         """The data module."""
         return self._instantiate(Namespace(data=self.config[str(self.subcommand)].data)).data
 
     def build_model(self, device: str) -> Any:
-        """The model, without its weights."""
-        config = self.config[str(self.subcommand)]
-        for name, value in {"weights": None, "compile": False}.items():
-            if name in config.model.get("init_args", {}):
-                config.model.init_args[name] = value
+        """The model, without its weights; on the meta device it is not compiled."""
+        model = self.config[str(self.subcommand)].model.clone()
+        for name, value in {"weights": None, **({"compile": False} if device == "meta" else {})}.items():
+            if name in model.get("init_args", {}):
+                model.init_args[name] = value
         with torch.device(device):
-            model = self._instantiate(Namespace(model=config.model)).model
-        return model.to(device)  # what came from elsewhere, such as a NumPy array
+            built = self._instantiate(Namespace(model=model)).model
+        return built.to(device)  # what came from elsewhere, such as a NumPy array
+
+    def trainer_settings(self) -> dict[str, Any]:
+        """The Trainer's arguments, callbacks and logger among them."""
+        return dict(self._instantiate(Namespace(trainer=self.config[str(self.subcommand)].trainer)).trainer)

@@ -10,6 +10,7 @@ With ``ZOO_DEBUG=1`` every error shows its traceback.
 import os
 import sys
 from argparse import ArgumentParser, ArgumentTypeError
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -26,6 +27,7 @@ COMMANDS = {
     "validate": "measure a checkpoint on the validation data",
     "test": "measure a checkpoint on the test data",
     "predict": "write predictions, of the test data or of a folder",
+    "benchmark": "how fast a recipe trains and predicts here, and beside others",
     "cost": "parameters and operations of a recipe's model",
     "scaling-search": "find the coefficients of compound scaling for a network and data of yours",
     "scaling-compare": "scale by width, depth, resolution and all three, at equal cost",
@@ -73,6 +75,31 @@ training step, for one image. It takes neither weights nor data, only seconds.
   --model CLASS            a class of the zoo, or your own by its dotted path, with an input_shape (C, H, W)
   --model.image_size 64    an option of the model; every option of zoo fit may stand here
   --strict-imports         see zoo fit --help"""
+
+BENCHMARK = """\
+usage: zoo benchmark RECIPE [axes and options of this command] [--option VALUE ...]
+       zoo benchmark compare BEFORE AFTER [--max-regression 5%]
+
+Measures a recipe in a fresh process for every combination of the axes: images a second, the time of a step, memory, the
+share of the device's peak, and what limits it. Writes a JSON file a cell, a table and a plot.
+
+  RECIPE                   by name (zoo list) or a YAML file; -c RECIPE as well, several are merged
+  --mode MODE ...          step: a loop written by hand, on a batch that stays on the device (the default)
+                           fit: Trainer.fit on that batch, with the recipe's callbacks and a logger
+                           data: the loader alone; e2e: Trainer.fit on the data; infer: predictions
+  --peers [NAME ...]       others that do the same, in the same run; without names all there are
+  --out FOLDER             where files, table and plot go (runs/benchmark)
+  --repeats N              processes for each cell, which take turns (3)
+  --steps N --seconds S    at least so many steps, and so long, are measured in each (50, 5)
+  --limit S                but no longer than this (60)
+
+Axes, each with one value or several:
+  --precision 32-true bf16-mixed   --compile false true       --channels-last false true
+  --batch-size 64 256              --image-size 160 224       --grad-checkpointing false true
+  --num-workers 0 4                --accelerator cpu gpu      --devices 1 2      --strategy ddp
+
+Every other option is one of zoo fit, and goes to all cells. compare ends with status 1 if a cell has become slower by
+more than --max-regression and its spread."""
 
 SWEEPS = """\
 usage: zoo {command} RECIPE [options of this command] [--option VALUE ...]
@@ -160,14 +187,17 @@ def _dispatch(args: list[str]) -> int:
         hint = did_you_mean(command, COMMANDS) or f"; expected {', '.join(COMMANDS)}"
         raise Mistake(f"unknown command {command!r}{hint}")
     elif "--help" in options or "-h" in options:
-        text = COST if command == "cost" else SWEEPS if command in SWEEP_HELP else OPTIONS
+        texts = {"cost": COST, "benchmark": BENCHMARK, **dict.fromkeys(SWEEP_HELP, SWEEPS)}
+        text = texts.get(command, OPTIONS)
         print(text.format(command=command, **SWEEP_HELP.get(command, {})))
     else:
-        if command in ("cost", *SWEEP_HELP) and options and not options[0].startswith("-"):
+        if command == "benchmark" and options[:1] == ["compare"]:
+            return _compare(options[1:])
+        if command in ("benchmark", "cost", *SWEEP_HELP) and options and not options[0].startswith("-"):
             configs.insert(0, options.pop(0))  # `zoo cost vit/digits` as well
         files = [recipes.find(config, urls=strict) for config in configs]
-        if command in SWEEP_HELP:
-            _sweep(command, files, options, strict)
+        if command in ("benchmark", *SWEEP_HELP):
+            (_benchmark if command == "benchmark" else partial(_sweep, command))(files, options, strict)
             return 0
         options = ["--help" if option == "--trainer.help" else option for option in options]
         if command == "cost":  # imports only here: torch and Lightning take seconds
@@ -199,6 +229,7 @@ def _sweep(command: str, files: list[str], args: list[str], strict: bool) -> Non
     from zoo import blueprint
 
     plan = blueprint.read(files, options, strict, PACKAGES.values())
+    plan.ask_data()
     model, data, trainer = (plan.config.fit[key] for key in ("model", "data", "trainer"))
     does, sets = SWEPT[command]
     if model.class_path.split(".")[-1] != does.split()[-1]:
@@ -221,6 +252,50 @@ def _sweep(command: str, files: list[str], args: list[str], strict: bool) -> Non
         print(task(search.base_of(arguments), num_classes=arguments["num_classes"], **shared))
 
 
+def _benchmark(files: list[str], args: list[str], strict: bool) -> None:
+    """Reads the options of ``zoo benchmark`` and measures; or is the process of one cell."""
+    if args[:1] == ["--cell"]:
+        from zoo.benchmark import process
+
+        asked, found, runs = map(Path, args[1:4])
+        process.answer(asked, found, runs, strict, PACKAGES.values())
+        return
+    from zoo.benchmark import cells
+
+    parser = Arguments(prog="zoo benchmark", allow_abbrev=False, add_help=False)
+    parser.add_argument("--mode", nargs="+", default=["step"])
+    parser.add_argument("--peers", nargs="*")
+    parser.add_argument("--out", type=Path, default=Path("runs", "benchmark"))
+    for name, default in (("repeats", 3), ("steps", 50)):
+        parser.add_argument(f"--{name}", type=_positive, default=default)
+    for name, seconds in (("seconds", 5.0), ("limit", 60.0)):
+        parser.add_argument(f"--{name}", type=float, default=seconds)
+    for axis in cells.AXES:
+        parser.add_argument(f"--{axis.replace('_', '-')}", f"--{axis}", nargs="+")
+    own, options = parser.parse_known_args(args)
+    if not files:
+        raise Mistake("benchmark needs a recipe: zoo benchmark RECIPE (zoo list)")
+    from zoo.benchmark import command
+
+    print(command.run(files, options, strict, PACKAGES.values(), **vars(own)))
+
+
+def _compare(args: list[str]) -> int:
+    """``zoo benchmark compare BEFORE AFTER``: prints the table; 1 if something has become too slow."""
+    from zoo.benchmark import report
+
+    parser = Arguments(prog="zoo benchmark compare", allow_abbrev=False, add_help=False)
+    parser.add_argument("before", type=Path)
+    parser.add_argument("after", type=Path)
+    parser.add_argument("--max-regression", type=_percent, default=0.05)
+    own = parser.parse_args(args)
+    text, slower = report.compare(report.read(own.before), report.read(own.after), own.max_regression)
+    print(text)
+    for line in slower:
+        print(f"zoo: slower than allowed: {line}", file=sys.stderr)
+    return 1 if slower else 0
+
+
 class Arguments(ArgumentParser):
     """An argument parser whose errors are a line."""
 
@@ -232,6 +307,17 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def _percent(text: str) -> float:
+    """5% or 0.05."""
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share < 1:
+        raise ArgumentTypeError(f"{text!r} is no share: expected 5% or 0.05")
+    return share
 
 
 def _split(args: list[str]) -> tuple[list[str], list[str]]:

@@ -238,7 +238,7 @@ class ZooCLI(LightningCLI):
     def _last(self) -> str | None:
         """The newest whole checkpoint of a run with the same model and data. With fit there need not be one yet."""
         config = self.config[str(self.subcommand)]
-        wanted = yaml.safe_load(self._resolved())
+        wanted = yaml.safe_load(self.resolved())
         folder = _folders(config)[0]
         requeued = [Path(config.trainer.default_root_dir)] if "SLURM_JOB_ID" in os.environ else []
 
@@ -255,7 +255,7 @@ class ZooCLI(LightningCLI):
         )
         return None if path is None else str(path)
 
-    def _resolved(self) -> str:
+    def resolved(self) -> str:
         """The resolved configuration, as :class:`SaveConfig` writes it."""
         config = _shared(self.config[str(self.subcommand)])
         return str(self._parser(str(self.subcommand)).dump(config, skip_none=False))
@@ -270,7 +270,7 @@ class ZooCLI(LightningCLI):
             trainer.callbacks.append(WriteDetections() if hasattr(self.model, "detect") else WritePredictions())
         if self.subcommand == "fit" and self.config.fit.ckpt_path:
             trainer.callbacks.append(KeepOptimizerSettings())
-        return guard(trainer, self._resolved()) if self.config[str(self.subcommand)].guards else trainer
+        return guard(trainer, self.resolved()) if self.config[str(self.subcommand)].guards else trainer
 
     def after_fit(self) -> None:
         """Tests with the best checkpoint, or the last, and says how it went and where everything is."""

@@ -57,7 +57,7 @@ def sweep(
     width, start = max(map(len, runs), default=0), time.perf_counter()
     threads = {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // jobs, 1))} if jobs > 1 else {}
     run = partial(run_apart, configs, out=out, needs=needs, env=threads | os.environ)
-    with _taking_runs_along(), ThreadPoolExecutor(jobs) as pool:
+    with taking_runs_along(), ThreadPoolExecutor(jobs) as pool:
         futures = {pool.submit(run, [*options, *runs[name]], name): name for name in missing}
         try:
             for number, future in enumerate(as_completed(futures), 1):
@@ -108,7 +108,7 @@ def write_table(lines: Iterable[str], out: Path) -> str:
 
 
 @contextmanager
-def _taking_runs_along() -> Iterator[None]:
+def taking_runs_along() -> Iterator[None]:
     """Makes SIGTERM end the runs, too: one that went on alone would write into the folder of its successor."""
 
     def end(number: int, frame: Any) -> None:
@@ -137,12 +137,7 @@ def run_apart(
     command += [f"--trainer.logger.{key}={value}" for key, value in place.items()]
     command += ["--trainer.enable_progress_bar", "false"]
     log, start = out / f"{name}.log", time.perf_counter()
-    with log.open("w", encoding="utf-8") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=env)
-        _running.add(process)
-        status = process.wait()
-        _running.discard(process)
-    if status:
+    if status := apart(command, log, env):
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         last = lines[-1].removeprefix(MARK) if lines and status > 0 else f"exit status {status}"
         raise Mistake(f"{name} failed: {last}; all that it said is in {log}")
@@ -154,6 +149,17 @@ def run_apart(
     metrics["seconds"] = time.perf_counter() - start
     write_json(out / f"{name}.json", metrics)
     return metrics
+
+
+def apart(command: Sequence[str], log: Path, env: Mapping[str, str] | None = None) -> int:
+    """Runs a command to its end, and returns its status; what it prints goes to ``log``."""
+    with log.open("w", encoding="utf-8") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=env)
+        _running.add(process)
+        try:
+            return process.wait()
+        finally:
+            _running.discard(process)
 
 
 def _kept(configs: Sequence[str], options: Sequence[str], out: Path) -> list[str]:

@@ -1,0 +1,489 @@
+"""``zoo benchmark``: what is measured, how, beside whom, and what is said of it."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+import zoo
+from zoo.benchmark import cells, peers, report
+from zoo.benchmark.cells import Cell
+from zoo.benchmark.clock import Clock, Goal, percentiles
+from zoo.benchmark.measure import Waits, limit_of, random_batch
+from zoo.benchmark.peaks import PEAKS, peak_of
+from zoo.cli import main
+
+CPU = torch.device("cpu")
+
+
+def row(
+    rates=(100.0,), mode="step", peer=None, spread=0.0, status="ok", message="", axes=None, **found
+) -> dict[str, object]:
+    """A cell's file, with as many runs as rates."""
+    step = {"median": 10.0, "p10": 10 * (1 - spread / 2), "p90": 10 * (1 + spread / 2)}
+    runs = [
+        {"images_per_second": rate, "step_ms": step, "memory_gib": {"process": 1.0}, "device": "cpu", "limit": "device"}
+        | {"processes": 1, **found}
+        for rate in rates
+    ]
+    cell = {"mode": mode, "peer": peer, "axes": axes or {}}
+    return {"schema": 1, "cell": cell, "status": status, "message": message, "runs": runs}
+
+
+# The clock.
+
+
+def ticks(clock: Clock, seconds: float = 0.0) -> int:
+    """How many steps it takes to have enough."""
+    for count in range(1, 10_000):
+        time.sleep(seconds)
+        if clock.tick():
+            return count
+    raise AssertionError("never enough")
+
+
+def test_the_clock_times_what_is_asked_for_after_a_warm_up():
+    clock = Clock(CPU, Goal(steps=7, seconds=0.0))
+    taken = ticks(clock, 0.002)
+    found = clock.seconds()
+    assert len(found) == 7
+    assert clock.warm_up_steps >= 10
+    assert taken == clock.warm_up_steps + 7
+    assert min(found) >= 0.002
+
+
+def test_a_long_first_step_is_not_counted():
+    clock = Clock(CPU, Goal(steps=5, seconds=0.0))
+    time.sleep(0.3)
+    clock.tick()
+    ticks(clock, 0.002)
+    assert max(clock.seconds()) < 0.3
+
+
+def test_the_clock_goes_on_for_as_long_as_is_asked_for():
+    clock = Clock(CPU, Goal(steps=1, seconds=0.2))
+    ticks(clock, 0.002)
+    assert 0.15 < sum(clock.seconds()) < 1
+
+
+def test_beyond_the_limit_a_few_slow_steps_are_enough():
+    clock = Clock(CPU, Goal(steps=1000, seconds=100.0, limit=0.01, fewest=3))
+    assert ticks(clock, 0.02) == 1 + 3
+    assert clock.warm_up_steps == 1
+
+
+def test_every_process_takes_the_steps_that_the_first_one_says():
+    said = []
+
+    def first(value):
+        said.append(value)
+        return value
+
+    leader = Clock(CPU, Goal(steps=9, seconds=0.0), agree=first)
+    taken = ticks(leader, 0.001)
+    heard = iter(said)
+    follower = Clock(CPU, Goal(steps=1000, seconds=0.0, limit=0.0), agree=lambda value: next(heard))
+    assert ticks(follower) == taken
+    assert next(heard, None) is None
+
+
+def test_percentiles_of_the_numbers_from_1_to_11():
+    assert percentiles([n / 1e3 for n in range(1, 12)]) == pytest.approx({"median": 6, "p10": 2, "p90": 10})
+
+
+# What devices can do.
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bf16-mixed", 989.4),
+        ("NVIDIA H100 PCIe", "bf16-true", 756.4),
+        ("NVIDIA H200", "16-mixed", 989.4),
+        ("NVIDIA GH200 480GB", "bf16-mixed", 989.4),
+        ("NVIDIA A100-SXM4-40GB", "bf16-mixed", 312),
+        ("NVIDIA A10", "bf16-mixed", 125),
+        ("NVIDIA GeForce RTX 4090", "bf16-mixed", 165.2),
+        ("NVIDIA L40S", "32-true", 91.6),
+        ("Tesla V100-SXM2-16GB", "16-mixed", 125),
+    ],
+)
+def test_dense_peaks(name, precision, tflops):
+    rate, source = peak_of(name, precision)
+    assert rate == tflops * 1e12
+    assert f"{tflops:g} TFLOP/s" in source
+
+
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [
+        ("NVIDIA A10G", "bf16-mixed"),
+        ("NVIDIA Something 9000", "32-true"),
+        ("Tesla T4", "bf16-mixed"),
+        ("NVIDIA H100 80GB HBM3", "64-true"),
+    ],
+)
+def test_nothing_is_guessed(name, precision):
+    assert peak_of(name, precision) is None
+
+
+def test_tf32_counts_where_torch_may_use_it():
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert peak_of("NVIDIA A100-SXM4-80GB", "32-true")[0] == 156e12
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert peak_of("NVIDIA A100-SXM4-80GB", "32-true")[0] == 19.5e12
+
+
+def test_no_peak_is_one_with_sparsity():
+    """Tensor cores multiply 16-bit numbers twice as fast as TF32 ones; sparse figures beside dense ones would show."""
+    for name, peak in PEAKS.items():
+        if peak.bf16 and peak.tf32:
+            assert peak.bf16 / peak.tf32 == pytest.approx(2, rel=0.03), name
+
+
+# What is measured.
+
+
+@pytest.mark.parametrize(
+    ("found", "limit"),
+    [
+        ({"waiting": 0.2}, "data"),
+        ({"waiting": 0.01}, "device"),
+        ({"issued_ms": 9.5}, "host"),
+        ({"issued_ms": 3.0}, "device"),
+        ({"issued_ms": 9.5, "waiting": 0.5}, "data"),
+        ({}, "device"),
+    ],
+)
+def test_what_a_run_waits_for(found, limit):
+    assert limit_of({"step_ms": {"median": 10.0}, **found}) == limit
+
+
+def test_time_spent_on_the_next_batch_is_counted_and_nothing_else():
+    waits = Waits()
+    for action in ("[_TrainingEpochLoop].train_dataloader_next", "run_training_batch"):
+        waits.start(action)
+        time.sleep(0.02)
+        waits.stop(action)
+    assert 0.02 <= waits.seconds < 0.04
+
+
+def test_a_random_batch_is_what_the_module_takes():
+    images, labels = random_batch(zoo.ViTClassifier("vit_tiny_patch16_224", num_classes=7, image_size=32), 64, CPU)
+    assert images.shape == (64, 3, 32, 32)
+    assert images.min() >= 0
+    assert images.max() <= 1
+    assert labels.unique().tolist() == list(range(7))
+
+
+def test_a_detectors_random_batch_has_boxes_inside_of_its_images():
+    model = zoo.FPNDetector("test_resnet", num_classes=3, image_size=(64, 96))
+    images, targets = random_batch(model, 2, CPU)
+    assert images.shape == (2, 3, 64, 96)
+    for target in targets:
+        x, y, right, bottom = target["boxes"].unbind(1)
+        assert target["boxes"].shape == (8, 4)
+        assert (x >= 0).all()
+        assert (y >= 0).all()
+        assert (right <= 96).all()
+        assert (bottom <= 64).all()
+        assert (right - x >= 6).all()
+        assert target["labels"].max() < 3
+    assert model.training_step((images, targets), 0).isfinite()
+
+
+def test_cells_are_every_combination_with_the_peers_beside():
+    found = cells.cells(
+        ["step", "data"], {"precision": ["32-true", "bf16-mixed"]}, {"timm": ("step", "fit"), "torchvision": ("data",)}
+    )
+    names = [(cell.mode, cell.peer, cell.axes["precision"]) for cell in found]
+    assert names == [
+        ("step", None, "32-true"),
+        ("step", "timm", "32-true"),
+        ("step", None, "bf16-mixed"),
+        ("step", "timm", "bf16-mixed"),
+        ("data", None, "32-true"),
+        ("data", "torchvision", "32-true"),
+        ("data", None, "bf16-mixed"),
+        ("data", "torchvision", "bf16-mixed"),
+    ]
+    assert len({cell.name for cell in found}) == len(found)
+
+
+def test_a_cell_is_options_of_zoo_fit():
+    cell = Cell("step", None, {"image_size": "64", "compile": "true"})
+    assert cells.options_of(cell, ["--model.image_size", "--model.compile"]) == [
+        *("--trainer.devices", "1"),
+        *("--model.image_size", "64"),
+        *("--model.compile", "true"),
+    ]
+    assert cells.options_of(Cell("fit", None, {"devices": "2"}), ["--trainer.devices"]) == ["--trainer.devices", "2"]
+
+
+# Peers do the same work.
+
+
+def parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def peer_of(model, name, **axes) -> peers.Other:
+    network, loss = peers.PEERS[type(model).__name__][name].build(model, axes)
+    return peers.Other(network, loss, model)
+
+
+def test_timms_networks_are_as_large():
+    vit = zoo.ViTClassifier("vit_tiny_patch16_224", num_classes=10, image_size=32, patch_size=8, depth=2)
+    efficientnet = zoo.EfficientNetClassifier("b0", num_classes=10, image_size=32)
+    for model in (vit, efficientnet):
+        peer = peer_of(model, "timm")
+        assert parameters(peer) == parameters(model)
+        images, labels = random_batch(model, 2, CPU)
+        assert peer.training_step((images, labels), 0).isfinite()
+        assert peer.predict_step((images, labels), 0).shape == (2, 10)
+
+
+def test_channels_last_is_the_peers_too_where_it_is_asked_for():
+    model = zoo.EfficientNetClassifier("b0", num_classes=10, image_size=32)
+    for asked, expected in (("true", True), ("false", False)):
+        weight = peer_of(model, "timm", channels_last=asked).network.conv_stem.weight
+        assert weight.is_contiguous(memory_format=torch.channels_last) == expected
+
+
+def test_huggingfaces_autoencoder_is_as_large():
+    pytest.importorskip("transformers")
+    sizes = {"decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 4, "depth": 2}
+    model = zoo.MAEPretrainer("vit_tiny_patch16_224", image_size=32, patch_size=8, **sizes)
+    peer = peer_of(model, "huggingface")
+    assert peer.network.config._attn_implementation == "sdpa"
+    trained = [sum(p.numel() for p in each.parameters() if p.requires_grad) for each in (peer, model)]
+    assert trained[0] == trained[1]
+    assert peer.training_step(random_batch(model, 2, CPU), 0).isfinite()
+
+
+@pytest.mark.parametrize("head", ["fcos", "retinanet"])
+def test_torchvisions_detector_is_as_large(head):
+    model = zoo.FPNDetector("resnet18", num_classes=5, image_size=64, head=head, anchors="torchvision")
+    peer = peer_of(model, "torchvision")
+    assert parameters(peer) == pytest.approx(parameters(model), rel=0.01)
+    assert peer.training_step(random_batch(model, 2, CPU), 0).isfinite()
+
+
+def test_the_hand_written_vae_gives_the_zoos_loss_for_the_same_noise():
+    model = zoo.GumbelVAE(
+        4, 3, 8, hidden=(16, 8), temperature=0.7, min_temperature=0.7, temperature_schedule="constant"
+    )
+    network = peer_of(model, "by-hand").network
+    model.backbone.layers.load_state_dict(network.encoder.state_dict())
+    model.decoder.layers.load_state_dict(network.decoder.state_dict())
+    images = (torch.rand(6, 1, 8, 8) > 0.5).float()
+    torch.manual_seed(0)
+    theirs = network(images)
+    torch.manual_seed(0)
+    torch.testing.assert_close(model(images).loss.mean(), theirs)
+
+
+def test_a_peer_has_the_optimizer_of_the_model_it_stands_for():
+    model = zoo.EfficientNetClassifier("b0", num_classes=10, optimizer="sgd", lr=0.3, momentum=0.8)
+    optimizer = peer_of(model, "timm").configure_optimizers()
+    assert isinstance(optimizer, torch.optim.SGD)
+    assert {group["lr"] for group in optimizer.param_groups} == {0.3}
+    assert {group["momentum"] for group in optimizer.param_groups} == {0.8}
+
+
+def test_a_peer_that_is_not_installed_is_known_as_such():
+    there, not_there = (peers.Peer(name, ("step",), "", lambda: None) for name in ("torch", "no_such_package"))
+    assert peers.is_installed(there)
+    assert not peers.is_installed(not_there)
+
+
+# What is said of it.
+
+
+def test_a_ratio_smaller_than_its_spread_is_not_printed():
+    assert report.ratio_text(row([130, 131, 129]), row([100, 101, 99])) == "1.3×"
+    assert report.ratio_text(row([104, 90, 110]), row([100, 100, 100])) == "within 20 %"
+    assert report.ratio_text(row([110.0], spread=0.3), row([100.0], spread=0.3)) == "within 33 %"
+    assert report.ratio_text(row([110.0], spread=0.02), row([100.0], spread=0.02)) == "1.1×"
+
+
+def test_runs_of_the_same_round_belong_together():
+    """A machine that becomes slower and slower: every round says 2, whatever the rates."""
+    assert report.ratio(row([200, 100, 50]), row([100, 50, 25])) == (2, 0)
+
+
+def test_the_table_has_a_row_for_what_failed():
+    rows = [
+        row([100.0, 100.0]),
+        row([150.0, 150.0], peer="timm"),
+        row(status="out of memory", message="killed", rates=[], axes={"batch_size": "9"}),
+    ]
+    lines = report.table(rows).splitlines()
+    assert len(lines) == 2 + 3
+    assert lines[2].endswith("| 1 |")
+    assert lines[3].endswith("| 1.5× |")
+    assert "| out of memory: killed |" in lines[4]
+
+
+def test_utilisation_is_flops_over_the_peak_of_all_devices():
+    known = {"device": "cuda", "flops_per_image": 3e9, "peak_flops": 1e12, "peak_source": "a datasheet", "processes": 2}
+    assert report.utilisation(row([100.0], **known)) == "15.0 %"
+    assert report.utilisation(row([100.0], **known | {"peak_flops": None})) == "n/a"
+    assert report.utilisation(row([100.0])) == "n/a"
+    assert report.notes([row([100.0], **known)]) == ["Peak: a datasheet."]
+
+
+def write(folder: Path, *rows) -> Path:
+    folder.mkdir()
+    for number, each in enumerate(rows):
+        (folder / f"{number}.json").write_text(json.dumps(each))
+    return folder
+
+
+def test_compare_ends_with_1_for_what_became_slower(tmp_path, capsys):
+    before = write(tmp_path / "a", row([100, 101]), row([50, 50], mode="fit"))
+    after = write(tmp_path / "b", row([80, 81]), row([50, 50], mode="fit"), row([7, 7], mode="infer"))
+    assert main(["benchmark", "compare", str(before), str(after)]) == 1
+    said = capsys.readouterr()
+    assert "| step zoo | 100.5 | 80.5 | 0.801× |" in said.out
+    assert "| fit zoo | 50 | 50 | within 0 % |" in said.out
+    assert "| infer zoo | not measured | 7 |" in said.out
+    assert said.err == "zoo: slower than allowed: step zoo: 20 % slower\n"
+    assert main(["benchmark", "compare", str(before), str(after), "--max-regression", "25%"]) == 0
+
+
+def test_what_is_within_the_spread_has_not_become_slower(tmp_path):
+    before, after = write(tmp_path / "a", row([100, 120])), write(tmp_path / "b", row([90, 110]))
+    assert main(["benchmark", "compare", str(before), str(after), "--max-regression", "1%"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(None, "expected a folder that zoo benchmark has written"), ("{", "is no JSON"), ('{"schema": 99}', "is no cell")],
+)
+def test_compare_says_what_is_wrong_with_a_file(tmp_path, capsys, content, said):
+    good, bad = write(tmp_path / "good", row()), tmp_path / "bad"
+    bad.mkdir()
+    if content:
+        (bad / "x.json").write_text(content)
+    assert main(["benchmark", "compare", str(good), str(bad)]) == 2
+    assert said in capsys.readouterr().err
+
+
+# The command.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["vit/digit"], "there is no recipe or file 'vit/digit'; did you mean vit/digits?"),
+        ([], "benchmark needs a recipe"),
+        (["vit/digits", "--mode", "stp"], "unknown mode 'stp'; did you mean step?"),
+        (["vit/digits", "--percision", "bf16-mixed"], "unknown option --percision; did you mean precision?"),
+        (["vit/digits", "--model.lrr", "1"], "no option 'lrr'"),
+        (["vit/digits", "--precision", "bf17"], "precision"),
+        (["vit/digits", "--channels-last", "true"], "ViTClassifier has no channels_last: leave --channels-last out"),
+        (["vit/digits", "--peers", "tim"], "ViTClassifier has no peer 'tim'; did you mean timm?"),
+        (["vit/digits", "--peers", "--mode", "data"], "there is no peer of ViTClassifier for --mode data"),
+        (["vit/digits", "--repeats", "0"], "'0' is not a whole number of at least 1"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_measured(arguments, said, capsys):
+    assert main(["benchmark", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+    assert not Path("runs").exists()
+
+
+QUICK = ["--repeats", "1", "--steps", "5", "--seconds", "0", "--limit", "20"]
+
+
+@pytest.fixture
+def _installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(zoo.__file__).parents[1]))
+
+
+@pytest.mark.usefixtures("_installed")
+def test_what_cannot_be_measured_is_a_row_and_the_rest_is_measured(capsys):
+    options = ["--accelerator", "cpu", *(["cuda"] if not torch.cuda.is_available() else [])]
+    assert main(["benchmark", "vit/digits", *QUICK, *options, "--out", "found"]) == 0
+    said = capsys.readouterr().out
+    cpu = json.loads(Path("found/step-accelerator=cpu.json").read_text())
+    assert cpu["status"] == "ok"
+    run = cpu["runs"][0]
+    assert run["steps"] == 5
+    assert run["images_per_second"] == pytest.approx(64e3 / run["step_ms"]["median"])
+    assert run["flops_per_image"] > 1e6
+    assert cpu["config"]["model"]["class_path"] == "zoo.ViTClassifier"
+    assert {"torch", "vision-zoo", "python"} <= set(cpu["versions"])
+    assert "cores" in cpu["hardware"]["cpu"]
+    assert Path("found/table.md").read_text().strip() in said
+    assert Path("found/plot.png").stat().st_size > 1000
+    if not torch.cuda.is_available():
+        assert "no device: there is no GPU that torch can use here" in said
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.usefixtures("_installed")
+def test_every_mode_is_measured():
+    modes = ["--mode", *cells.MODES]
+    assert main(["benchmark", "vit/digits", *QUICK, *modes, "--out", "found"]) == 0
+    rows = {path.stem: json.loads(path.read_text()) for path in Path("found").glob("*.json")}
+    assert set(rows) == set(cells.MODES)
+    assert {name: each["message"] for name, each in rows.items() if each["status"] != "ok"} == {}
+    assert rows["e2e"]["runs"][0]["waiting"] > 0
+    assert rows["data"]["runs"][0]["megabytes_per_second"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.usefixtures("_installed")
+def test_two_processes_are_measured_and_too_large_a_batch_is_a_row():
+    axes = ["--devices", "2", "--batch-size", "64", "10000000000", "--accelerator", "cpu", "--strategy", "ddp"]
+    assert main(["benchmark", "vit/digits", *QUICK, *axes, "--out", "found"]) == 0
+    rows = [json.loads(path.read_text()) for path in Path("found").glob("*.json")]
+    small, large = sorted(rows, key=lambda row: len(row["cell"]["axes"]["batch_size"]))
+    run = small["runs"][0]
+    assert run["processes"] == 2
+    assert run["images_per_second"] == pytest.approx(2 * 64e3 / run["step_ms"]["median"])
+    assert large["status"] == "out of memory"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.usefixtures("_installed")
+def test_a_peer_is_measured_beside_the_zoo(capsys):
+    assert main(["benchmark", "mae/digits", *QUICK, "--peers", "--out", "found"]) == 0
+    rows = [json.loads(path.read_text()) for path in Path("found").glob("*.json")]
+    assert [(row["status"], row["message"]) for row in rows] == [("ok", "")] * 2
+    peer = next(row for row in rows if row["cell"]["peer"])
+    assert f"{peer['cell']['peer']}: {peer['differs']}." in capsys.readouterr().out
+
+
+def test_torchvisions_loader_reads_the_same_folder(tmp_path):
+    from PIL import Image
+
+    from datamodules import ImageFolderDataModule
+
+    for name in ("cat", "dog"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for number in range(4):
+            Image.new("RGB", (40, 30), (number * 40, 0, 0)).save(tmp_path / "train" / name / f"{number}.png")
+    data = ImageFolderDataModule(str(tmp_path), image_size=16, batch_size=4, num_workers=0, val_fraction=0.25)
+    data.prepare_data()
+    data.setup("fit")
+    loader = peers.LOADERS["ImageFolderDataModule"]["torchvision"].build(data)
+    assert isinstance(loader, DataLoader)
+    images, labels = next(iter(loader))
+    assert images.shape == (4, 3, 16, 16)
+    assert images.is_floating_point()
+    assert set(labels.tolist()) <= {0, 1}

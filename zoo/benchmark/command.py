@@ -1,0 +1,111 @@
+"""What ``zoo benchmark`` does: it checks what is asked, has it measured, and writes the table."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from zoo.benchmark import cells, peers, report
+from zoo.blueprint import Blueprint, read
+from zoo.mistakes import Mistake, did_you_mean
+from zoo.sweep import taking_runs_along
+
+OWN = ("mode", "peers", "out", "repeats", "steps", "seconds", "limit")
+FITS = ("seed_everything", "guards", "model", "data", "trainer")  # options of zoo fit without a dot, which all may have
+
+
+def run(
+    configs: list[str],
+    options: list[str],
+    strict: bool,
+    packages: Iterable[ModuleType],
+    *,
+    out: Path,
+    mode: Sequence[str],
+    peers: Sequence[str] | None,
+    repeats: int,
+    steps: int,
+    seconds: float,
+    limit: float,
+    **axes: Sequence[str] | None,
+) -> str:
+    """Measures every cell and returns what is printed: the table, and where it is.
+
+    Args:
+        configs, options, strict, packages: Of the recipe; see :func:`zoo.run.run`.
+        out: The folder for JSON files, table and plot.
+        mode: What is measured.
+        peers: Who is measured as well: names, an empty list for all, None for nobody.
+        repeats: Processes of each cell.
+        steps, seconds, limit: See :class:`zoo.benchmark.clock.Goal`.
+        axes: By axis, its values, or None.
+
+    Raises:
+        Mistake: For what does not exist, or what this recipe does not have.
+    """
+    _check_names(mode, options)
+    plan = read(configs, options, strict, packages)
+    known, chosen = _options(plan), {axis: values for axis, values in axes.items() if values}
+    for axis in chosen:
+        if not known & set(cells.AXES[axis]):
+            model = _class(plan.config.fit.model)
+            raise Mistake(f"{model} has no {axis}: leave --{axis.replace('_', '-')} out")
+    asked = cells.cells(mode, chosen, _peers(plan, peers, mode))
+    for cell in {tuple(cells.options_of(cell, known)) for cell in asked}:  # what cannot be read is said at once
+        read(configs, [*options, *cell], strict, packages)
+    goal = {"steps": steps, "seconds": seconds, "limit": limit}
+    shared = [*options, *(["--strict-imports"] if strict else [])]
+    with taking_runs_along():
+        rows = cells.run(asked, configs, shared, known, goal, repeats, out)
+    return _written(rows, configs, out)
+
+
+def _check_names(modes: Sequence[str], options: Sequence[str]) -> None:
+    for mode in modes:
+        if mode not in cells.MODES:
+            hint = did_you_mean(mode, cells.MODES) or f": expected {', '.join(cells.MODES)}"
+            raise Mistake(f"unknown mode {mode!r}{hint}")
+    axes = [axis.replace("_", "-") for axis in cells.AXES]
+    for option in options:
+        name = option.removeprefix("--").partition("=")[0]
+        if option.startswith("--") and "." not in name and name not in FITS:
+            hint = did_you_mean(name, [*axes, *OWN]) or f": the axes are {', '.join(axes)}"
+            raise Mistake(f"unknown option {option}{hint}")
+
+
+def _options(plan: Blueprint) -> set[str]:
+    """Those of model, data and Trainer that a cell may set."""
+    config = plan.config.fit
+    parts = {"trainer": config.trainer, "model": config.model.init_args}
+    if config.data is not None:
+        parts["data"] = config.data.init_args
+    return {f"--{part}.{name}" for part, settings in parts.items() for name in vars(settings)}
+
+
+def _peers(plan: Blueprint, names: Sequence[str] | None, modes: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """By peer, the modes it is measured in."""
+    if names is None:
+        return {}
+    technique = _class(plan.config.fit.model)
+    data = None if plan.config.fit.data is None else _class(plan.config.fit.data)
+    known = peers.peers_of(technique, data)
+    for name in names:
+        if name not in known:
+            hint = did_you_mean(name, known) or (f": there are {', '.join(known)}" if known else "; it has none")
+            raise Mistake(f"{technique} has no peer {name!r}{hint}")
+    found = {name: peer.modes for name, peer in known.items() if not names or name in names}
+    if not any(set(modes) & set(peer) for peer in found.values()):
+        raise Mistake(f"there is no peer of {technique} for --mode {' '.join(modes)}: leave --peers out")
+    return found
+
+
+def _class(part: Any) -> str:
+    return str(part.class_path).split(".")[-1]
+
+
+def _written(rows: Sequence[Mapping[str, Any]], configs: Sequence[str], out: Path) -> str:
+    """The table in ``out/table.md`` and the plot beside it; what is printed of them."""
+    text = report.page(rows)
+    (out / "table.md").write_text(text + "\n", encoding="utf-8")
+    report.plot(rows, out / "plot.png")
+    return f"\n{text}\n\ntable {out / 'table.md'}\nplot {out / 'plot.png'}"

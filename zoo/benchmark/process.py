@@ -1,0 +1,137 @@
+"""The process of a cell: it reads what is asked, measures it, and writes what it found, also when that is a failure."""
+
+import json
+import os
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import yaml
+
+from zoo import mistakes
+from zoo._lightning import rank_zero_only
+from zoo.benchmark import peers
+from zoo.benchmark.clock import Goal
+from zoo.benchmark.measure import measure
+from zoo.blueprint import Blueprint, read
+from zoo.callbacks.provenance import provenance
+from zoo.sweep import write_json
+
+
+class NoDeviceError(RuntimeError):
+    """A cell asks for a device that is not here."""
+
+
+def answer(asked: Path, found: Path, runs: Path, strict: bool, packages: Iterable[ModuleType]) -> None:
+    """Measures a cell and writes ``found``: status, message, and what was found.
+
+    Args:
+        asked: The JSON file with the cell.
+        found: The JSON file to write.
+        runs: A folder for what a run leaves behind.
+        strict, packages: See :func:`zoo.run.run`.
+    """
+    setting = json.loads(asked.read_text(encoding="utf-8"))
+    content: dict[str, Any]
+    try:
+        content = {"status": "ok", "message": ""} | _measured(setting, runs, strict, packages)
+    except Exception as error:
+        cause = mistakes.root_cause(error)
+        said = str(cause).split("\n")[0] or type(cause).__name__
+        content = {"status": _status(cause, said), "message": said}
+        if os.environ.get("ZOO_DEBUG") == "1":
+            raise
+    if getattr(rank_zero_only, "rank", 0) == 0:
+        write_json(found, content)
+
+
+def _status(cause: BaseException, said: str) -> str:
+    if isinstance(cause, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in said:  # the CPU's words
+        return "out of memory"
+    kinds = {NoDeviceError: "no device", ImportError: "not installed"}
+    return next((status for kind, status in kinds.items() if isinstance(cause, kind)), "failed")
+
+
+def _measured(setting: dict[str, Any], runs: Path, strict: bool, packages: Iterable[ModuleType]) -> dict[str, Any]:
+    place = {"save_dir": str(runs), "name": "", "version": "run"}
+    logger = ["--trainer.logger=TensorBoardLogger", "--trainer.logger.default_hp_metric=false"]
+    logger += [f"--trainer.logger.{key}={value}" for key, value in place.items()]
+    options = [*setting["options"], *logger, "--trainer.default_root_dir", str(runs)]
+    plan = read(setting["configs"], options, strict, packages)
+    config = yaml.safe_load(plan.resolved())
+    _check_devices(plan.config.fit.trainer)
+    substitute, differs = _peer(plan, setting)
+    found = measure(plan, setting["cell"]["mode"], Goal(**setting["goal"]), substitute)
+    made = provenance()
+    return {
+        "found": found,
+        "differs": differs,
+        "hardware": hardware(),
+        "versions": made["versions"],
+        "git": made["git"],
+        "config": config,
+    }
+
+
+def _peer(plan: Blueprint, setting: dict[str, Any]) -> tuple[Any, str | None]:
+    """What is measured in the place of the recipe's model, or of its loader."""
+    if setting["cell"]["peer"] is None:
+        return None, None
+    model, data = plan.config.fit.model, plan.config.fit.data
+    known = peers.peers_of(model.class_path.split(".")[-1], data and data.class_path.split(".")[-1])
+    peer = known[setting["cell"]["peer"]]
+    if not peers.is_installed(peer):
+        raise ImportError(f"{setting['peer']} needs {peer.needs}: pip install 'vision-zoo[peers]'")
+    if setting["cell"]["mode"] == "data":
+        return lambda data: peer.build(data), peer.differs
+    like = plan.build_model("meta")
+    network, loss = peer.build(like, setting["cell"]["axes"])
+    return peers.Other(network, loss, like), peer.differs
+
+
+def _check_devices(trainer: Any) -> None:
+    """Lightning's own words for it are several lines, and of a kind that other mistakes have as well."""
+    wanted, devices = trainer.accelerator, trainer.devices
+    if wanted in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise NoDeviceError("there is no GPU that torch can use here")
+    if wanted == "mps" and not torch.backends.mps.is_available():
+        raise NoDeviceError("there is no Apple GPU here")
+    on_gpu = wanted in ("gpu", "cuda", "auto") and torch.cuda.is_available()
+    if on_gpu and str(devices).isdecimal() and int(devices) > torch.cuda.device_count():
+        raise NoDeviceError(f"{devices} GPUs are asked for, and here are {torch.cuda.device_count()}")
+
+
+def hardware() -> dict[str, Any]:
+    """What a figure was measured on, as plain data."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    found: dict[str, Any] = {"cpu": f"{cores} cores of {_cpu_name()}", "threads": f"{torch.get_num_threads()} threads"}
+    if torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        found["gpu"] = f"{count} x {torch.cuda.get_device_name()}"
+        found["cuda"] = f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
+        found["driver"] = _nvidia_smi("driver_version", "driver {}")
+        fields = "clocks.sm,power.draw,clocks_throttle_reasons.active"
+        found["clocks"] = _nvidia_smi(fields, "clock, power, throttling {}")
+        found["fp32"] = f"float32 matmul {torch.get_float32_matmul_precision()}"
+    return found
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return "an unknown CPU"
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else "an unknown CPU"
+
+
+def _nvidia_smi(fields: str, text: str) -> str | None:
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "--id=0"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return text.format(done.stdout.strip())

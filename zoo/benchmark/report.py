@@ -1,0 +1,223 @@
+"""What a benchmark found, as a table and a plot; and two of them compared."""
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from zoo.mistakes import Mistake
+
+Row = Mapping[str, Any]
+
+
+class Rate:
+    """Images a second of a cell: the median of its runs, and how far the runs lie apart."""
+
+    def __init__(self, row: Row) -> None:
+        self.runs = [run["images_per_second"] for run in row["runs"]]
+        self.median = statistics.median(self.runs)
+        step = row["runs"][0]["step_ms"]
+        # With one run, what is known of the spread is that of its steps.
+        self.step_spread = (step["p90"] - step["p10"]) / step["median"]
+
+
+def ratio(ours: Row, base: Row, paired: bool = True) -> tuple[float, float]:
+    """How many times faster one cell is than another, and the spread of that.
+
+    Cells of one benchmark take turns, so that runs of the same round belong together: the ratio is the median over the
+    rounds, the spread its range. Of two benchmarks every run is set against every other. With one run of each the
+    spread is that of the steps, 10th to 90th percentile.
+
+    Args:
+        ours, base: The cells.
+        paired: Whether they took turns.
+    """
+    a, b = Rate(ours), Rate(base)
+    pairs = zip(a.runs, b.runs, strict=False) if paired else product(a.runs, b.runs)
+    found = [x / y for x, y in pairs]
+    middle = statistics.median(found)
+    if len(found) > 1:
+        return middle, max(found) - min(found)
+    return middle, middle * (a.step_spread + b.step_spread) / 2
+
+
+def ratio_text(ours: Row, base: Row, paired: bool = True) -> str:
+    """A ratio, or that there is none to speak of: one that is smaller than its own spread is not printed."""
+    middle, spread = ratio(ours, base, paired)
+    if abs(middle - 1) <= spread:
+        return f"within {100 * spread:.2g} %"
+    return f"{middle:.3g}×"
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown: a line a cell, compared with the first of its mode. An axis of one value has no column."""
+    axes = [axis for axis, values in _varied(rows).items() if len(values) > 1]
+    titles = [
+        "mode",
+        "who",
+        *axes,
+        "images/s",
+        "ms a step (p10 to p90)",
+        "GiB",
+        "MFU",
+        "limit",
+        "relative",
+    ]
+    lines = [titles, ["---"] * len(titles)]
+    bases: dict[str, Row] = {}
+    for row in rows:
+        cell = row["cell"]
+        start = [cell["mode"], cell["peer"] or "zoo", *(cell["axes"].get(axis, "") for axis in axes)]
+        if row["status"] != "ok":
+            lines.append([*start, f"{row['status']}: {row['message']}", *[""] * 5])
+            continue
+        base = bases.setdefault(cell["mode"], row)
+        lines.append([*start, *_figures(row), "1" if base is row else ratio_text(row, base)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _varied(rows: Sequence[Row]) -> dict[str, list[str]]:
+    """By axis, its values."""
+    found: dict[str, dict[str, None]] = {}
+    for row in rows:
+        for axis, value in row["cell"]["axes"].items():
+            found.setdefault(axis, {})[value] = None
+    return {axis: list(values) for axis, values in found.items()}
+
+
+def _figures(row: Row) -> list[str]:
+    runs = row["runs"]
+    middle = sorted(runs, key=lambda run: run["step_ms"]["median"])[len(runs) // 2]
+    step = middle["step_ms"]
+    times = f"{step['median']:.4g} ({step['p10']:.4g} to {step['p90']:.4g})"
+    memory = max(max(run["memory_gib"].values()) for run in runs)
+    limit = middle["limit"]
+    if limit == "data" and "waiting" in middle:
+        limit = f"data, {100 * middle['waiting']:.0f} % waiting"
+    elif limit == "host":
+        limit = f"host, {middle['issued_ms']:.3g} ms to issue"
+    return [f"{Rate(row).median:.4g}", times, f"{memory:.2f}", utilisation(row), limit]
+
+
+def utilisation(row: Row) -> str:
+    """Model FLOP utilisation: counted operations against the dense peak of all devices. n/a where that is not known."""
+    run = row["runs"][0]
+    if run["device"] != "cuda" or not run.get("peak_flops") or not run.get("flops_per_image"):
+        return "n/a"
+    share = run["flops_per_image"] * Rate(row).median / (run["peak_flops"] * run["processes"])
+    return f"{100 * share:.1f} %"
+
+
+def notes(rows: Sequence[Row]) -> list[str]:
+    """What has to be said of the table, each once: peers' differences, peaks, what could not be found out."""
+    fixed = [f"{axis} {values[0]}" for axis, values in _varied(rows).items() if len(values) == 1]
+    found = [f"In all rows: {', '.join(fixed)}."] if fixed else []
+    for row in rows:
+        if row.get("differs"):
+            found.append(f"{row['cell']['peer']}: {row['differs']}.")
+        for run in row["runs"]:
+            found += [f"Peak: {run['peak_source']}."] if run.get("peak_source") else []
+            found += [f"{run['note']}."] if run.get("note") else []
+            found += [f"Operations not counted: {run['uncounted']}."] if run.get("uncounted") else []
+    return list(dict.fromkeys(found))
+
+
+def where(rows: Sequence[Row]) -> str:
+    """With what, and on what, the first row was measured."""
+    made = next((row for row in rows if row["status"] == "ok"), rows[0])
+    versions, hardware = made.get("versions", {}), made.get("hardware", {})
+    packages = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return f"{packages}; {', '.join(str(value) for value in hardware.values() if value is not None)}"
+
+
+def page(rows: Sequence[Row]) -> str:
+    """The table, what has to be said of it, and where it was measured."""
+    return "\n\n".join([table(rows), *notes(rows), where(rows)])
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Images a second of every cell that could be measured, the bars of a mode in a colour."""
+    from matplotlib.figure import Figure  # here: it takes a third of a second to import
+
+    good = [row for row in rows if row["status"] == "ok"]
+    if not good:
+        return
+    names = [" ".join([row["cell"]["mode"], row["cell"]["peer"] or "zoo", *_values(row)]) for row in good]
+    rates = [Rate(row) for row in good]
+    modes = list(dict.fromkeys(row["cell"]["mode"] for row in good))
+    figure = Figure(figsize=(7.2, 1 + 0.35 * len(good)), layout="constrained")
+    axes = figure.subplots()
+    ends = [[rate.median - min(rate.runs) for rate in rates], [max(rate.runs) - rate.median for rate in rates]]
+    colours = [f"C{modes.index(row['cell']['mode'])}" for row in good]
+    axes.barh(range(len(good)), [rate.median for rate in rates], xerr=ends, color=colours, capsize=3)
+    axes.set_yticks(range(len(good)), names)
+    axes.invert_yaxis()
+    axes.set_xlabel("images/s, median and range of the runs")
+    axes.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def _values(row: Row) -> list[str]:
+    return [f"{axis} {value}" for axis, value in row["cell"]["axes"].items()]
+
+
+def read(place: Path) -> list[dict[str, Any]]:
+    """The cells of a benchmark: a folder of them, or one file.
+
+    Raises:
+        Mistake: If there are none.
+    """
+    files = sorted(place.glob("*.json")) if place.is_dir() else [place]
+    if not files or not all(file.is_file() for file in files):
+        raise Mistake(f"{place}: expected a folder that zoo benchmark has written, or one of its JSON files")
+    rows = []
+    for file in files:
+        try:
+            row = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise Mistake(f"{file} is no JSON: {error}") from error
+        if not isinstance(row, dict) or row.get("schema") != 1:
+            raise Mistake(f"{file} is no cell of this version of zoo benchmark")
+        rows.append(row)
+    return rows
+
+
+def compare(before: Sequence[Row], after: Sequence[Row], max_regression: float) -> tuple[str, list[str]]:
+    """Two benchmarks side by side, by cell; and those cells of the second that are slower than is allowed.
+
+    Args:
+        before, after: Their cells.
+        max_regression: The share by which a cell may be slower, 0.05 for example; never less than the spread.
+    """
+    old = {_key(row): row for row in before}
+    lines = [["cell", "before, images/s", "after, images/s", "ratio"], ["---"] * 4]
+    slower = []
+    for row in after:
+        name, base = _title(row), old.pop(_key(row), None)
+        if base is None or row["status"] != "ok" or base["status"] != "ok":
+            lines.append([name, _rate(base), _rate(row), ""])
+            continue
+        middle, spread = ratio(row, base, paired=False)
+        lines.append([name, _rate(base), _rate(row), ratio_text(row, base, paired=False)])
+        if 1 - middle > max(max_regression, spread):
+            slower.append(f"{name}: {100 * (1 - middle):.0f} % slower")
+    lines += [[_title(row), _rate(row), "not measured", ""] for row in old.values()]
+    if len(lines) == 2:
+        raise Mistake("there is nothing to compare")
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines), slower
+
+
+def _key(row: Row) -> str:
+    return json.dumps(row["cell"], sort_keys=True)
+
+
+def _title(row: Row) -> str:
+    return " ".join([row["cell"]["mode"], row["cell"]["peer"] or "zoo", *_values(row)])
+
+
+def _rate(row: Row | None) -> str:
+    if row is None:
+        return "not measured"
+    return f"{Rate(row).median:.4g}" if row["status"] == "ok" else str(row["status"])

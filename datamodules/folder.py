@@ -18,94 +18,18 @@ and chosen by ``split_seed`` and the files' names: the same on every machine, an
 """
 
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
 
-from datamodules import listing, transforms
+from datamodules import decoders, listing, transforms
 from datamodules._lightning import rank_zero_warn
 from datamodules.base import IMAGENET_MEAN, IMAGENET_STD, ImageDataModule, Samples, Split, with_transform
-from datamodules.images import UnreadableImageError, decode
-
-OnError = Literal["raise", "skip"]
-
-
-class ImageFiles:
-    """Image files as samples: uint8 images (C, H, W), or ``(image, label)``.
-
-    Args:
-        root: The folder that names are relative to.
-        names: The files, with forward slashes.
-        transform: PIL image to uint8 tensor.
-        channels: 1 (grey) or 3 (RGB).
-        labels: A label for each file; None for images alone.
-        on_error: "raise" raises :class:`UnreadableImageError` for a file that cannot be read; "skip" gives None for it
-            and marks it in ``unreadable``, which loader workers share with the main process.
-        random: Whether the transform involves chance.
-    """
-
-    def __init__(
-        self,
-        root: str | os.PathLike[str],
-        names: Sequence[str] | np.ndarray,
-        transform: Callable[[Image.Image], Tensor],
-        channels: int = 3,
-        labels: Sequence[int] | np.ndarray | None = None,
-        on_error: OnError = "raise",
-        random: bool = False,
-    ) -> None:
-        self.root, self.transform, self.channels, self.random = Path(root), transform, channels, random
-        # As arrays: a list's million strings would be copied into every worker, by the counting of references to them.
-        self.names = np.asarray(names, dtype=np.str_)
-        self.labels = None if labels is None else np.asarray(labels)
-        self.unreadable: Tensor | None = None
-        if on_error == "skip":
-            self.unreadable = torch.zeros(len(names), dtype=torch.uint8).share_memory_()
-
-    @classmethod
-    def under(
-        cls,
-        root: str | os.PathLike[str],
-        transform: Callable[[Image.Image], Tensor],
-        channels: int = 3,
-        on_error: OnError = "raise",
-    ) -> "ImageFiles":
-        """All images under a folder, at any depth and sorted, or one image file; without labels.
-
-        Raises:
-            FileNotFoundError: If there is no such folder or file.
-            ValueError: If the folder holds no images.
-        """
-        path = Path(root)
-        if path.is_file():
-            return cls(path.parent, [path.name], transform, channels, on_error=on_error)
-        if not path.is_dir():
-            raise FileNotFoundError(f"{path}: no such folder or image")
-        names = sorted(listing.images_in(path))
-        if not names:
-            raise ValueError(f"{path} holds no images ({listing.endings()}) at any depth; {listing.seen(path)}")
-        return cls(path, names, transform, channels, on_error=on_error)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, index: int) -> Any:
-        try:
-            image = decode(self.root / str(self.names[index]), self.channels)
-        except UnreadableImageError:
-            if self.unreadable is None:
-                raise
-            self.unreadable[index] = 1
-            return None
-        pixels = self.transform(image)
-        return pixels if self.labels is None else (pixels, int(self.labels[index]))
+from datamodules.cache import Cache, builds
+from datamodules.files import ImageFiles, OnError
 
 
 def stratified_split(
@@ -159,14 +83,25 @@ class ImageFolderDataModule(ImageDataModule):
         padding: Pixels of padding before a random crop, where there is no random resized one.
         auto_augment, color_jitter, interpolation: See :func:`datamodules.transforms.train_transform`.
         crop_ratio: Share of the image that evaluation keeps: it is resized to image_size / crop_ratio and cropped.
+        decoder: "pil", or "torchcodec" (``pip install 'vision-zoo[fast]'``), which is quicker at plain JPEGs. It gives
+            the same pixels, but they are then resized by torch and not by Pillow, which rounds differently.
+        cache: Keeps small copies of the training images, for data that is read more often than once. "ram": in memory,
+            each process for itself. A folder, of this data set's own: in files there, which processes share and the
+            next run finds again; one in /dev/shm is memory as well. Copies take about cache_size² x 4 bytes each. They
+            are made when fitting starts, anew if files or settings have changed. Training crops are taken from them.
+            Validation and testing use copies too if they resize to no more than ``cache_size``, otherwise the files,
+            as prediction always does.
+        cache_size: Short side of the copies in pixels, at least ``image_size``; smaller images are kept as they are.
         batch_size, num_workers, seed, mean, std, hflip, degrees, translate, zoom, shear, erase, binarize, jitter,
             drop_last, repeats: See :class:`datamodules.base.ImageDataModule`. ``mean`` and ``std`` None: ImageNet's,
             for one channel their averages.
 
     Raises:
         FileNotFoundError: If ``root`` is missing.
+        ImportError: If ``decoder`` is a package that is not installed.
         ValueError: If ``root`` holds no images, is a file, or has classes for validation or testing that training has
-            not; and from ``samples``, which lists the images, if a class folder holds none.
+            not; if ``cache_size`` is less than ``image_size``; and from ``samples``, which lists the images, if a class
+            folder holds none.
     """
 
     stage_settings = transforms.TRAIN_OPTIONS
@@ -203,6 +138,9 @@ class ImageFolderDataModule(ImageDataModule):
         jitter: float = 0.0,
         drop_last: bool = True,
         repeats: int = 1,
+        decoder: decoders.Decoder = "pil",
+        cache: str | None = None,
+        cache_size: int = 256,
     ) -> None:
         if channels not in (1, 3):
             raise ValueError(f"channels is {channels}: expected 1 (grey) or 3 (RGB)")
@@ -213,6 +151,7 @@ class ImageFolderDataModule(ImageDataModule):
                 f"val_fraction is {val_fraction} and test_fraction {test_fraction}: expected shares in [0, 1) that "
                 "leave something for training"
             )
+        decoders.check(decoder)
         super().__init__(
             batch_size=batch_size,
             num_workers=num_workers,
@@ -246,6 +185,12 @@ class ImageFolderDataModule(ImageDataModule):
         }
         self.train_transform = transforms.train_transform(**self.train_options)
         self.eval_transform = transforms.eval_transform(image_size, crop_ratio, interpolation)
+        self.decoder: decoders.Decoder = decoder
+        self.cached: Cache | None = None
+        if cache is not None:
+            self.cached = Cache(cache, cache_size, interpolation, decoder, channels)
+            self.cached.check(image_size)
+            self._evaluates_copies = self.cached.serves(transforms.covered_by_evaluation(image_size, crop_ratio))
         self._folders: dict[str, Path] = {}
         self._unlabelled_test: Path | None = None
         self._samples: dict[str, ImageFiles | None] = {}
@@ -253,12 +198,22 @@ class ImageFolderDataModule(ImageDataModule):
         if self.root.exists() or predict_root is None:
             self._look()
 
+    def prepare_data(self) -> None:
+        """Has a cache in a folder made by one process of each node, before the others look for it."""
+        if self.cached is not None and not self.cached.in_memory and builds(self.trainer):
+            for split in ("train", "val"):
+                self.samples(split)
+
     def samples(self, split: Split) -> Samples | None:
         if split not in self._samples:
             self._samples |= self._predicted() if split == "predict" else self._listed(split)
+        if self.cached is not None and split != "predict":
+            self.cached.fill(builds(self.trainer))
         return self._samples[split]
 
     def in_stage(self, settings: dict[str, Any]) -> Callable[[Samples], Samples]:
+        if self.cached is not None:
+            self.cached.check(settings.get("image_size", self.image_size))
         return partial(with_transform, transform=transforms.train_transform(**self.train_options | settings))
 
     # What there is, by listing folders only.
@@ -296,7 +251,7 @@ class ImageFolderDataModule(ImageDataModule):
             root = self.root
         if root is None:
             return {"predict": None}
-        return {"predict": ImageFiles.under(root, self.eval_transform, self.channels, self.on_error)}
+        return {"predict": ImageFiles.under(root, self.eval_transform, self.channels, self.on_error, self.decoder)}
 
     def _listed(self, split: str) -> dict[str, ImageFiles | None]:
         """The samples of a split, and of all that come from the same folder."""
@@ -306,14 +261,14 @@ class ImageFolderDataModule(ImageDataModule):
         if split not in held_out and split not in self._folders:
             return {split: None}
         if split != "train" and split not in held_out:
-            return {split: self._files(split, *self._names_and_labels(split))}
+            names, labels = self._names_and_labels(split)
+            return self._parts(split, names, labels, {split: np.arange(len(names))})
         names, labels = self._names_and_labels("train")
-        parts, rest, left = {}, np.arange(len(names)), 1.0
+        chosen, rest, left = {}, np.arange(len(names)), 1.0
         for part, fraction in held_out.items():
             kept, out = stratified_split(labels[rest], fraction / left, self.split_seed, names[rest])
-            parts[part], rest, left = rest[out], rest[kept], left - fraction
-        parts["train"] = rest
-        return {part: self._files(part, names[chosen], labels[chosen]) for part, chosen in parts.items()}
+            chosen[part], rest, left = rest[out], rest[kept], left - fraction
+        return self._parts("train", names, labels, chosen | {"train": rest})
 
     def _held_out(self) -> dict[str, float]:
         """The splits that are shares of the training images, and how large these are."""
@@ -323,13 +278,30 @@ class ImageFolderDataModule(ImageDataModule):
             return {"val": self.val_fraction}
         return {"test": self.test_fraction, "val": self.val_fraction}
 
+    def _parts(
+        self, folder: str, names: np.ndarray, labels: np.ndarray, chosen: dict[str, np.ndarray]
+    ) -> dict[str, ImageFiles | None]:
+        """The samples of all splits that come from one folder, and their cache."""
+        parts = {part: self._files(part, names[rows], labels[rows]) for part, rows in chosen.items()}
+        if self.cached is None:
+            return parts
+        copied = [part for part, files in parts.items() if files and (part == "train" or self._evaluates_copies)]
+        for part in copied:
+            self.cached.lend(parts[part])
+        if self.cached.in_memory:  # test images come once
+            copied = [part for part in copied if part != "test"]
+        if set(copied) - {"test"}:
+            pool = ImageFiles(self.root, names, self.eval_transform, self.channels, decoder=self.decoder)
+            self.cached.add(folder, pool, [(parts[part], chosen[part]) for part in copied], self.on_error == "skip")
+        return parts
+
     def _files(self, split: str, names: np.ndarray, labels: np.ndarray) -> ImageFiles | None:
         if len(names) == 0:
             return None
         training = split == "train"
         transform = self.train_transform if training else self.eval_transform
         given = None if self.classes is None else labels
-        return ImageFiles(self.root, names, transform, self.channels, given, self.on_error, random=training)
+        return ImageFiles(self.root, names, transform, self.channels, given, self.on_error, training, self.decoder)
 
     def _names_and_labels(self, split: str) -> tuple[np.ndarray, np.ndarray]:
         """A folder's images, relative to root and sorted, and the label of each (0 if there are no classes)."""

@@ -21,14 +21,14 @@ from typing import IO, Any, Literal
 
 import numpy as np
 import torchvision
-from PIL import Image
-from torch import Tensor
 from torchvision import datasets
 
-from datamodules import archives, transforms
+from datamodules import archives, decoders, transforms
 from datamodules.base import IMAGENET_MEAN, IMAGENET_STD, ImageDataModule, Samples, Split, with_transform
-from datamodules.folder import ImageFiles, stratified_split
-from datamodules.images import UnreadableImageError, convert
+from datamodules.cache import Cache, builds
+from datamodules.files import ImageFiles
+from datamodules.folder import stratified_split
+from datamodules.torchvision_samples import TorchvisionSamples, labels_of
 
 Name = Literal[
     "CIFAR10",
@@ -78,26 +78,8 @@ SOURCES: dict[str, Source] = {
     ),
 }
 
-
-class TorchvisionSamples:
-    """Some samples of a torchvision data set, as (uint8 image (C, H, W), label)."""
-
-    def __init__(
-        self, source: Any, name: str, indices: np.ndarray, transform: Callable[[Any], Tensor], channels: int
-    ) -> None:
-        self.source, self.indices, self.transform, self.channels = source, indices, transform, channels
-        self.names = [f"{name}/{index}" for index in indices]
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        try:
-            image, label = self.source[int(self.indices[index])]
-        # Pillow raises SyntaxError for some broken PNG files.
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise UnreadableImageError(f"{self.names[index]} cannot be read: {error}") from error
-        return self.transform(convert(image, self.channels)), int(label)
+DECODED = ("CIFAR10", "CIFAR100", "MNIST", "FashionMNIST", "STL10")
+"""Sets that are files of numbers, which torchvision holds in memory."""
 
 
 class TorchvisionDataModule(ImageDataModule):
@@ -120,10 +102,13 @@ class TorchvisionDataModule(ImageDataModule):
         padding: Pixels of padding before a random crop, where there is no random resized one.
         auto_augment, color_jitter, interpolation: See :func:`datamodules.transforms.train_transform`.
         crop_ratio: Share of the image that evaluation keeps: it is resized to image_size / crop_ratio and cropped.
+        decoder, cache, cache_size: See :class:`datamodules.folder.ImageFolderDataModule`; for the sets whose images are
+            files. CIFAR, MNIST, FashionMNIST and STL10 lie decoded in memory anyway.
         batch_size, num_workers, seed, mean, std, hflip, degrees, translate, zoom, shear, erase, binarize, jitter,
             drop_last, repeats: See :class:`datamodules.base.ImageDataModule`. ``mean`` and ``std`` None: the set's.
 
     Raises:
+        ImportError: If ``decoder`` is a package that is not installed.
         ValueError: For an unknown name.
         FileNotFoundError: If the set is not under ``root`` and cannot be downloaded.
     """
@@ -163,10 +148,16 @@ class TorchvisionDataModule(ImageDataModule):
         jitter: float = 0.0,
         drop_last: bool = True,
         repeats: int = 1,
+        decoder: decoders.Decoder = "pil",
+        cache: str | None = None,
+        cache_size: int = 256,
     ) -> None:
         if dataset not in SOURCES:
             raise ValueError(f"unknown dataset {dataset!r}: expected one of {', '.join(SOURCES)}")
         self.source = SOURCES[dataset]
+        decoders.check(decoder)
+        if dataset in DECODED and (decoder != "pil" or cache is not None):
+            raise ValueError(f"{dataset} lies decoded in memory: expected decoder pil and no cache (null)")
         super().__init__(
             batch_size=batch_size,
             num_workers=num_workers,
@@ -190,7 +181,7 @@ class TorchvisionDataModule(ImageDataModule):
         self.dataset, self.root, self.download = dataset, root, download
         self.channels = channels or self.source.channels
         self.val_fraction, self.test_fraction, self.split_seed = val_fraction, test_fraction, split_seed
-        self.predict_root = predict_root
+        self.predict_root, self.decoder = predict_root, decoder
         size = image_size or self.source.image_size
         self.train_options: dict[str, Any] = {
             "image_size": size,
@@ -203,6 +194,12 @@ class TorchvisionDataModule(ImageDataModule):
         }
         self.train_transform = transforms.train_transform(**self.train_options)
         self.eval_transform = transforms.eval_transform(size, crop_ratio, interpolation)
+        self.cached: Cache | None = None
+        self._kept: dict[str, TorchvisionSamples | None] = {}
+        if cache is not None:
+            self.cached = Cache(cache, cache_size, interpolation, decoder, self.channels)
+            self.cached.check(size)
+            self._evaluates_copies = self.cached.serves(transforms.covered_by_evaluation(size, crop_ratio))
 
     @property
     def num_classes(self) -> int:
@@ -215,30 +212,52 @@ class TorchvisionDataModule(ImageDataModule):
             for split in dict.fromkeys(options["split"] for options in splits):
                 self._unpack(split)
         elif not self.download:
-            return
+            splits = []
         for options in splits:
             self._open(options, download=True)
+        if self.cached is not None and not self.cached.in_memory and builds(self.trainer):
+            self.samples("train"), self.samples("val")  # one process makes the cache before the others look for it
 
     def samples(self, split: Split) -> Samples | None:
         if split == "predict":
             if self.predict_root is None:
                 return None
-            return ImageFiles.under(self.predict_root, self.eval_transform, self.channels)
+            return ImageFiles.under(self.predict_root, self.eval_transform, self.channels, decoder=self.decoder)
+        if self.cached is None:
+            return self._samples(split, None)
+        if split not in self._kept:
+            self._kept[split] = self._samples(split, self.cached)
+        self.cached.fill(builds(self.trainer))
+        return self._kept[split]
+
+    def _samples(self, split: Split, cached: Cache | None) -> TorchvisionSamples | None:
         official = getattr(self.source, split)
-        source = self._open(self.source.train if official is None else official)
+        options = self.source.train if official is None else official
+        source = self._open(options)
         indices = np.arange(len(source))
         if self.source.test is None:
-            kept, held_out = stratified_split(_labels(source), self.test_fraction, self.split_seed)
+            kept, held_out = stratified_split(labels_of(source), self.test_fraction, self.split_seed)
             indices = held_out if split == "test" else kept
         if self.source.val is None and split != "test":
-            kept, held_out = stratified_split(_labels(source)[indices], self.val_fraction, self.split_seed)
+            kept, held_out = stratified_split(labels_of(source)[indices], self.val_fraction, self.split_seed)
             indices = indices[held_out if split == "val" else kept]
         if len(indices) == 0:
             return None
         transform = self.train_transform if split == "train" else self.eval_transform
-        return TorchvisionSamples(source, f"{self.dataset}/{split}", indices, transform, self.channels)
+        samples = TorchvisionSamples(source, f"{self.dataset}/{split}", indices, transform, self.channels, self.decoder)
+        if cached is not None and (split == "train" or self._evaluates_copies):
+            cached.lend(samples)
+            if split != "test":
+                part = options.get("split", "all")
+                pool = TorchvisionSamples(
+                    source, f"{self.dataset}/{part}", np.arange(len(source)), transform, self.channels, self.decoder
+                )
+                cached.add(f"{self.dataset}_{part}", pool, [(samples, indices)])
+        return samples
 
     def in_stage(self, settings: dict[str, Any]) -> Callable[[Samples], Samples]:
+        if self.cached is not None:
+            self.cached.check(settings.get("image_size", self.train_options["image_size"]))
         return partial(with_transform, transform=transforms.train_transform(**self.train_options | settings))
 
     def _open(self, options: dict[str, Any], download: bool = False) -> Any:
@@ -378,14 +397,6 @@ def _load_arrays(file: IO[bytes], encoding: str = "ASCII") -> Any:
     if not isinstance(content, dict):
         raise ValueError(f"{file.name} is not read: expected a dictionary, got {type(content).__name__}")
     return {key: value.values if isinstance(value, _Array) else value for key, value in content.items()}
-
-
-def _labels(source: Any) -> np.ndarray:
-    """A label for each sample; torchvision calls them differently from set to set."""
-    for attribute in ("targets", "labels", "_labels"):
-        if hasattr(source, attribute):
-            return np.asarray(getattr(source, attribute))
-    raise AttributeError(f"{type(source).__name__} has no list of labels")
 
 
 def _class_names(source: Any) -> list[str] | None:

@@ -1,7 +1,9 @@
 """Augmentation: in the loader's workers on single images, and on the device on batches.
 
-In a worker, a PIL image becomes a uint8 tensor (C, H, W): :func:`train_transform`, :func:`eval_transform`. The former
-draws from torch's, Python's and NumPy's global generators, which the loader seeds for every sample.
+In a worker, an image becomes a uint8 tensor (C, H, W) of the wanted size: :func:`train_transform`,
+:func:`eval_transform`. The former draws from torch's, Python's and NumPy's global generators, which the loader seeds
+for every sample. Both take PIL images and uint8 tensors (C, H, W), as decoders and caches give them, draw the same for
+either, and give the same image up to rounding (``resizing.py``).
 
 On the device, float batches (B, C, H, W) keep their shape and dtype, and every image has parameters of its own, drawn
 from an explicit generator on the images' device: :func:`flip`, :func:`affine`, :func:`binarize`, :func:`erase`. None of
@@ -23,7 +25,9 @@ from timm.data import auto_augment as policies
 from torch import Generator, Tensor
 from torchvision.transforms import v2
 
-ToTensor = Callable[[Image.Image], Tensor]
+from datamodules.resizing import Cover, Pixels, ResizedCrop, as_image, planes
+
+ToTensor = Callable[[Pixels], Tensor]
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 
@@ -40,11 +44,8 @@ TRAIN_OPTIONS = ("image_size", "scale", "ratio", "interpolation", "auto_augment"
 
 Binarization = Literal["threshold", "draw", "draw_once"]
 
-LONGEST = 16
-"""Longer than this many times its width, an image is cut before it is resized, since it could fill the memory."""
 
-
-# In the worker: one PIL image.
+# In the worker: one image.
 
 
 def train_transform(
@@ -57,7 +58,7 @@ def train_transform(
     padding: int = 0,
     fill: Sequence[float] = (0.485, 0.456, 0.406),
 ) -> ToTensor:
-    """A PIL image (grey or RGB) becomes an augmented uint8 tensor (C, H, W): crop, auto-augment, colour jitter.
+    """An image (grey or RGB) becomes an augmented uint8 tensor (C, H, W): crop, auto-augment, colour jitter.
 
     Args:
         image_size: Side in pixels, or (height, width).
@@ -77,9 +78,9 @@ def train_transform(
     Raises:
         ValueError: For an unknown policy, setting or interpolation, and for values out of range.
     """
-    size = _height_and_width(image_size)
+    size = height_and_width(image_size)
     mode = _interpolation(interpolation)
-    steps: list[Callable[[Image.Image], Image.Image]] = []
+    steps: list[Callable[[Any], Any]] = []
     if scale is not None:
         if not 0 < scale[0] <= scale[1] <= 1:
             raise ValueError(f"scale is {tuple(scale)}: expected two shares of the area, 0 < low <= high <= 1, or null")
@@ -87,24 +88,26 @@ def train_transform(
             raise ValueError(f"ratio is {tuple(ratio)}: expected two positive aspects, low <= high")
         if padding:
             raise ValueError(f"padding is {padding}, but padding goes with a plain random crop only: set scale to null")
-        steps += [v2.RandomResizedCrop(size, scale, ratio, mode)]
+        steps += [ResizedCrop(size, scale, ratio, mode)]
     else:
         if padding < 0:
             raise ValueError(f"padding is {padding}: expected 0 or more pixels")
-        steps += [_Cover(size, mode), v2.RandomCrop(size, padding or None)]
+        steps += [Cover(size, mode), v2.RandomCrop(size, padding or None)]
+    if auto_augment is not None or color_jitter:
+        steps += [as_image]  # a tensor as well, now that it is small: the policies are Pillow's
     if auto_augment is not None:
         steps += [_InRGB(_policy(auto_augment, size, interpolation, fill))]
     if not 0 <= color_jitter <= 1:
         raise ValueError(f"color_jitter is {color_jitter}: expected a number in [0, 1]")
     if color_jitter:
         steps += [v2.ColorJitter(color_jitter, color_jitter, color_jitter)]
-    return v2.Compose([*steps, v2.PILToTensor()])
+    return v2.Compose([*steps, planes])
 
 
 def eval_transform(
     image_size: int | tuple[int, int], crop_ratio: float = 0.875, interpolation: str = "bicubic"
 ) -> ToTensor:
-    """A PIL image becomes a uint8 tensor (C, H, W): resized to cover image_size / crop_ratio, its centre cropped.
+    """An image becomes a uint8 tensor (C, H, W): resized to cover image_size / crop_ratio, its centre cropped.
 
     Args:
         image_size: Side in pixels, or (height, width).
@@ -112,29 +115,17 @@ def eval_transform(
             usual "resize to 256, crop 224".
         interpolation: nearest, bilinear, bicubic or lanczos.
     """
-    size = _height_and_width(image_size)
+    size = height_and_width(image_size)
     if not 0 < crop_ratio <= 1:
         raise ValueError(f"crop_ratio is {crop_ratio}: expected a number in (0, 1]")
-    resized = (math.floor(size[0] / crop_ratio), math.floor(size[1] / crop_ratio))
-    return v2.Compose([_Cover(resized, _interpolation(interpolation)), v2.CenterCrop(size), v2.PILToTensor()])
+    resized = covered_by_evaluation(image_size, crop_ratio)
+    return v2.Compose([Cover(resized, _interpolation(interpolation)), v2.CenterCrop(size), planes])
 
 
-class _Cover:
-    """Resizes an image, its aspect kept, to the smallest size that covers (height, width)."""
-
-    def __init__(self, size: tuple[int, int], interpolation: v2.InterpolationMode) -> None:
-        self.size, self.interpolation = size, interpolation
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        height, width = self.size
-        longest = LONGEST * max(height, width) // min(height, width) * min(image.size)
-        if max(image.size) > longest:
-            image = v2.functional.center_crop(image, [min(image.height, longest), min(image.width, longest)])
-        if image.width * height >= image.height * width:  # wider than what it has to cover
-            width = max(width, height * image.width // image.height)
-        else:
-            height = max(height, width * image.height // image.width)
-        return v2.functional.resize(image, [height, width], self.interpolation)
+def covered_by_evaluation(image_size: int | tuple[int, int], crop_ratio: float) -> tuple[int, int]:
+    """The height and width that :func:`eval_transform` has an image cover before it is cropped."""
+    height, width = height_and_width(image_size)
+    return math.floor(height / crop_ratio), math.floor(width / crop_ratio)
 
 
 class _InRGB:
@@ -195,7 +186,8 @@ def _interpolation(name: str) -> v2.InterpolationMode:
     return v2.InterpolationMode(name)
 
 
-def _height_and_width(image_size: int | Sequence[int]) -> tuple[int, int]:
+def height_and_width(image_size: int | Sequence[int]) -> tuple[int, int]:
+    """Of an ``image_size``: a side in pixels, or (height, width)."""
     size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
     if len(size) != 2 or min(size) < 1:
         raise ValueError(f"image_size is {image_size}: expected a side in pixels, or height and width")

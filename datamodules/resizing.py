@@ -1,0 +1,113 @@
+"""Sizes and crops of one image in a loader's worker: a PIL image, or a uint8 tensor (C, H, W).
+
+Pillow resizes PIL images, torch resizes tensors: its bilinear and bicubic filters are Pillow's, rounded in other places
+(by one level, seldom two). Its nearest is another one, and lanczos it has in its newest versions only: for these two,
+tensors go through Pillow.
+"""
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import v2
+
+Pixels = Image.Image | Tensor
+
+LONGEST = 16
+"""Longer than this many times its width, an image is cut before it is resized, since it could fill the memory."""
+
+_BY_TORCH = (v2.InterpolationMode.BILINEAR, v2.InterpolationMode.BICUBIC)
+
+
+def size_of(image: Pixels) -> tuple[int, int]:
+    """Of a PIL image, whose own ``size`` is the other way round, or of a tensor (C, H, W)."""
+    return (image.height, image.width) if isinstance(image, Image.Image) else (image.shape[-2], image.shape[-1])
+
+
+def as_image(image: Pixels) -> Image.Image:
+    """uint8 (1 or 3, H, W) becomes grey or RGB; a PIL image stays what it is."""
+    if isinstance(image, Image.Image):
+        return image
+    return Image.fromarray(np.ascontiguousarray((image[0] if len(image) == 1 else image.permute(1, 2, 0)).numpy()))
+
+
+def as_tensor(image: Pixels) -> Tensor:
+    """A grey or RGB image becomes uint8 (1 or 3, H, W); a tensor stays what it is."""
+    return v2.functional.pil_to_tensor(image) if isinstance(image, Image.Image) else image
+
+
+def planes(image: Pixels) -> Tensor:
+    """An image as batches hold it: uint8 (C, H, W), one channel after the other.
+
+    By NumPy, which is twice as quick at it as torch, be it here or when a batch is put together.
+    """
+    if isinstance(image, Tensor) and image.is_contiguous():
+        return image
+    pixels = np.asarray(image) if isinstance(image, Image.Image) else image.permute(1, 2, 0).numpy()
+    return torch.from_numpy(np.array(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1), order="C"))
+
+
+def resize(image: Pixels, height: int, width: int, interpolation: v2.InterpolationMode) -> Pixels:
+    """The image at another size. At the size it has, a tensor comes back as it is, also as a view."""
+    if isinstance(image, Image.Image):
+        return v2.functional.resize(image, [height, width], interpolation)
+    if (height, width) == tuple(image.shape[-2:]):
+        return image
+    if interpolation not in _BY_TORCH:
+        return as_tensor(v2.functional.resize(as_image(image), [height, width], interpolation))
+    if len(image) > 1:  # torch's quick filter wants the channels of a pixel side by side, and a crop without gaps
+        image = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    return v2.functional.resize_image(image, [height, width], interpolation, antialias=True)
+
+
+def covering(size: tuple[int, int], height: int, width: int) -> tuple[int, int]:
+    """Height and width of the smallest size with an image's aspect that covers ``size``, a height and a width."""
+    (old_height, old_width) = size
+    if old_width * height >= old_height * width:  # wider than what it has to cover
+        return height, max(width, height * old_width // old_height)
+    return max(height, width * old_height // old_width), width
+
+
+class Cover:
+    """Resizes an image, its aspect kept, to the smallest size that covers (height, width)."""
+
+    def __init__(self, size: tuple[int, int], interpolation: v2.InterpolationMode) -> None:
+        self.size, self.interpolation = size, interpolation
+
+    def __call__(self, image: Pixels) -> Pixels:
+        height, width = size = size_of(image)
+        longest = LONGEST * max(self.size) // min(self.size) * min(size)
+        if max(size) > longest:
+            image = v2.functional.center_crop(image, [min(height, longest), min(width, longest)])
+        return resize(image, *covering(size_of(image), *self.size), self.interpolation)
+
+
+class Shrink:
+    """Resizes an image, its aspect kept, to a short side; one whose short side is no longer stays as it is."""
+
+    def __init__(self, side: int, interpolation: v2.InterpolationMode) -> None:
+        self.side, self.interpolation = side, interpolation
+
+    def __call__(self, image: Pixels) -> Pixels:
+        size = size_of(image)
+        if min(size) <= self.side:
+            return image
+        return resize(image, *covering(size, self.side, self.side), self.interpolation)
+
+
+class ResizedCrop(v2.RandomResizedCrop):
+    """torchvision's, which draws alike for both kinds of images; a tensor is cropped and resized by a shorter way."""
+
+    def forward(self, image: Pixels) -> Pixels:
+        if isinstance(image, Image.Image):
+            return super().forward(image)
+        box = self.make_params([image])
+        rows, columns = (slice(box[a], box[a] + box[b]) for a, b in (("top", "height"), ("left", "width")))
+        height, width = self.size
+        return resize(image[:, rows, columns], height, width, self.interpolation)
+
+
+def owned(pixels: Tensor, source: Tensor | None) -> Tensor:
+    """Pixels in memory of their own, where they were those of ``source``, which nobody may write to."""
+    same = source is not None and pixels.untyped_storage().data_ptr() == source.untyped_storage().data_ptr()
+    return pixels.clone(memory_format=torch.contiguous_format) if same else pixels

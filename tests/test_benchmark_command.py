@@ -327,9 +327,15 @@ def test_the_table_has_a_row_for_what_failed():
     ]
     lines = report.table(rows).splitlines()
     assert len(lines) == 2 + 3
-    assert lines[2].endswith("| 1 |")
-    assert lines[3].endswith("| 1.5× |")
+    assert lines[2].endswith("| 1 |  |")
+    assert lines[3].endswith("| 1.5× |  |")
     assert "| out of memory: killed |" in lines[4]
+
+
+def test_the_trainer_is_compared_with_the_loop_written_by_hand():
+    rows = [row([100, 100]), row([90, 90], peer="timm"), row([98, 98], mode="fit"), row([45, 45], "fit", "timm")]
+    found = [line.split(" | ")[-1].strip(" |") for line in report.table(rows).splitlines()[2:]]
+    assert found == ["", "", "0.98×", "0.5×"]
 
 
 def test_utilisation_is_flops_over_the_peak_of_all_devices():

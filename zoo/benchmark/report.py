@@ -10,6 +10,7 @@ from typing import Any
 from zoo.mistakes import Mistake
 
 Row = Mapping[str, Any]
+TITLES = ("images/s", "ms a step (p10 to p90)", "GiB", "MFU", "limit", "relative", "of `step`")
 
 
 class Rate:
@@ -52,29 +53,25 @@ def ratio_text(ours: Row, base: Row, paired: bool = True) -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown: a line a cell, compared with the first of its mode. An axis of one value has no column."""
+    """Markdown: a line a cell. An axis of one value has no column.
+
+    "relative" is to the first row of the same mode, "of step" to the loop written by hand, where both were measured.
+    """
     axes = [axis for axis, values in _varied(rows).items() if len(values) > 1]
-    titles = [
-        "mode",
-        "who",
-        *axes,
-        "images/s",
-        "ms a step (p10 to p90)",
-        "GiB",
-        "MFU",
-        "limit",
-        "relative",
-    ]
+    titles = ["mode", "who", *axes, *TITLES]
     lines = [titles, ["---"] * len(titles)]
     bases: dict[str, Row] = {}
+    by_hand = {_key(row, "step"): row for row in rows if row["cell"]["mode"] == "step" and row["status"] == "ok"}
     for row in rows:
         cell = row["cell"]
         start = [cell["mode"], cell["peer"] or "zoo", *(cell["axes"].get(axis, "") for axis in axes)]
         if row["status"] != "ok":
-            lines.append([*start, f"{row['status']}: {row['message']}", *[""] * 5])
+            lines.append([*start, f"{row['status']}: {row['message']}", *[""] * 6])
             continue
         base = bases.setdefault(cell["mode"], row)
-        lines.append([*start, *_figures(row), "1" if base is row else ratio_text(row, base)])
+        step = by_hand.get(_key(row, "step")) if cell["mode"] in ("fit", "e2e") else None
+        ratios = ["1" if base is row else ratio_text(row, base), "" if step is None else ratio_text(row, step)]
+        lines.append([*start, *_figures(row), *ratios])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -209,8 +206,9 @@ def compare(before: Sequence[Row], after: Sequence[Row], max_regression: float) 
     return "\n".join(f"| {' | '.join(line)} |" for line in lines), slower
 
 
-def _key(row: Row) -> str:
-    return json.dumps(row["cell"], sort_keys=True)
+def _key(row: Row, mode: str | None = None) -> str:
+    """What a cell is, or what it would be in another mode."""
+    return json.dumps(row["cell"] | ({"mode": mode} if mode else {}), sort_keys=True)
 
 
 def _title(row: Row) -> str:

@@ -199,7 +199,7 @@ def test_list_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
     shipped = {
         path.relative_to(ROOT / "configs").with_suffix("").as_posix() for path in ROOT.glob("configs/*/**/*.yaml")
     }
-    assert shipped == set(recipes.recipes()) <= set(listed)
+    assert shipped == {*recipes.recipes(), *recipes.hardware()} <= set(listed)
     assert "defaults" not in listed
 
 

@@ -16,7 +16,7 @@ from torchvision.models._meta import _COCO_CATEGORIES
 
 from zoo.cli import main
 from zoo.efficientnet import PUBLISHED, CompoundScaling
-from zoo.recipes import recipes
+from zoo.recipes import hardware, recipes
 
 SMALL_VIT = ["--model.width", "24", "--model.depth", "1", "--model.heads", "2", "--model.compile", "false"]
 SMALL_DECODER = ["--model.decoder_dim", "16", "--model.decoder_depth", "1", "--model.decoder_heads", "2"]
@@ -255,3 +255,16 @@ def test_recipe_for_shapes_trains_as_long_as_it_says():
     steps = data["train_size"] // data["batch_size"]
     assert f"{data['train_size']:,} training images make {steps:,} steps an epoch, {epochs * steps:,} in all" in text
     assert recipe["trainer"]["check_val_every_n_epoch"] == epochs, "validation is only at the end"
+
+
+@pytest.mark.parametrize("name", list(hardware()))
+def test_hardware_is_the_trainers_business_alone_and_wins_over_a_recipe(name, capsys):
+    settings = yaml.safe_load(hardware()[name].read_text())
+    assert settings.keys() == {"trainer"}
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "-c", "mae/base_imagenet", "-c", name, "--print_config"])
+    assert end.value.code == 0
+    resolved = yaml.safe_load(capsys.readouterr().out)
+    assert settings["trainer"].items() <= resolved["trainer"].items()
+    assert resolved["trainer"]["max_epochs"] == 1600
+    assert f"-c {name}" in hardware()[name].read_text()

@@ -16,10 +16,21 @@ _HERE = Path(zoo.__file__).parent
 FOLDER = _HERE / "configs" if (_HERE / "configs").is_dir() else _HERE.parent / "configs"
 # What the Trainer of a run without a recipe does; a recipe's own settings replace these.
 DEFAULTS = FOLDER / "defaults.yaml"
+# Settings of the Trainer alone, to be merged with a recipe.
+HARDWARE = FOLDER / "hardware"
 
 
 def recipes() -> dict[str, Path]:
     """Every shipped recipe: name, as in ``vit/digits``, and file."""
+    return {name: file for name, file in _shipped().items() if HARDWARE not in file.parents}
+
+
+def hardware() -> dict[str, Path]:
+    """What a recipe is merged with to run on other machines: name, as in ``hardware/one_gpu``, and file."""
+    return {name: file for name, file in _shipped().items() if HARDWARE in file.parents}
+
+
+def _shipped() -> dict[str, Path]:
     files = (file for file in FOLDER.rglob("*.yaml") if file != DEFAULTS)
     return {file.relative_to(FOLDER).with_suffix("").as_posix(): file for file in sorted(files)}
 
@@ -38,7 +49,7 @@ def find(name: str, urls: bool = False) -> str:
         if not urls:
             raise Mistake(f"{name}: a configuration from a URL can run code; it is read with --strict-imports only")
         return name
-    shipped = recipes()
+    shipped = _shipped()
     path = Path(name) if Path(name).is_file() else shipped.get(name, Path(name))
     if path.is_file():
         _check_yaml(path)
@@ -72,7 +83,8 @@ def overview(packages: Mapping[str, ModuleType]) -> str:
         title: {name: _class_line(package.__name__, file, name) for name, file in package._EXPORTS.items()}
         for title, package in packages.items()
     }
-    sections["recipes"] = {name: _first_comment(file) for name, file in recipes().items()}
+    for title, files in (("recipes", recipes()), ("hardware, to be merged with a recipe", hardware())):
+        sections[title] = {name: _first_comment(file) for name, file in files.items()}
     width = max(len(name) for section in sections.values() for name in section)
     lines = []
     for title, section in sections.items():

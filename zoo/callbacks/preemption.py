@@ -233,7 +233,7 @@ class PreemptionGuard(Callback):
             rank_zero_info(f"{cause}: there is nothing to save")
         else:
             path = self._path(trainer, requeue)
-            trainer.save_checkpoint(path)
+            trainer.save_checkpoint(path, weights_only=False)  # a whole one; unset, Lightning says so in alarming words
             how = "the requeued job continues with it" if requeue else f"continue with --ckpt_path {path}"
             rank_zero_info(f"{cause}: the checkpoint is {path}; {how}")
         if requeue and trainer.is_global_zero:

@@ -557,7 +557,10 @@ def test_a_signal_ends_a_test_on_two_ranks(tmp_path, to):
 @pytest.mark.parametrize(("processes", "to"), [(1, "main"), (1, "group"), (2, "main"), (2, "group"), (2, "rank 1")])
 @pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, 2), (signal.SIGUSR1, 0)], ids=["SIGTERM", "SIGUSR1"])
 def test_a_signal_leaves_a_checkpoint_143_and_nothing_else(tmp_path, number, processes, workers, to):
-    """Ten of the twenty cases that there are with both signals, with and without workers: benchmarks/faults.py."""
+    """Both signals, with workers and without, but not all four of them: a process that starts takes long.
+
+    benchmarks/faults.py sends twenty, and says what stock Lightning does.
+    """
     program = Program(tmp_path, processes, workers)
     program.signal(number, to)
     assert program.end() == 143, program.text()

@@ -10,12 +10,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import zoo
-from zoo.benchmark import cells, peers, report
+from zoo import recipes
+from zoo.benchmark import cells, command, peers, process, report
 from zoo.benchmark.cells import Cell
 from zoo.benchmark.clock import Clock, Goal, percentiles
 from zoo.benchmark.measure import Waits, limit_of, random_batch
 from zoo.benchmark.peaks import PEAKS, peak_of
-from zoo.cli import main
+from zoo.cli import PACKAGES, main
 
 CPU = torch.device("cpu")
 
@@ -304,6 +305,17 @@ def test_a_peer_that_is_not_installed_is_known_as_such():
     assert not peers.is_installed(not_there)
 
 
+def test_a_peer_that_is_not_installed_is_a_row_that_names_the_extra(monkeypatch, tmp_path):
+    known = peers.PEERS["ViTClassifier"]["timm"]._replace(needs="no_such_package")
+    monkeypatch.setitem(peers.PEERS, "ViTClassifier", {"timm": known})
+    setting = {"cell": Cell("step", "timm", {})._asdict(), "goal": {}, "options": ["--trainer.devices", "1"]}
+    asked, found = tmp_path / "asked.json", tmp_path / "found.json"
+    asked.write_text(json.dumps(setting | {"configs": [recipes.find("vit/digits")]}))
+    process.answer(asked, found, tmp_path, False, PACKAGES.values())
+    told = "timm needs no_such_package: pip install 'vision-zoo[peers]'"
+    assert json.loads(found.read_text()) == {"status": "not installed", "message": told}
+
+
 # What is said of it.
 
 
@@ -398,15 +410,26 @@ def test_compare_says_what_is_wrong_with_a_file(tmp_path, capsys, content, said)
         (["vit/digits", "--channels-last", "true"], "ViTClassifier has no channels_last: leave --channels-last out"),
         (["vit/digits", "--peers", "tim"], "ViTClassifier has no peer 'tim'; did you mean timm?"),
         (["vit/digits", "--peers", "--mode", "data"], "there is no peer of ViTClassifier for --mode data"),
+        (["vit/digits", "--out", "other"], "other holds fit.json of another benchmark: name another --out"),
+        (["vit/digits", "--mode", "fit", "--out", "other"], "other holds fit.json of another benchmark"),
         (["vit/digits", "--repeats", "0"], "'0' is not a whole number of at least 1"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_measured(arguments, said, capsys):
+    write(Path("other").absolute(), row(mode="fit")).joinpath("0.json").rename("other/fit.json")
     assert main(["benchmark", *arguments]) == 2
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
     assert not Path("runs").exists()
+
+
+def test_each_benchmark_has_a_folder_of_its_own():
+    file = recipes.find("vit/digits")
+    assert command.new_folder(file) == Path("runs/benchmark/vit/digits/version_0")
+    Path("runs/benchmark/vit/digits/version_0").mkdir(parents=True)
+    assert command.new_folder(file) == Path("runs/benchmark/vit/digits/version_1")
+    assert command.new_folder("somewhere/mine.yaml") == Path("runs/benchmark/mine/version_0")
 
 
 QUICK = ["--repeats", "1", "--steps", "5", "--seconds", "0", "--limit", "20"]

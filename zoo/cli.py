@@ -88,7 +88,7 @@ share of the device's peak, and what limits it. Writes a JSON file a cell, a tab
                            fit: Trainer.fit on that batch, with the recipe's callbacks and a logger
                            data: the loader alone; e2e: Trainer.fit on the data; infer: predictions
   --peers [NAME ...]       others that do the same, in the same run; without names all there are
-  --out FOLDER             where files, table and plot go (runs/benchmark)
+  --out FOLDER             where files, table and plot go (runs/benchmark/RECIPE/version_N)
   --repeats N              processes for each cell, which take turns (3)
   --steps N --seconds S    at least so many steps, and so long, are measured in each (50, 5)
   --limit S                but no longer than this (60)
@@ -265,7 +265,7 @@ def _benchmark(files: list[str], args: list[str], strict: bool) -> None:
     parser = Arguments(prog="zoo benchmark", allow_abbrev=False, add_help=False)
     parser.add_argument("--mode", nargs="+", default=["step"])
     parser.add_argument("--peers", nargs="*")
-    parser.add_argument("--out", type=Path, default=Path("runs", "benchmark"))
+    parser.add_argument("--out", type=Path)
     for name, default in (("repeats", 3), ("steps", 50)):
         parser.add_argument(f"--{name}", type=_positive, default=default)
     for name, seconds in (("seconds", 5.0), ("limit", 60.0)):

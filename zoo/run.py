@@ -258,7 +258,7 @@ class ZooCLI(LightningCLI):
     def resolved(self) -> str:
         """The resolved configuration, as :class:`SaveConfig` writes it."""
         config = _shared(self.config[str(self.subcommand)])
-        return str(self._parser(str(self.subcommand)).dump(config, skip_none=False))
+        return str(self._parser(str(self.subcommand)).dump(config, skip_unset=False))
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         trainer: Any

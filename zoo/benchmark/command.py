@@ -1,10 +1,13 @@
 """What ``zoo benchmark`` does: it checks what is asked, has it measured, and writes the table."""
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from zoo import recipes
 from zoo.benchmark import cells, peers, report
 from zoo.blueprint import Blueprint, read
 from zoo.mistakes import Mistake, did_you_mean
@@ -20,7 +23,7 @@ def run(
     strict: bool,
     packages: Iterable[ModuleType],
     *,
-    out: Path,
+    out: Path | None,
     mode: Sequence[str],
     peers: Sequence[str] | None,
     repeats: int,
@@ -33,7 +36,7 @@ def run(
 
     Args:
         configs, options, strict, packages: Of the recipe; see :func:`zoo.run.run`.
-        out: The folder for JSON files, table and plot.
+        out: The folder for JSON files, table and plot. None: a new one under runs/benchmark.
         mode: What is measured.
         peers: Who is measured as well: names, an empty list for all, None for nobody.
         repeats: Processes of each cell.
@@ -55,9 +58,11 @@ def run(
         read(configs, [*options, *cell], strict, packages)
     goal = {"steps": steps, "seconds": seconds, "limit": limit}
     shared = [*options, *(["--strict-imports"] if strict else [])]
+    out = out or new_folder(configs[0])
+    _check_empty(out, {cell.name for cell in asked}, configs)
     with taking_runs_along():
         rows = cells.run(asked, configs, shared, known, goal, repeats, out)
-    return _written(rows, configs, out)
+    return _written(rows, out)
 
 
 def _check_names(modes: Sequence[str], options: Sequence[str]) -> None:
@@ -103,7 +108,21 @@ def _class(part: Any) -> str:
     return str(part.class_path).split(".")[-1]
 
 
-def _written(rows: Sequence[Mapping[str, Any]], configs: Sequence[str], out: Path) -> str:
+def new_folder(recipe: str) -> Path:
+    """The first ``runs/benchmark/RECIPE/version_N`` that is not there yet, of a recipe's file."""
+    name = next((name for name, file in recipes.recipes().items() if str(file) == recipe), Path(recipe).stem)
+    versions = (Path("runs", "benchmark", name, f"version_{number}") for number in count())
+    return next(folder for folder in versions if not folder.exists())
+
+
+def _check_empty(out: Path, names: set[str], configs: list[str]) -> None:
+    """Files of the same benchmark are measured anew; those of another would be lost, or be taken for a part of it."""
+    for file in sorted(out.glob("*.json")):
+        if file.stem not in names or json.loads(file.read_text(encoding="utf-8")).get("configs") != configs:
+            raise Mistake(f"{out} holds {file.name} of another benchmark: name another --out, or remove it")
+
+
+def _written(rows: Sequence[Mapping[str, Any]], out: Path) -> str:
     """The table in ``out/table.md`` and the plot beside it; what is printed of them."""
     text = report.page(rows)
     (out / "table.md").write_text(text + "\n", encoding="utf-8")

@@ -265,8 +265,7 @@ def _monitors(callback: Any) -> bool:
 
 
 def _load(data: Any, goal: Goal, peer: Callable[[Any], Any] | None) -> dict[str, Any]:
-    """Reads the training data, epoch after epoch."""
-    data.prepare_data()
+    """Reads the training data, which is prepared, epoch after epoch."""
     data.setup("fit")
     loader = peer(data) if peer else data.train_dataloader()
     clock, images, size = Clock(torch.device("cpu"), goal), 0, 0

@@ -84,7 +84,7 @@ def _peer(plan: Blueprint, setting: dict[str, Any]) -> tuple[Any, str | None]:
     known = peers.peers_of(model.class_path.split(".")[-1], data and data.class_path.split(".")[-1])
     peer = known[setting["cell"]["peer"]]
     if not peers.is_installed(peer):
-        raise ImportError(f"{setting['peer']} needs {peer.needs}: pip install 'vision-zoo[peers]'")
+        raise ImportError(f"{setting['cell']['peer']} needs {peer.needs}: pip install 'vision-zoo[peers]'")
     if setting["cell"]["mode"] == "data":
         return lambda data: peer.build(data), peer.differs
     like = plan.build_model("meta")

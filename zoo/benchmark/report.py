@@ -7,6 +7,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from zoo.benchmark.cells import SCHEMA
 from zoo.mistakes import Mistake
 
 Row = Mapping[str, Any]
@@ -175,7 +176,7 @@ def read(place: Path) -> list[dict[str, Any]]:
             row = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise Mistake(f"{file} is no JSON: {error}") from error
-        if not isinstance(row, dict) or row.get("schema") != 1:
+        if not isinstance(row, dict) or row.get("schema") != SCHEMA:
             raise Mistake(f"{file} is no cell of this version of zoo benchmark")
         rows.append(row)
     return rows

@@ -22,6 +22,7 @@ from zoo._lightning import LightningModule
 from zoo.checkpoints import SafeLoading
 from zoo.log import StepLog
 from zoo.seeding import differ_between_ranks
+from zoo.sharding import Shardable
 
 Loss = Literal["cross_entropy", "bce", "sigmoid"]
 
@@ -88,7 +89,7 @@ def check_labels(labels: Tensor, num_classes: int, batch_idx: int) -> None:
             raise ValueError(f"label {wrong} is out of range: num_classes is {num_classes}, labels run from 0")
 
 
-class Classifier(SafeLoading, LightningModule):
+class Classifier(SafeLoading, Shardable, LightningModule):
     """The steps of an image classifier. It has no constructor: a technique builds ``backbone`` and ``head`` itself.
 
     A subclass sets, in its constructor: ``hparams`` with ``num_classes``, ``multi_label``, ``loss``,

@@ -15,7 +15,8 @@ from typing import Any, cast
 from timm.models._manipulate import MATCH_PREV_GROUP, group_with_matcher
 from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from torch import nn
-from torch.optim import Optimizer
+from torch.distributed.tensor import DTensor
+from torch.optim import Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from zoo._lightning import LightningModule, rank_zero_warn
@@ -144,7 +145,10 @@ def create_optimizer(
         groups = [half for group in groups for half in _by_dimension(group)]
     devices = {parameter.device.type for group in groups for parameter in group["params"]}
     arguments = inspect.signature(info.opt_class).parameters if inspect.isclass(info.opt_class) else {}
-    if devices <= {"cpu", "cuda"} and "fused" in arguments:
+    split = any(isinstance(parameter, DTensor) for group in groups for parameter in group["params"])
+    # torch has not taught every fused kernel to work on weights that FSDP2 has split.
+    fusible = not split or info.opt_class in (Adam, AdamW)
+    if devices <= {"cpu", "cuda"} and "fused" in arguments and fusible:
         settings["fused"] = True  # one kernel for all parameters: on a CPU a fraction of the time of torch's default
     try:
         created = create_optimizer_v2(groups, optimizer, lr=lr, weight_decay=weight_decay, **settings)

@@ -118,8 +118,13 @@ def load(module: nn.Module, source: str | Path) -> Report:
     )
 
 
-def save(module: nn.Module, path: str | Path) -> None:
+def save(module: nn.Module, path: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
     """Writes a module's weights to a ``.safetensors`` file, which appears complete or not at all.
+
+    Args:
+        module: Whose weights.
+        path: Where to.
+        state: What to write in the place of ``module.state_dict()``, which under FSDP2 has but a process's part.
 
     Raises:
         ValueError: For a path with another ending.
@@ -130,9 +135,10 @@ def save(module: nn.Module, path: str | Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        state = {name: tensor.detach().cpu() for name, tensor in module.state_dict().items()}
+        held = module.state_dict() if state is None else state
+        found = {name: tensor.detach().cpu() for name, tensor in held.items()}
         # A copy of each: tensors that share memory, or lie in it channels last, are refused.
-        copies = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
+        copies = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in found.items()}
         safetensors.torch.save_file(copies, beside)
         os.replace(beside, path)
     finally:

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo._lightning import Callback
-
-SHARDED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
+from zoo.sharding import is_split
 
 
 class EMA(Callback):
@@ -52,8 +51,8 @@ class EMA(Callback):
     # The run.
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        strategy = type(trainer.strategy).__name__
-        if stage == "fit" and strategy in SHARDED:
+        if stage == "fit" and is_split(trainer):
+            strategy = type(trainer.strategy).__name__
             raise ValueError(f"EMA needs whole weights in each process, but {strategy} splits them: use ddp")
 
     @torch.no_grad()

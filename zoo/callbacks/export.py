@@ -5,6 +5,7 @@ from typing import Any
 
 from zoo import weights
 from zoo._lightning import Callback
+from zoo.sharding import is_split, whole_state
 
 
 class ExportBackbone(Callback):
@@ -34,6 +35,9 @@ class ExportBackbone(Callback):
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         folder = Path(trainer.log_dir or trainer.default_root_dir)  # all ranks have to ask
-        if trainer.is_global_zero and not trainer.fast_dev_run:
+        if trainer.fast_dev_run:
+            return
+        state = whole_state(pl_module.backbone) if is_split(trainer) else None  # all ranks have to ask
+        if trainer.is_global_zero:
             self.last_path = folder / self.filename
-            weights.save(pl_module.backbone, self.last_path)
+            weights.save(pl_module.backbone, self.last_path, state)

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from zoo._lightning import Callback
@@ -40,7 +41,8 @@ class GradientNorm(Callback):
 
     def _log(self, trainer: Any, pl_module: Any, norm: torch.Tensor) -> None:
         if _is_logged(trainer):
-            self.step_log(pl_module, {"train/grad_norm": norm})
+            whole = norm.full_tensor() if isinstance(norm, DTensor) else norm  # of weights that FSDP2 splits
+            self.step_log(pl_module, {"train/grad_norm": whole})
 
 
 def _is_logged(trainer: Any) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
 from zoo._lightning import Callback, isolate_rng
+from zoo.sharding import is_split
 
 
 class SavePictures(Callback):
@@ -16,8 +17,8 @@ class SavePictures(Callback):
 
     ``pictures`` returns tensors (B, 3, H, W) in [0, 1] by name. A module without it is left alone. The files are
     ``images/epoch019_predictions.png``, ``images/test_predictions.png`` and ``images/predict_predictions.png`` in the
-    run's directory; TensorBoard, if it is a logger, gets the same. Drawing takes place on one process, changes no
-    random state and compiles nothing.
+    run's directory; TensorBoard, if it is a logger, gets the same. Drawing takes place on one process, unless weights are
+    split between several; it changes no random state and compiles nothing.
 
     Args:
         every_n_epochs: Epochs between pictures, of those that validate.
@@ -62,12 +63,16 @@ class SavePictures(Callback):
 
     @torch.no_grad()
     def _draw(self, trainer: Any, pl_module: Any, batch: Any, moment: str) -> None:
-        if not trainer.is_global_zero or trainer.fast_dev_run or not hasattr(pl_module, "pictures"):
+        if trainer.fast_dev_run or not hasattr(pl_module, "pictures"):
+            return
+        if not trainer.is_global_zero and not is_split(trainer):
             return
         assert self.folder is not None
         some = _first(batch, self.max_images)
         with isolate_rng(), torch.compiler.set_stance("force_eager"), trainer.precision_plugin.forward_context():
             drawn: dict[str, Tensor] = pl_module.pictures(some)
+        if not trainer.is_global_zero:
+            return
         for name, images in reversed(drawn.items()):  # the first is written last: it is the one to be looked at
             grid = make_grid(images.float().cpu(), nrow=math.ceil(math.sqrt(len(images))), pad_value=0.5)
             self.folder.mkdir(parents=True, exist_ok=True)

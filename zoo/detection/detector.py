@@ -38,6 +38,7 @@ from zoo.detection.pyramid import (
 )
 from zoo.log import StepLog
 from zoo.seeding import differ_between_ranks
+from zoo.sharding import Shardable
 from zoo.weights import load as load_weights
 
 Neck = Literal["fpn", "single"]
@@ -67,7 +68,7 @@ class DenseMaps(NamedTuple):
     image_size: tuple[int, int]
 
 
-class FPNDetector(SafeLoading, LightningModule):
+class FPNDetector(SafeLoading, Shardable, LightningModule):
     """Dense object detector on a feature pyramid: FCOS, ATSS or RetinaNet.
 
     Batch: images (B, C, H, W) of any one size, normalised, and for each a dictionary of ``boxes`` (n, 4) xyxy in pixels

@@ -19,6 +19,7 @@ from zoo.gumbel_vae.networks import create_networks
 from zoo.gumbel_vae.schedules import cosine
 from zoo.log import StepLog
 from zoo.seeding import differ_between_ranks
+from zoo.sharding import Shardable
 from zoo.weights import load as load_weights
 
 VALUES_AT_A_TIME = 2**23
@@ -40,7 +41,7 @@ class VAEOutput(NamedTuple):
     kl: Tensor
 
 
-class VAE(SafeLoading, LightningModule):
+class VAE(SafeLoading, Shardable, LightningModule):
     """A variational autoencoder. It has no constructor: a technique calls :meth:`build` in its own.
 
     A technique provides its latents: :meth:`encode`, :meth:`draw`, :meth:`draw_prior`, :meth:`log_ratio`, :meth:`kl`,

@@ -43,6 +43,8 @@ class Attention(nn.Module):
 class SelfBlock(nn.Module):
     """A transformer block, pre-norm, with parts that can be left out where nothing reads them."""
 
+    entered = ("project",)  # for zoo.sharding
+
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)

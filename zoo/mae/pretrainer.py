@@ -26,6 +26,7 @@ from zoo.mae.patches import (
     visible_patches,
 )
 from zoo.seeding import differ_between_ranks
+from zoo.sharding import Shardable
 from zoo.weights import load as load_weights
 
 Decoder = Literal["self", "cross"]
@@ -65,7 +66,7 @@ class Reconstruction(NamedTuple):
     uses_target_statistics: bool
 
 
-class MAEPretrainer(SafeLoading, LightningModule):
+class MAEPretrainer(SafeLoading, Shardable, LightningModule):
     """Masked autoencoder.
 
     Batch: images (B, C, H, W) in any form that :mod:`zoo.batch` reads; labels are not learned from. Logs

@@ -8,6 +8,8 @@ Nothing is measured: operations and parameters are counted, the rest is arithmet
 - Compute: images/s of a GPU = utilisation x peak / operations of an image (three times the forward pass).
 - Gradients: a ring all-reduce moves 2 (n - 1) / n of the gradients' bytes (float32) over each GPU's slowest link. It is
   hidden behind the backward pass, two thirds of a step, as far as it is shorter; the rest is lost.
+- State: weights, gradients and Adam's two moments in float32, 16 bytes a parameter, or, split over a node by FSDP2, its
+  share of that; FSDP2 moves 3 (n - 1) / n instead of 2 (n - 1) / n of the bytes.
 - Data: cores of a node = images/s of the node / images/s of a core.
 """
 
@@ -45,6 +47,7 @@ def main() -> None:
     )
     titles = ["recipe", "parameters, million", "GFLOP an image", "images/s a GPU", "batch a GPU", "ms a step"]
     titles += ["all-reduce, ms in a node", f"over {own.nodes} nodes", "efficiency", "cores a node for the data"]
+    titles += ["state, GB a GPU, DDP", "FSDP2"]
     print(f"| {' | '.join(titles)} |\n{'|---' * len(titles)}|")
     for name in RECIPES:
         plan = read([find(name)], [], False, PACKAGES.values())
@@ -69,6 +72,8 @@ def main() -> None:
             *(f"{1e3 * seconds:.1f}" for seconds in reduced),
             f"{step / (step + lost):.0%}",
             f"{rate * own.gpus / own.core:.0f}",
+            f"{4 * gradients / 1e9:.1f}",
+            f"{4 * gradients / own.gpus / 1e9:.2f}",
         ]
         print(f"| {' | '.join(cells)} |")
 

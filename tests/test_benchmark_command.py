@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 import zoo
 from zoo import recipes
-from zoo.benchmark import cells, command, peers, process, report
+from zoo.benchmark import cells, command, operations, peers, process, report
 from zoo.benchmark.cells import Cell
 from zoo.benchmark.clock import Clock, Goal, percentiles
 from zoo.benchmark.measure import Waits, limit_of, random_batch
@@ -174,6 +174,46 @@ def test_time_spent_on_the_next_batch_is_counted_and_nothing_else():
         time.sleep(0.02)
         waits.stop(action)
     assert 0.02 <= waits.seconds < 0.04
+
+
+@pytest.mark.parametrize(
+    ("operation", "kind"),
+    [
+        ("aten::addmm", "matrix products"),
+        ("aten::mm", "matrix products"),
+        ("aten::convolution_backward", "convolutions"),
+        ("aten::mkldnn_convolution", "convolutions"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu_backward", "attention"),
+        ("## Call CompiledFxGraph fpmvgpmhciafvv ##", "compiled code"),
+        ("triton_poi_fused_add_0", "compiled code"),
+        ("aten::_fused_adamw_", "optimizer"),
+        ("Optimizer.step#RMSpropTF.step", "optimizer"),
+        ("aten::native_layer_norm", "elementwise, norms, copies"),
+        ("aten::comm_of_no_kind", "elementwise, norms, copies"),
+    ],
+)
+def test_kinds_of_operations(operation, kind):
+    assert operations.kind_of(operation) == kind
+
+
+@pytest.mark.parametrize(
+    ("step", "kind"),
+    [
+        (lambda: torch.ones(512, 512) @ torch.ones(512, 512), "matrix products"),
+        (lambda: nn.functional.conv2d(torch.ones(1, 32, 64, 64), torch.ones(32, 32, 3, 3)), "convolutions"),
+        (lambda: time.sleep(0.05), "Python"),
+    ],
+)
+def test_what_a_step_spends_its_time_in(step, kind):
+    step()  # what is set up in the first is not a part of it
+    found = operations.shares(step, CPU)
+    assert next(iter(found)) == kind
+    assert sum(found.values()) == pytest.approx(1)
+
+
+def test_what_is_less_than_a_twentieth_is_not_said():
+    found = {**row(), "runs": [{**row()["runs"][0], "operations": {"attention": 0.7, "Python": 0.26, "rest": 0.04}}]}
+    assert "Of the time of `step zoo`: attention 70 %, Python 26 %." in report.notes([found])
 
 
 def test_a_random_batch_is_what_the_module_takes():

@@ -70,8 +70,8 @@ def shard(module: nn.Module, mesh: DeviceMesh) -> None:
     """Splits a module over the data-parallel processes of a mesh, in place; a second time it does nothing.
 
     What is gathered at a time is a block: an element of an outermost ``ModuleList`` or ``Sequential``, as a
-    transformer's blocks and a ConvNet's stages are; and what is left of the module. A block that is run by other methods
-    than ``forward`` has their names in ``entered``.
+    transformer's blocks and a ConvNet's stages are; and what is left of the module. A block that is run by other
+    methods than ``forward`` has their names in ``entered``.
 
     Raises:
         ValueError: For a mesh with a tensor-parallel dimension, or for parameters without one.
@@ -117,5 +117,6 @@ def is_split(trainer: Any) -> bool:
 
 
 def whole_state(module: nn.Module) -> dict[str, Tensor]:
-    """A module's ``state_dict`` on the CPU, which all processes have to ask for; empty but on rank 0, if it is split."""
-    return get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    """A module's ``state_dict`` on the CPU; all processes have to ask, and of split weights rank 0 alone gets it."""
+    state: Any = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return dict(state)

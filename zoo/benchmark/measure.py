@@ -9,6 +9,7 @@ import resource
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from zoo import mistakes
 from zoo._lightning import NAMESPACE, Callback, Checkpoint, Trainer
+from zoo.benchmark import operations
 from zoo.benchmark.clock import Clock, Goal, percentiles
 from zoo.benchmark.peaks import peak_of
 from zoo.blueprint import Blueprint
@@ -101,6 +103,8 @@ class Timed(Callback):
 
     clock: Clock
     batch: Any = None
+    memory: dict[str, float] | None = None  # GiB, if it was looked at already
+    operations: Mapping[str, float] | None = None  # shares of a step
 
     def __init__(self, goal: Goal) -> None:
         self.goal, self.waits = goal, Waits()
@@ -130,8 +134,10 @@ class Timed(Callback):
             "step_ms": step,
             "steps": len(seconds),
             "warm_up_steps": self.clock.warm_up_steps,
-            "memory_gib": _memory(device),
+            "memory_gib": self.memory or _memory(device),
         }
+        if self.operations:
+            found["operations"] = self.operations
         if device.type == "cuda":
             found["issued_ms"] = 1e3 * (self.clock.issued or 0.0)
         if self.waits.seconds:
@@ -154,10 +160,16 @@ class ByHand(Timed):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if not pl_module.automatic_optimization or len(trainer.optimizers) != 1:
             raise Mistake(f"{type(pl_module).__name__} drives its optimizers itself: measure it with --mode fit")
+        self.drive(trainer, partial(self.step, trainer))
+
+    def drive(self, trainer: Any, step: Callable[[], object]) -> None:
+        """Takes steps until there are enough, and one more to see what is in them."""
         self.start(trainer)
-        self.step(trainer)
+        step()
         while not self.clock.tick():
-            self.step(trainer)
+            step()
+        self.memory = _memory(self.clock.device)
+        self.operations = operations.shares(step, self.clock.device)
         trainer.should_stop = True
 
     def step(self, trainer: Any) -> None:
@@ -187,11 +199,7 @@ class ByHandInference(ByHand):
     """Predictions in a loop written by hand, on what the Trainer has set up."""
 
     def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
-        self.start(trainer)
-        trainer.strategy.predict_step(self.batch, 0)
-        while not self.clock.tick():
-            trainer.strategy.predict_step(self.batch, 0)
-        trainer.should_stop = True
+        self.drive(trainer, partial(trainer.strategy.predict_step, self.batch, 0))
 
 
 class Waits(Profiler):

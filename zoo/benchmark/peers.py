@@ -21,6 +21,7 @@ from zoo import batch as batches
 from zoo import optim
 from zoo._lightning import LightningModule
 from zoo.mistakes import Mistake
+from zoo.sharding import Shardable
 
 TRAINING = ("step", "fit")
 
@@ -42,7 +43,7 @@ class Peer(NamedTuple):
     build: Callable[..., Any]
 
 
-class Other(LightningModule):
+class Other(Shardable, LightningModule):
     """Somebody else's network and loss as a module, updated by the optimizer that the zoo's model would have."""
 
     hparams: Any

@@ -113,6 +113,9 @@ def notes(rows: Sequence[Row]) -> list[str]:
     fixed = [f"{axis} {values[0]}" for axis, values in _varied(rows).items() if len(values) == 1]
     found = [f"In all rows: {', '.join(fixed)}."] if fixed else []
     for row in rows:
+        shares = row["runs"][0].get("operations") if row["runs"] else None
+        found += [f"Of the time of `{_title(row)}`: {_shares(shares)}."] if shares else []
+    for row in rows:
         if row.get("differs"):
             found.append(f"{row['cell']['peer']}: {row['differs']}.")
         for run in row["runs"]:
@@ -120,6 +123,11 @@ def notes(rows: Sequence[Row]) -> list[str]:
             found += [f"{run['note']}."] if run.get("note") else []
             found += [f"Operations not counted: {run['uncounted']}."] if run.get("uncounted") else []
     return list(dict.fromkeys(found))
+
+
+def _shares(found: Mapping[str, float]) -> str:
+    """What makes up at least a twentieth, as in "convolutions 94 %, optimizer 5 %"."""
+    return ", ".join(f"{kind} {100 * share:.0f} %" for kind, share in found.items() if share >= 0.05)
 
 
 def where(rows: Sequence[Row]) -> str:

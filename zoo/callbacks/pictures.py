@@ -17,8 +17,8 @@ class SavePictures(Callback):
 
     ``pictures`` returns tensors (B, 3, H, W) in [0, 1] by name. A module without it is left alone. The files are
     ``images/epoch019_predictions.png``, ``images/test_predictions.png`` and ``images/predict_predictions.png`` in the
-    run's directory; TensorBoard, if it is a logger, gets the same. Drawing takes place on one process, unless weights are
-    split between several; it changes no random state and compiles nothing.
+    run's directory; TensorBoard, if it is a logger, gets the same. Drawing takes place on one process, unless weights
+    are split between several; it changes no random state and compiles nothing.
 
     Args:
         every_n_epochs: Epochs between pictures, of those that validate.

@@ -4,8 +4,9 @@
     python benchmarks/trainer_overhead.py --each     # and each default callback by itself
 
 Every row trains the same small network on the same batches with the same optimizer and schedule. Logger and callbacks
-are those of configs/defaults.yaml, guards those of zoo/guards.py: with both it is what ``zoo fit`` runs. Rows take
-turns, so that a busy moment of the machine hits all of them alike.
+are those of configs/defaults.yaml, guards those of zoo/guards.py: with both, and without the
+idle profiler (zoo/profiler.py), it is what ``zoo fit`` runs. Rows take turns, so that a busy moment of the machine hits
+all of them alike.
 """
 
 import argparse
@@ -31,10 +32,12 @@ from torch import Tensor, nn
 from zoo import optim
 from zoo.guards import guard
 from zoo.log import StepLog
+from zoo.profiler import unprofiled
 
 DEFAULTS = Path(__file__).parents[1] / "configs" / "defaults.yaml"
 NAMES = ("train/loss", "train/a", "train/b", "train/c", "train/d")
 WARM_UP = 200  # steps before the clock starts
+Times = tuple[float, float, float]
 
 
 class Small(pl.LightningModule):
@@ -46,6 +49,7 @@ class Small(pl.LightningModule):
         self.values, self.steps = values, steps
         self.step_log = StepLog()
         self.clock: list[tuple[float, float]] = []
+        self.logged = 0.0  # seconds in the step log
 
     def loss(self, batch: Tensor) -> Tensor:
         return self.net(batch).square().mean()
@@ -53,7 +57,9 @@ class Small(pl.LightningModule):
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         loss = self.loss(batch)
         if self.values == "StepLog":
-            self.step_log(self, dict.fromkeys(NAMES, loss.detach()), prog_bar=NAMES[:1])
+            values, start = dict.fromkeys(NAMES, loss.detach()), time.perf_counter()
+            self.step_log(self, values, prog_bar=NAMES[:1])
+            self.logged += time.perf_counter() - start if batch_idx >= WARM_UP else 0.0
         elif self.values == "self.log":
             self.log(NAMES[0], loss, prog_bar=True)
             self.log_dict(dict.fromkeys(NAMES[1:], loss.detach()))
@@ -79,14 +85,14 @@ class Small(pl.LightningModule):
             torch.cuda.synchronize()
         self.clock.append((time.perf_counter(), time.process_time()))
 
-    def per_step(self) -> tuple[float, float]:
-        """Microseconds a step: by the clock on the wall, and of processor time."""
+    def per_step(self) -> Times:
+        """Microseconds a step: by the clock on the wall, of processor time, and in the step log."""
         (wall, cpu), (wall_end, cpu_end) = self.clock
         steps = self.steps - WARM_UP
-        return (wall_end - wall) / steps * 1e6, (cpu_end - cpu) / steps * 1e6
+        return (wall_end - wall) / steps * 1e6, (cpu_end - cpu) / steps * 1e6, self.logged / steps * 1e6
 
 
-def hand_written(steps: int, device: torch.device) -> tuple[float, float]:
+def hand_written(steps: int, device: torch.device) -> Times:
     module = Small("none", steps).to(device)
     optimizer = module.optimizer()
     schedule = optim.warmup_cosine(optimizer, steps // 10, steps)
@@ -108,7 +114,7 @@ def fit(
     settings: list[dict[str, Any]],
     logger: dict[str, Any] | None,
     guarded: bool,
-) -> tuple[float, float]:
+) -> Times:
     module = Small(values, steps)
     trainer = pl.Trainer(
         accelerator=accelerator,
@@ -120,7 +126,7 @@ def fit(
         enable_checkpointing=any(setting["class_path"].endswith("ModelCheckpoint") for setting in settings),
         enable_model_summary=False,
     )
-    (guard(trainer) if guarded else trainer).fit(module, Batches(steps))
+    (guard(unprofiled(trainer)) if guarded else trainer).fit(module, Batches(steps))
     return module.per_step()
 
 
@@ -161,7 +167,7 @@ def main() -> None:
 
     def run(
         values: str, settings: list[dict[str, Any]], logger: Any = logger, guarded: bool = False
-    ) -> Callable[[], tuple[float, float]]:
+    ) -> Callable[[], Times]:
         return lambda: fit(steps, arguments.accelerator, values, settings, logger, guarded)
 
     hand, bare, plain, none, gated, every = (
@@ -172,7 +178,7 @@ def main() -> None:
         "... and five values through StepLog",
         "... and five values through self.log",
     )
-    rows: dict[str, Callable[[], tuple[float, float]]] = {
+    rows: dict[str, Callable[[], Times]] = {
         hand: lambda: hand_written(steps, device),
         bare: run("none", [], None),
         plain: run("none", callbacks),
@@ -185,7 +191,7 @@ def main() -> None:
         for setting in callbacks:
             rows[f"logger and {setting['class_path'].rpartition('.')[2]}"] = run("none", [setting])
 
-    results: dict[str, list[tuple[float, float]]] = {name: [] for name in rows}
+    results: dict[str, list[Times]] = {name: [] for name in rows}
     with tempfile.TemporaryDirectory() as folder, chdir(folder):
         for _ in range(arguments.repeats):
             for name, row in rows.items():
@@ -194,18 +200,20 @@ def main() -> None:
     for name in (gated, every):
         print(f"{name.removeprefix('... and ')}: {over(results, name, none)} µs a step")
     print(f"Trainer.fit over the loop, with callbacks, guards and five values: {over(results, gated, hand)} µs a step")
+    logging_alone = statistics.median(times[2] for times in results[gated])
+    print(f"of that, in the call that takes note of the five values: {logging_alone:.0f} µs a step")
     more = statistics.median(a[0] - b[0] for a, b in zip(results[gated], results[hand], strict=True)) / 1e3
     print(f"which leaves {50 / (50 + more):.1%} of a loop whose steps take 50 ms")
 
 
-def over(results: dict[str, list[tuple[float, float]]], name: str, base: str) -> str:
+def over(results: dict[str, list[Times]], name: str, base: str) -> str:
     """What a row takes longer than another: median over the rounds, and between the fastest run of each, in µs."""
     rounds = zip(results[name], results[base], strict=True)
     fastest = min(results[name])[0] - min(results[base])[0]
     return f"{statistics.median(a[0] - b[0] for a, b in rounds):+.0f} ({fastest:+.0f})"
 
 
-def report(results: dict[str, list[tuple[float, float]]], base: str) -> None:
+def report(results: dict[str, list[Times]], base: str) -> None:
     """Prints a table: medians over the rounds, and their range. On a busy machine the fastest runs say more."""
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} x {platform.machine()}"
     print(f"Python {platform.python_version()}, torch {torch.__version__}, lightning {pl.__version__}, {where}")

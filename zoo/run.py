@@ -21,6 +21,7 @@ from zoo.callbacks import WriteDetections, WritePredictions
 from zoo.checkpoints import configuration, newest
 from zoo.guards import guard
 from zoo.mistakes import Mistake
+from zoo.profiler import unprofiled
 from zoo.sweep import write_json
 
 if TYPE_CHECKING or NAMESPACE == "lightning":
@@ -270,6 +271,7 @@ class ZooCLI(LightningCLI):
             trainer.callbacks.append(WriteDetections() if hasattr(self.model, "detect") else WritePredictions())
         if self.subcommand == "fit" and self.config.fit.ckpt_path:
             trainer.callbacks.append(KeepOptimizerSettings())
+        unprofiled(trainer)
         return guard(trainer, self.resolved()) if self.config[str(self.subcommand)].guards else trainer
 
     def after_fit(self) -> None:

@@ -24,6 +24,7 @@ from zoo.blueprint import Blueprint
 from zoo.cost import count
 from zoo.guards import guard
 from zoo.mistakes import Mistake
+from zoo.profiler import unprofiled
 
 if TYPE_CHECKING or NAMESPACE == "lightning":
     from lightning.pytorch.profilers import Profiler
@@ -264,7 +265,7 @@ def _trainer(plan: Blueprint, whole: bool) -> Any:
     }
     if not whole:
         settings["log_every_n_steps"] = 0  # what a module logs is not a part of the loop written by hand
-    trainer = Trainer(**settings)
+    trainer = unprofiled(Trainer(**settings))
     return guard(trainer) if whole and plan.config.fit.guards else trainer
 
 

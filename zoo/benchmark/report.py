@@ -110,11 +110,13 @@ def utilisation(row: Row) -> str:
 
 def notes(rows: Sequence[Row]) -> list[str]:
     """What has to be said of the table, each once: peers' differences, peaks, what could not be found out."""
-    fixed = [f"{axis} {values[0]}" for axis, values in _varied(rows).items() if len(values) == 1]
+    varied = _varied(rows)
+    fixed = [f"{axis} {values[0]}" for axis, values in varied.items() if len(values) == 1]
+    axes = [axis for axis, values in varied.items() if len(values) > 1]
     found = [f"In all rows: {', '.join(fixed)}."] if fixed else []
     for row in rows:
-        shares = row["runs"][0].get("operations") if row["runs"] else None
-        found += [f"Of the time of `{_title(row)}`: {_shares(shares)}."] if shares else []
+        if shares := row["runs"][0].get("operations") if row["runs"] else None:
+            found.append(f"Of the time of `{_title(row, axes)}`: {_shares(shares)}.")
     for row in rows:
         if row.get("differs"):
             found.append(f"{row['cell']['peer']}: {row['differs']}.")
@@ -165,8 +167,9 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _values(row: Row) -> list[str]:
-    return [f"{axis} {value}" for axis, value in row["cell"]["axes"].items()]
+def _values(row: Row, axes: Sequence[str] | None = None) -> list[str]:
+    """Of these axes, or of all."""
+    return [f"{axis} {value}" for axis, value in row["cell"]["axes"].items() if axes is None or axis in axes]
 
 
 def read(place: Path) -> list[dict[str, Any]]:
@@ -220,8 +223,8 @@ def _key(row: Row, mode: str | None = None) -> str:
     return json.dumps(row["cell"] | ({"mode": mode} if mode else {}), sort_keys=True)
 
 
-def _title(row: Row) -> str:
-    return " ".join([row["cell"]["mode"], row["cell"]["peer"] or "zoo", *_values(row)])
+def _title(row: Row, axes: Sequence[str] | None = None) -> str:
+    return " ".join([row["cell"]["mode"], row["cell"]["peer"] or "zoo", *_values(row, axes)])
 
 
 def _rate(row: Row | None) -> str:

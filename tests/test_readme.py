@@ -129,7 +129,7 @@ def test_links_and_recipes_exist():
     for name in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
         assert (ROOT / name).exists(), name
     for name in re.findall(r"-c (\w+/\w+)", README):
-        assert name in recipes.recipes(), name
+        assert name in {*recipes.recipes(), *recipes.hardware()}, name
 
 
 @pytest.mark.slow

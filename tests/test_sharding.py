@@ -165,11 +165,12 @@ class Net(Shardable, LightningModule):
         self.stem = nn.Linear(8, 8)
         self.stages = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), nn.Linear(8, 8))
         self.neck = nn.ModuleDict({"tops": nn.ModuleList([nn.Linear(8, 8)])})
+        self.fuse = nn.ModuleList([nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)]), nn.ModuleList([nn.Linear(8, 8)])])
 
 
 def test_blocks_are_the_elements_of_outermost_lists():
     net = Net()
-    assert _blocks(net) == [*net.stages, net.neck["tops"][0]]
+    assert _blocks(net) == [*net.stages, net.neck["tops"][0], *net.fuse[0], *net.fuse[1]]
 
 
 def test_what_cannot_be_split_is_refused_before_anything_is():

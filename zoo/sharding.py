@@ -107,7 +107,9 @@ def _split(module: nn.Module, mesh: DeviceMesh, entered: Sequence[str]) -> None:
 def _blocks(module: nn.Module) -> list[nn.Module]:
     found = []
     for child in module.children():
-        found += list(child) if isinstance(child, nn.ModuleList | nn.Sequential) else _blocks(child)
+        listed = isinstance(module, nn.ModuleList | nn.Sequential)
+        # Lists of lists, as HRNet has them, have no forward of their own that would gather them.
+        found += [child] if listed and not isinstance(child, nn.ModuleList | nn.ModuleDict) else _blocks(child)
     return found
 
 

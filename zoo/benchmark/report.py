@@ -58,7 +58,7 @@ def table(rows: Sequence[Row]) -> str:
 
     "relative" is to the first row of the same mode, "of step" to the loop written by hand, where both were measured.
     """
-    axes = [axis for axis, values in _varied(rows).items() if len(values) > 1]
+    axes = _varying(rows)
     titles = ["mode", "who", *axes, *TITLES]
     lines = [titles, ["---"] * len(titles)]
     bases: dict[str, Row] = {}
@@ -83,6 +83,11 @@ def _varied(rows: Sequence[Row]) -> dict[str, list[str]]:
         for axis, value in row["cell"]["axes"].items():
             found.setdefault(axis, {})[value] = None
     return {axis: list(values) for axis, values in found.items()}
+
+
+def _varying(rows: Sequence[Row]) -> list[str]:
+    """The axes that tell rows apart."""
+    return [axis for axis, values in _varied(rows).items() if len(values) > 1]
 
 
 def _figures(row: Row) -> list[str]:
@@ -110,9 +115,8 @@ def utilisation(row: Row) -> str:
 
 def notes(rows: Sequence[Row]) -> list[str]:
     """What has to be said of the table, each once: peers' differences, peaks, what could not be found out."""
-    varied = _varied(rows)
-    fixed = [f"{axis} {values[0]}" for axis, values in varied.items() if len(values) == 1]
-    axes = [axis for axis, values in varied.items() if len(values) > 1]
+    axes = _varying(rows)
+    fixed = [f"{axis} {values[0]}" for axis, values in _varied(rows).items() if axis not in axes]
     found = [f"In all rows: {', '.join(fixed)}."] if fixed else []
     for row in rows:
         if shares := row["runs"][0].get("operations") if row["runs"] else None:
@@ -152,7 +156,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     good = [row for row in rows if row["status"] == "ok"]
     if not good:
         return
-    names = [" ".join([row["cell"]["mode"], row["cell"]["peer"] or "zoo", *_values(row)]) for row in good]
+    names = [_title(row, _varying(rows)) for row in good]
     rates = [Rate(row) for row in good]
     modes = list(dict.fromkeys(row["cell"]["mode"] for row in good))
     figure = Figure(figsize=(7.2, 1 + 0.35 * len(good)), layout="constrained")
@@ -162,7 +166,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     axes.barh(range(len(good)), [rate.median for rate in rates], xerr=ends, color=colours, capsize=3)
     axes.set_yticks(range(len(good)), names)
     axes.invert_yaxis()
-    axes.set_xlabel("images/s, median and range of the runs")
+    figure.supxlabel("images/s, median and range of the runs", fontsize="medium")
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=120)
 

@@ -33,6 +33,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import continued
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Checkpoint
@@ -153,7 +154,8 @@ def by_signal(settings: Settings, number: int, ranks: int = 1, to: int | None = 
             Path(name).unlink(missing_ok=True)
         ended = run(train, ranks, send, deadline=settings.timeout + 40)
         seconds.append(max(one.seconds for one in ended))
-        good = all(one.status == 143 for one in ended) and kept().startswith("checkpoint")
+        status = 143 if number in (signal.SIGTERM, signal.SIGUSR1) else 128 + number
+        good = all(one.status == status for one in ended) and kept().startswith("checkpoint")
         clean += good
         first = first or ("" if good else f"; {told(*ended, timed=True)}; {kept()}")
     return f"{clean} of {settings.repeats} clean in {min(seconds):.1f} to {max(seconds):.1f} s{first}"
@@ -370,12 +372,26 @@ FAULTS: dict[str, tuple[str, Fault]] = {
         partial(resume, hook="on_train_batch_end", batches=8, accumulate_grad_batches=2),
     ),
     "resume_processes": ("resumed by two processes, saved by one", more_processes),
+    "plateau": ("killed on a plateau, the best kept, with save_last: link", continued.plateau),
+    "best_new_folder": ("continued in another folder, best before: epoch 1", continued.new_folder),
+    "best_moved": ("a finished run that was moved, continued", continued.moved),
+    "settings_lr": (
+        "continued with a learning rate of 0.02 for 0.01, which was divided by ten by hand",
+        partial(continued.settings_of_optimizer, lr=2e-2),
+    ),
+    "settings_groups": (
+        "continued with biases that do not decay, and so in a group of their own",
+        partial(continued.settings_of_optimizer, split=True),
+    ),
+    "state": ("a callback's state that checkpoints may not hold", continued.state),
     "resume_matrix": ("resumed everywhere: tests/test_resume.py", matrix),
     "signal_term": ("SIGTERM, one process and its worker", partial(by_signal, number=signal.SIGTERM)),
     "signal_usr1": ("SIGUSR1, one process and its worker", partial(by_signal, number=signal.SIGUSR1)),
     "signal_term_group": ("SIGTERM to all of two processes", partial(by_signal, number=signal.SIGTERM, ranks=2)),
     "signal_term_rank1": ("SIGTERM to rank 1 of 2", partial(by_signal, number=signal.SIGTERM, ranks=2, to=1)),
     "signal_usr1_rank1": ("SIGUSR1 to rank 1 of 2", partial(by_signal, number=signal.SIGUSR1, ranks=2, to=1)),
+    "signal_int_group": ("Ctrl-C in the terminal of two processes", partial(by_signal, number=signal.SIGINT, ranks=2)),
+    "signal_hup": ("SIGHUP, one process and its worker", partial(by_signal, number=signal.SIGHUP)),
     "kill": ("kill -9 while a checkpoint is saved, TMPDIR on another file system", kill),
     "disk_full": ("disk full from step 4 on", disk_full),
     "damaged_byte": ("a byte of the newest checkpoint is wrong", partial(damaged, cut=False)),

@@ -227,6 +227,8 @@ class ImageDataModule(LightningDataModule):
             raise ValueError(f"jitter is {jitter} with binarize {binarize}: expected 0, or more with threshold")
         if min(std) <= 0:
             raise ValueError(f"std is {tuple(std)}: expected positive numbers")
+        if not -(2**63) <= seed < 2**63:
+            raise ValueError(f"seed is {seed}: expected a whole number of 64 bits, as torch's generators take them")
         if num_workers is not None and num_workers < 0:
             raise ValueError(
                 f"num_workers is {num_workers}: expected 0 or more, or null to choose by the cores at hand"
@@ -425,7 +427,8 @@ class ImageDataModule(LightningDataModule):
             return None
         loop = trainer.fit_loop
         epochs, batches = loop.epoch_progress.current, loop.epoch_loop.batch_progress.current
-        if epochs.processed == epochs.ready:  # at an epoch's end
+        whole = batches.ready == 0 or loop.epoch_loop._num_ready_batches_reached()  # max_steps may end an epoch within
+        if epochs.processed == epochs.ready and whole:  # at an epoch's end
             return order.position(epochs.ready, 0)
         return order.position(epochs.ready - 1, batches.processed)
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
+TERMINAL = [getattr(signal, name) for name in ("SIGINT", "SIGHUP") if hasattr(signal, name)]
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)] + TERMINAL
 
 
 class Loader(DataLoader[Any]):
@@ -30,25 +31,31 @@ class Loader(DataLoader[Any]):
 
 
 def outlive_signals(worker_id: int) -> None:
-    """Lets a loader's worker live on when its whole process group or control group gets SIGTERM, SIGUSR1 or SIGUSR2.
+    """Lets a loader's worker live on when its whole process group or control group gets SIGTERM, SIGINT and so on.
 
-    Otherwise they die of it at once, and the main process meets "DataLoader worker is killed by signal" in the middle
-    of a step, before it can save. What the main process sends still ends a worker at once, and a worker ends within two
-    seconds of the main process. A ``worker_init_fn`` for any DataLoader, best for a :class:`Loader`::
+    A terminal sends SIGINT to the group for Ctrl-C, and SIGHUP when it is closed. Otherwise workers die of it at once,
+    and the main process meets "DataLoader worker is killed by signal" in the middle of a step, before it can save. What
+    the main process sends still ends a worker at once, and a worker ends within two seconds of the main process. A
+    ``worker_init_fn`` for any DataLoader, best for a :class:`Loader`::
 
         Loader(dataset, num_workers=4, worker_init_fn=outlive_signals)
 
     Under the start methods "spawn" and "forkserver", a worker may have threads before this is called (those of NumPy's
     OpenBLAS). It then gets a process group of its own: a signal to the group does not reach it, one to the control
-    group does. Where the system cannot tell who sent a signal (macOS, Windows), nothing is changed.
+    group does. Where the system cannot tell who sent a signal (macOS, Windows), a worker outlives a terminal's only.
 
     Args:
         worker_id: Not used.
     """
     parent = multiprocessing.parent_process()
-    if parent is None or not hasattr(signal, "sigtimedwait"):
+    if parent is None:
         return
-    alone = len(os.listdir("/proc/self/task")) == 1
+    knows = hasattr(signal, "sigtimedwait")
+    alone = knows and len(os.listdir("/proc/self/task")) == 1
+    for number in TERMINAL if not alone else ():
+        signal.signal(number, signal.SIG_IGN)  # no parent sends them
+    if not knows:
+        return
     if alone:
         # Threads to come inherit the mask; those that are there would take the signals instead of the one below.
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)

@@ -22,7 +22,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 torch.set_num_threads(1)
 
 # SIGALRM is not among them: it belongs to pytest-timeout.
-SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2]
+SIGNALS = [signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2]
 
 
 @pytest.fixture(autouse=True)

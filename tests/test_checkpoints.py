@@ -2,8 +2,10 @@
 
 import fcntl
 import http.server
+import multiprocessing
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -14,12 +16,14 @@ import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -203,7 +207,7 @@ def test_a_read_only_folder_is_one_line():
 
 
 def test_a_save_that_fails_leaves_nothing_behind(tmp_path):
-    with pytest.raises(AttributeError, match="pickle"):
+    with pytest.warns(UserWarning, match="^function is a function"), pytest.raises(AttributeError, match="pickle"):
         AtomicCheckpointIO().save_checkpoint(small() | {"function": lambda: None}, tmp_path / "a.ckpt")
     assert list(tmp_path.iterdir()) == []
 
@@ -240,6 +244,51 @@ def test_a_trainers_checkpoints_are_whole_safe_and_continued(tmp_path):
     assert (tmp_path / "last.ckpt").is_symlink()
     assert newest(tmp_path) == tmp_path / "step=6.ckpt"
     assert fit(ckpt_path=tmp_path / "last.ckpt", steps=8, enable_checkpointing=False).global_step == 8
+
+
+# Python objects, which would not be read again.
+
+
+class KeepsState(Callback):
+    """State as people write it; what is told of which kinds is in test_plain.py."""
+
+    def state_dict(self):
+        return {"best": np.float64(0.5)}
+
+
+TOLD = r"callback KeepsState: state\['best'\] is a numpy.float64, which cannot be read without running code: keep float"
+
+
+@pytest.mark.parametrize("address", ["", "file://", "memory://"])
+def test_python_objects_are_refused_before_anything_is_written(tmp_path, address):
+    checkpoint = small() | {"callbacks": {"KeepsState": KeepsState().state_dict()}}
+    path = f"{address}{'' if address == 'memory://' else tmp_path}/refused/a.ckpt"
+    with pytest.raises(ValueError, match=rf"was not saved: {TOLD}.*--weights_only false for a run") as caught:
+        AtomicCheckpointIO(exclusive=True, weights_only=True).save_checkpoint(checkpoint, path)
+    assert on_purpose(caught.value)
+    assert list(tmp_path.iterdir()) == []
+    AtomicCheckpointIO(weights_only=True).save_checkpoint(small(), path)
+
+
+def test_python_objects_are_told_when_they_are_saved_first_and_not_after_the_fit(tmp_path):
+    saves = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=2, save_top_k=-1)
+    trainer = Trainer(**QUIET, callbacks=[KeepsState(), saves], plugins=[AtomicCheckpointIO(weights_only=True)])
+    with pytest.raises(ValueError, match=TOLD):
+        trainer.fit(Net(), DataLoader(TensorDataset(torch.randn(8, 4)), batch_size=2))
+    assert trainer.global_step == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("weights_only", "times"), [(None, 1), (False, 0)])
+def test_python_objects_are_saved_unless_that_is_refused_with_a_warning_at_most(tmp_path, weights_only, times):
+    saves = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        fit(KeepsState(), saves, plugins=[AtomicCheckpointIO(weights_only=weights_only)], steps=3)
+    told = [str(warning.message) for warning in said if re.match(TOLD, str(warning.message))]
+    assert len(told) == times
+    assert len(list(tmp_path.iterdir())) == 3
+    assert AtomicCheckpointIO().load_checkpoint(tmp_path / "step=3.ckpt", weights_only=False)["global_step"] == 3
 
 
 # Damaged, and what is taken instead.
@@ -534,6 +583,71 @@ def test_a_folder_belongs_to_one_living_process(tmp_path):
     assert f"process {os.getpid()} on" in said.read_text()
     for end in (*ready, *hold):
         os.close(end)
+
+
+def test_a_folder_of_this_process_is_that_of_its_children_too_but_of_one_at_a_time(tmp_path):
+    """As in a notebook: a fit here, then one on two processes that are forked."""
+    claim(tmp_path)
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+
+    def save():
+        theirs.send(_claimed_by_us(tmp_path))
+        theirs.recv()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # pytest's own threads do not matter to the child
+        child = context.Process(target=save)
+        child.start()
+        assert ours.recv() == ""
+        sibling = context.Process(target=lambda: theirs.send(_claimed_by_us(tmp_path)))
+        sibling.start()
+        assert f"(process {os.getpid()} on" in ours.recv()
+        sibling.join()
+        ours.send("end")
+        child.join()
+        next_one = context.Process(target=lambda: theirs.send(_claimed_by_us(tmp_path)))
+        next_one.start()
+        assert ours.recv() == ""
+        next_one.join()
+
+
+def test_a_folder_of_a_child_whose_parent_is_gone_is_its_own(tmp_path):
+    orphan = tmp_path / "orphan"
+    context = multiprocessing.get_context("fork")
+
+    def parent():
+        claim(tmp_path)
+
+        def save():
+            claim(tmp_path)
+            orphan.write_text(str(os.getpid()))
+            time.sleep(60)
+
+        context.Process(target=save).start()
+        while not orphan.exists():
+            time.sleep(0.01)
+        os._exit(0)
+
+    assert status(fork(parent)) == 0
+    child = int(orphan.read_text())
+    with pytest.raises(RuntimeError, match="another run saves"):
+        claim(tmp_path)
+    os.kill(child, signal.SIGKILL)
+    for _ in range(500):
+        with suppress(RuntimeError):
+            claim(tmp_path)
+            break
+        time.sleep(0.01)
+    claim(tmp_path)
+
+
+def _claimed_by_us(folder: Path) -> str:
+    try:
+        claim(folder)
+    except RuntimeError as error:
+        return str(error)
+    return ""
 
 
 # Of earlier versions. Made by version 0.1.0:

@@ -390,7 +390,7 @@ def test_switching_off_what_a_recipe_has(capsys: pytest.CaptureFixture[str]) -> 
     out = capsys.readouterr().out
     assert "test accuracy" in out
     assert "checkpoint" not in out
-    assert out.endswith("run runs\n")
+    assert out.endswith("run runs/ToyClassifier/version_0\n")
 
 
 @pytest.mark.slow
@@ -458,7 +458,7 @@ def test_last_is_the_newest_whole_checkpoint_of_the_same_model_and_data(
     folder = Path("runs/ToyClassifier")
     assert main(["fit", *TOY, *SHORT, *last]) == 0  # a job that may be started anew always says it
     assert f"no checkpoint of this model and data in {folder}: a new run" in caplog.text
-    assert main(["fit", *TOY, *SHORT, "--model.lr", "0.2"]) == 0  # newer, and of another model
+    assert main(["fit", *TOY, *SHORT, "--model.act", "other"]) == 0  # newer, and of another model
     ours = only("runs/*/version_0/checkpoints/epoch*.ckpt")
     cut = folder / "version_1" / "cut.ckpt"
     cut.write_bytes(ours.read_bytes()[:-1000])
@@ -469,8 +469,9 @@ def test_last_is_the_newest_whole_checkpoint_of_the_same_model_and_data(
     cut.unlink()
     assert main(["test", *TOY, *SHORT, *last]) == 0
     assert f"continuing with {folder}/version_2/checkpoints" in caplog.text
-    told = f"there is no checkpoint of this model and data in {folder}; the newest checkpoint is {folder}/version_2/"
-    assert refused(capsys, "test", *TOY, *SHORT, "--model.lr", "0.3", *last).startswith(told)
+    told = refused(capsys, "test", *TOY, *SHORT, "--model.act", "third", *last)
+    assert told.startswith(f"there is no checkpoint of this model and data in {folder}; {folder}/version_")
+    assert "is of another: model.act is" in told
 
 
 def test_a_checkpoint_says_what_made_it_and_guards_can_be_left_out() -> None:

@@ -1,14 +1,18 @@
 """Signals and failing ranks: what a run saves, how it ends, and what is left of it."""
 
+import fcntl
 import json
+import multiprocessing
 import os
 import re
 import signal
 import stat
 import subprocess
 import sys
+import termios
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,11 +23,19 @@ from torch.multiprocessing import ProcessExitedException
 from torch.utils.data import DataLoader
 
 from datamodules.workers import Loader, outlive_signals
+from zoo.callbacks import ExactResume, preemption
 from zoo.callbacks.fail_together import FailTogether
 from zoo.callbacks.preemption import Preempted, PreemptionGuard
 
 ROOT = Path(__file__).resolve().parents[1]
 QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+
+
+@pytest.fixture(autouse=True)
+def _hangup() -> Iterator[None]:
+    handler = signal.getsignal(signal.SIGHUP)
+    yield
+    signal.signal(signal.SIGHUP, handler)
 
 
 class Net(LightningModule):
@@ -69,13 +81,16 @@ def trainer(*callbacks: Callback, **options) -> Trainer:
 
 # One process.
 
+STATUS = {signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGHUP: 129, signal.SIGINT: 130}
 
-def test_a_signal_ends_a_fit_after_the_optimizer_step_saved_and_with_143():
+
+@pytest.mark.parametrize("number", STATUS)
+def test_a_signal_ends_a_fit_after_the_optimizer_step_saved_and_with_its_status(number):
     run = trainer(PreemptionGuard(), accumulate_grad_batches=4)
-    net = Net(train=5)
+    net = Net(train=5, number=number)
     with pytest.raises(Preempted) as ended:
         run.fit(net, loader())
-    assert ended.value.code == 143
+    assert ended.value.code == STATUS[number]
     assert net.seen[-1] == ("train", 7)  # batches 5 to 7 belong to the second step
     assert ended.value.path == str(Path("checkpoints", "preempted.ckpt").resolve())
     saved = torch.load(ended.value.path, weights_only=True)
@@ -115,7 +130,159 @@ def test_after_a_fit_that_ended_well_the_handlers_are_those_from_before():
     signal.signal(signal.SIGUSR1, handler := lambda *_: None)
     trainer(PreemptionGuard()).fit(Net(), loader(1))
     assert signal.getsignal(signal.SIGUSR1) is handler
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("number", STATUS)
+def test_a_signal_that_is_ignored_stays_ignored(number):
+    signal.signal(number, signal.SIG_IGN)
+    run = trainer(PreemptionGuard())
+    run.fit(Net(train=3, number=number), loader())
+    assert run.global_step == 12
+    run.test(Net(test=1, number=number), loader(2), verbose=False)
+    assert signal.getsignal(number) == signal.SIG_IGN
+
+
+class Noisy(Net):
+    """Depends on a random number in each step."""
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch + torch.rand(1), batch_idx)
+
+
+def test_a_run_that_was_interrupted_is_continued_exactly():
+    def run(checkpoint=None, **places) -> Net:
+        torch.manual_seed(7)
+        module = Noisy(number=signal.SIGINT, **places)
+        guards = ExactResume(), PreemptionGuard()
+        trainer(*guards).fit(module, DataLoader(torch.ones(24, 4), 2), ckpt_path=checkpoint, weights_only=True)
+        return module
+
+    whole = run()
+    with pytest.raises(Preempted) as ended:
+        run(train=5)
+    rest = run(ended.value.path)
+    assert rest.seen == [("train", batch) for batch in range(6, 12)]
+    assert all(map(torch.equal, whole.parameters(), rest.parameters()))
+
+
+# Ctrl-C.
+
+SAYS = "Ctrl-C again ends at once"
+
+
+class Impatient(Net):
+    """Presses Ctrl-C twice in the fourth step."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        if batch_idx == 3 and self.places:
+            os.kill(os.getpid(), signal.SIGINT)
+            self.seen.append("went on")
+        return loss
+
+
+def test_several_interrupts_at_a_time_are_one_and_it_says_at_once_what_it_does(capfd):
+    with pytest.raises(Preempted) as ended:
+        trainer(PreemptionGuard()).fit(net := Impatient(number=signal.SIGINT, train=3), loader())
+    assert torch.load(ended.value.path, weights_only=True)["global_step"] == 4
+    assert net.seen[-1] == "went on"
+    assert capfd.readouterr().err.count(SAYS) == 1
+
+
+def test_a_second_interrupt_ends_at_once_and_leaves_nothing_for_what_comes_next(monkeypatch, capfd):
+    monkeypatch.setattr(preemption, "TOGETHER", 0)
+    run = trainer(PreemptionGuard(), ModelCheckpoint("kept"), enable_checkpointing=True)
+    with pytest.raises(SystemExit) as ended:
+        run.fit(net := Impatient(number=signal.SIGINT, train=3), loader())
+    assert (type(ended.value), ended.value.code) == (SystemExit, 1)  # Lightning's
+    assert net.seen[-1] == ("train", "after")
+    assert not list(Path.cwd().rglob("*.ckpt"))
+    assert SAYS in capfd.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    run.validate(Net(), loader(2), verbose=False)
+    run.fit(net := Net(), loader())
+    assert net.seen[-1] == ("train", 11)
+
+
+def press() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(1)  # it comes with one of the next instructions
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_after_an_interrupted_fit_an_interrupt_has_its_usual_effect(monkeypatch, own):
+    heard = []
+    if own:
+        signal.signal(signal.SIGINT, handler := lambda number, frame: heard.append(number))
+    usual = signal.getsignal(signal.SIGINT)
+    with pytest.raises(Preempted):
+        trainer(PreemptionGuard()).fit(Net(train=3, number=signal.SIGINT), loader())
+    os.kill(os.getpid(), signal.SIGINT)  # torchrun's, behind the terminal's
+    monkeypatch.setattr(preemption, "TOGETHER", 0)
+    if own:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert heard == [signal.SIGINT]
+        assert usual is handler
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            press()
+    assert signal.getsignal(signal.SIGINT) is usual
+    with pytest.raises(Preempted):  # another fit listens again
+        trainer(PreemptionGuard()).fit(Net(train=3, number=signal.SIGINT), loader())
+
+
+def test_an_interrupt_before_training_does_not_make_later_ones_unheard():
+    """Lightning ignores SIGINT while it cleans up, and takes that back only once it has set its own handlers."""
+
+    class Interrupted(Net):
+        def setup(self, stage):
+            press()
+
+    with pytest.raises(SystemExit) as ended:
+        trainer(PreemptionGuard()).fit(Interrupted(), loader())
+    assert ended.value.code == 1
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_outside_of_the_main_thread_no_handler_is_set():
+    numbers = [*STATUS, signal.SIGUSR2]
+    handlers, seen = [signal.getsignal(number) for number in numbers], []
+
+    class Looks(Net):
+        def training_step(self, batch, batch_idx):
+            seen.append([signal.getsignal(number) for number in numbers])
+            return super().training_step(batch, batch_idx)
+
+    thread = threading.Thread(target=lambda: trainer(PreemptionGuard()).fit(Looks(), loader(2)))
+    thread.start()
+    thread.join()
+    assert seen == [handlers] * 2
+
+
+def test_a_terminal_that_is_gone_takes_no_run_with_it(capfd):
+    """What is printed to it would raise an error, in a progress bar as well."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    kept = os.dup(1)
+
+    class Prints(Net):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            if batch_idx >= 3:
+                os.write(1, b"step")
+            return loss
+
+    os.dup2(writer, 1)
+    try:
+        with pytest.raises(Preempted) as ended:
+            trainer(PreemptionGuard()).fit(Prints(train=3, number=signal.SIGHUP), loader())
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(writer)
+    assert torch.load(ended.value.path, weights_only=True)["global_step"] == 4
 
 
 def test_a_signal_ends_a_validation_within_a_fit():
@@ -135,19 +302,24 @@ def test_where_nothing_is_worth_saving_nothing_is_saved(options):
     assert not list(Path.cwd().rglob("*.ckpt"))
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("stage", ["validate", "test", "predict"])
-def test_outside_of_a_fit_a_signal_ends_the_program_at_once(stage):
-    net = Net(**{stage: 1})
+def test_outside_of_a_fit_a_signal_ends_the_program_at_once(stage, number, capfd):
+    net = Net(number=number, **{stage: 1})
     with pytest.raises(Preempted) as ended:
         getattr(trainer(PreemptionGuard()), stage)(net, loader(4))
-    assert ended.value.code == 143
+    assert ended.value.code == STATUS[number]
+    assert SAYS not in capfd.readouterr().err
     assert net.seen[-1] == (stage, 1)
 
 
 class AtTrainEnd(Callback):
+    def __init__(self, number: int = signal.SIGTERM) -> None:
+        self.number = number
+
     def on_train_end(self, trainer, pl_module):
         if trainer.global_rank == trainer.world_size - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), self.number)
 
 
 def test_a_signal_too_late_for_a_fit_ends_what_comes_after_it():
@@ -156,6 +328,15 @@ def test_a_signal_too_late_for_a_fit_ends_what_comes_after_it():
     with pytest.raises(Preempted):
         run.test(net, loader(2))
     assert ("test", 0) not in net.seen
+
+
+def test_an_interrupt_too_late_for_a_fit_ends_it_saved_all_the_same():
+    """A program may go on with another Trainer, which would not know."""
+    run = trainer(AtTrainEnd(signal.SIGINT), PreemptionGuard())
+    with pytest.raises(Preempted) as ended:
+        run.fit(Net(), loader(2))
+    assert ended.value.code == 130
+    assert torch.load(ended.value.path, weights_only=True)["global_step"] == 2
 
 
 # SLURM.
@@ -189,7 +370,9 @@ def test_slurm_requeues_the_job_and_the_same_program_continues(slurm):
 
 
 @pytest.mark.parametrize(
-    ("number", "options"), [(signal.SIGTERM, {}), (signal.SIGUSR1, {"requeue": False})], ids=["SIGTERM", "not asked"]
+    ("number", "options"),
+    [(signal.SIGTERM, {}), (signal.SIGINT, {}), (signal.SIGHUP, {}), (signal.SIGUSR1, {"requeue": False})],
+    ids=["SIGTERM", "SIGINT", "SIGHUP", "not asked"],
 )
 def test_slurm_does_not_requeue_what_may_be_cancelled_or_is_not_wanted(slurm, number, options):
     with pytest.raises(Preempted) as ended:
@@ -242,6 +425,26 @@ def test_all_ranks_leave_at_the_same_step_when_one_gets_a_signal():
         run.fit(Net(train=3, rank=1), loader(24))
     assert left() == [{"code": 143, "step": 6, "seen": ["train", 5]}] * 2
     assert torch.load("checkpoints/preempted.ckpt", weights_only=True)["global_step"] == 6
+
+
+class Interrupts(Net):
+    """Presses Ctrl-C where the one who sits at the terminal sees the process that has started the others."""
+
+    def training_step(self, batch, batch_idx):
+        if batch_idx == 3 and self.global_rank == 1:
+            os.kill(os.getppid(), signal.SIGINT)
+        return super().training_step(batch, batch_idx)
+
+
+def test_who_has_forked_the_ranks_waits_for_them_and_ends_as_they_do():
+    run = trainer(Noted(every_n_steps=3), devices=2, strategy="ddp_fork")
+    with pytest.raises(Preempted) as ended:
+        run.fit(Interrupts(), loader(400))
+    assert ended.value.code == 130
+    assert left()[0]["step"] == left()[1]["step"] < 400
+    assert [leaving["code"] for leaving in left()] == [130, 130]
+    assert torch.load("checkpoints/preempted.ckpt", weights_only=True)["global_step"] == left()[0]["step"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 class Late(Callback):
@@ -347,7 +550,7 @@ def test_workers_outlive_the_signals_of_others_but_not_their_parents_and_not_the
     for _ in range(10):  # both workers have come that far
         next(batches)
     workers = batches._workers
-    for name in ("TERM", "USR1", "USR2"):
+    for name in ("TERM", "USR1", "USR2", "INT", "HUP"):
         subprocess.run(["kill", f"-{name}", *(str(worker.pid) for worker in workers)], check=True)
     for _ in range(9):
         next(batches)
@@ -363,9 +566,28 @@ def test_workers_that_have_just_started_outlive_signals_too():
     for _ in range(5):
         batches = iter(Loader(Sleepy(), num_workers=2, worker_init_fn=outlive_signals))
         workers = [str(worker.pid) for worker in batches._workers]
-        subprocess.run(["kill", "-TERM", *workers], check=True)  # by another process than their parent
+        for name in ("TERM", "INT", "HUP"):
+            subprocess.run(["kill", f"-{name}", *workers], check=True)  # by another process than their parent
         assert len(list(batches)) == 20
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, [])  # here they come as before
+
+
+class InterruptsWorkers(Net):
+    """Sends the workers of its loader what a terminal sends to all."""
+
+    def training_step(self, batch, batch_idx):
+        if batch_idx == 1:
+            workers = [str(process.pid) for process in multiprocessing.active_children()]
+            assert len(workers) == 2
+            for name in ("INT", "HUP"):
+                subprocess.run(["kill", f"-{name}", *workers], check=True)
+        return super().training_step(batch, batch_idx)
+
+
+def test_workers_of_any_loader_outlive_a_terminals_signals_where_they_are_forked():
+    run = trainer(PreemptionGuard())
+    run.fit(InterruptsWorkers(), DataLoader(torch.randn(60, 4), 2, num_workers=2))
+    assert run.global_step == 30
 
 
 # Programs. Each takes seconds to start, on a busy machine a minute or two, so that most are slow tests.
@@ -399,6 +621,8 @@ class Net(LightningModule):
 
     def training_step(self, batch, batch_idx):
         time.sleep(0.02)
+        if self.global_rank == 0:  # a terminal that is closed tells the first process, which tells the others
+            print(".", end="", flush=True)
         if batch_idx == 5:
             Path(f"pid{self.global_rank}.new").write_text(str(os.getpid()))
             os.replace(f"pid{self.global_rank}.new", f"pid{self.global_rank}")
@@ -444,7 +668,13 @@ class Program:
     """A program in a folder and a session of its own, which has come to its sixth step."""
 
     def __init__(
-        self, folder: Path, devices: int = 1, workers: int = 0, prefix: tuple[str, ...] = (), **options
+        self,
+        folder: Path,
+        devices: int = 1,
+        workers: int = 0,
+        prefix: tuple[str, ...] = (),
+        terminal: bool = False,
+        **options,
     ) -> None:
         folder.mkdir(exist_ok=True)
         (folder / "program.py").write_text(PROGRAM)
@@ -457,9 +687,20 @@ class Program:
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         self.folder = folder
         self.output = (folder / "output").open("w+")
+        self.terminal, inner = os.openpty() if terminal else (None, None)
+        out = self.output if inner is None else inner
         self.process = subprocess.Popen(
-            command, cwd=folder, env=environment, stdout=self.output, stderr=self.output, start_new_session=True
+            command,
+            cwd=folder,
+            env=environment,
+            stdin=inner,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+            preexec_fn=(lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)) if terminal else None,
         )
+        if inner is not None:
+            os.close(inner)
         places = [folder / f"pid{rank}" for rank in range(devices)]
         until(lambda: all(place.exists() for place in places) or self.process.poll() is not None)
         assert all(place.exists() for place in places), self.text()
@@ -489,6 +730,8 @@ class Program:
     def saved(self) -> int:
         """The step of its checkpoint, the same that its message names."""
         step = torch.load(self.folder / "checkpoints" / "preempted.ckpt", weights_only=True)["global_step"]
+        if self.terminal is not None:
+            return step
         assert re.search(rf"preempted by SIG\w+ at step {step}:", self.text()), self.text()
         return step
 
@@ -502,8 +745,8 @@ def until(condition, seconds: float = 300) -> None:
 @program_test
 def test_a_signal_to_the_group_ends_a_program_and_its_workers_saved(tmp_path):
     program = Program(tmp_path, workers=2)
-    program.signal(signal.SIGTERM, "group")
-    assert program.end() == 143, program.text()
+    program.signal(signal.SIGINT, "group")
+    assert program.end() == 130, program.text()
     assert program.saved() >= 5
     assert "Error" not in program.text()
 
@@ -535,11 +778,26 @@ def test_a_rank_that_fails_and_then_waits_for_the_others_ends_with_them(tmp_path
 
 @pytest.mark.slow
 @program_test
-def test_a_signal_to_the_agent_of_torchrun_saves_the_run(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_agent_of_torchrun_saves_the_run(tmp_path, number):
     prefix = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone")
     program = Program(tmp_path, devices=2, prefix=prefix)
-    program.signal(signal.SIGTERM, "main")
+    program.signal(number, "main")
     assert program.end() == 1  # the agent's own, whatever its processes end with
+    assert program.saved() >= 5
+
+
+@pytest.mark.slow
+@program_test
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("closes", [False, True], ids=["Ctrl-C", "closed"])
+def test_ctrl_c_in_a_terminal_and_a_terminal_that_is_closed_save_the_run(tmp_path, closes, devices):
+    program = Program(tmp_path, devices=devices, workers=1, terminal=True)
+    if closes:
+        os.close(program.terminal)
+    else:
+        os.write(program.terminal, b"\x03")
+    assert program.end() == (129 if closes else 130)
     assert program.saved() >= 5
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -129,7 +130,7 @@ SIZES = re.compile("efficientnet/b[1-7]_imagenet|mae/(large|huge)_imagenet")
         if not SIZES.fullmatch(name)
     ],
 )
-def test_recipe_is_continued_bit_for_bit(name, tmp_path, monkeypatch):
+def test_recipe_is_continued_bit_for_bit(name, tmp_path, monkeypatch, caplog):
     """Weights, averages, optimizer, schedule, logged sums, random states and order, from the middle of an epoch."""
     options, epochs = small(name, tmp_path / "data", monkeypatch), 3
     if name == "efficientnet/v2_s_imagenet":  # it has four stages, of images up to 300 pixels
@@ -137,10 +138,10 @@ def test_recipe_is_continued_bit_for_bit(name, tmp_path, monkeypatch):
     options += ["--data.batch_size=2", "--model.lr=0.001", f"--trainer.max_epochs={epochs}"]
     options += ["--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1", "--trainer.limit_test_batches=0"]
     options += ["--trainer.log_every_n_steps=4", "--trainer.accumulate_grad_batches=1"]
-    options += ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.every_n_train_steps=1"]
-    options += ["--trainer.callbacks.save_top_k=-1", "--trainer.callbacks.filename={step}"]
+    often = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.every_n_train_steps=1"]
+    often += ["--trainer.callbacks.save_top_k=-1", "--trainer.callbacks.filename={step}"]
     for run, checkpoint in (("whole", []), ("rest", ["--ckpt_path=whole/step=3.ckpt"])):
-        assert main(["fit", *options, f"--trainer.callbacks.dirpath={run}", *checkpoint]) == 0
+        assert main(["fit", *options, *often, f"--trainer.callbacks.dirpath={run}", *checkpoint]) == 0
         torch.rand(3)
     whole, rest = (torch.load(f"{run}/step={2 * epochs}.ckpt", weights_only=True) for run in ("whole", "rest"))
     assert not Path("rest/step=3.ckpt").exists()
@@ -148,6 +149,16 @@ def test_recipe_is_continued_bit_for_bit(name, tmp_path, monkeypatch):
         assert_same(whole[part], rest[part], part)
     averages = [callbacks.get("EMA") for callbacks in (whole["callbacks"], rest["callbacks"])]
     assert averages[0] == averages[1]
+    # Whatever the recipe keeps for being the best, there is the end of the run, and that is what is continued.
+    last = f"runs/{name}/version_1/checkpoints/last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == 2 * epochs
+    shutil.rmtree("whole")
+    shutil.rmtree("rest")
+    caplog.clear()
+    assert main(["fit", *options, "--ckpt_path=last"]) == 0
+    (told,) = [line for line in caplog.messages if line.startswith("continuing with ")]
+    assert Path(told.removeprefix("continuing with ")).parent == Path(last).parent
+    assert torch.load(told.removeprefix("continuing with "), weights_only=True)["global_step"] == 2 * epochs
 
 
 @pytest.mark.parametrize("name", list(recipes()))

@@ -5,6 +5,7 @@ for modules. ``damage``, ``newest`` and ``configuration`` look at what lies on t
 into it by :class:`zoo.callbacks.Provenance`.
 """
 
+import multiprocessing
 import os
 import pickle
 import platform
@@ -12,8 +13,9 @@ import re
 import secrets
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from itertools import count
 from pathlib import Path
 from types import ModuleType
 from typing import IO, TYPE_CHECKING, Any, Self
@@ -22,6 +24,7 @@ import torch
 from torch.utils.serialization import config as serialization
 
 from zoo._lightning import NAMESPACE, rank_zero_warn
+from zoo.plain import objects
 
 if TYPE_CHECKING or NAMESPACE == "lightning":
     from lightning.pytorch.plugins.io import TorchCheckpointIO
@@ -39,6 +42,8 @@ except ImportError:  # Windows has no such locks: nothing is swept or refused th
 # Of the file that a checkpoint is written to before it gets its name: .last.ckpt.1f0c93aa.tmp
 STAGE = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 
+SKEW = 60 * 10**9  # nanoseconds by which the clock of a file server may be behind
+
 _claimed: dict[tuple[int, Path], IO[str]] = {}  # by process, since locks do not pass to a fork
 
 
@@ -55,10 +60,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     Args:
         exclusive: Whether to refuse a folder that another process saves to; see :func:`claim`.
+        weights_only: What to do with a checkpoint that holds Python objects, which reading without running code would
+            refuse: True refuses to save it, None warns the first time, False saves it. Where it comes from, a
+            callback's state or a hyperparameter, is told.
     """
 
-    def __init__(self, exclusive: bool = False) -> None:
-        self.exclusive = exclusive
+    def __init__(self, exclusive: bool = False, weights_only: bool | None = None) -> None:
+        self.exclusive, self.weights_only = exclusive, weights_only
         self._known: set[Path] = set()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
@@ -67,7 +75,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             OSError: If the file cannot be written: the disk is full, read-only, or the path leads elsewhere.
             RuntimeError: With ``exclusive``, if another process saves to the folder.
+            ValueError: With ``weights_only``, if it holds Python objects.
         """
+        self._look_for_objects(checkpoint)
         target = _local(path)
         if target is None or storage_options is not None:  # the latter is refused there
             super().save_checkpoint(checkpoint, path, storage_options)
@@ -97,6 +107,19 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """
         with _checked(path, weights_only) as (file, safe):
             return super().load_checkpoint(file, map_location, weights_only=safe)
+
+    def _look_for_objects(self, checkpoint: dict[str, Any]) -> None:
+        if self.weights_only is False:
+            return
+        found = objects(checkpoint)
+        if found is None:
+            return
+        if self.weights_only:
+            raise ValueError(
+                f"the checkpoint was not saved: {found}, or set --weights_only false for a run whose files you trust"
+            )
+        self.weights_only = False  # once is enough
+        rank_zero_warn(f"{found}; as they are, the checkpoints load with weights_only=False alone")
 
     def _enter(self, folder: Path) -> None:
         """What is done once for each folder that is saved to."""
@@ -170,50 +193,98 @@ def damage(path: str | Path) -> str | None:
     return None
 
 
-def newest(folder: str | Path, accept: Callable[[Path], bool] | None = None) -> Path | None:
-    """The newest whole checkpoint under a folder, by the time of its last change; links are not followed.
+def newest(folder: str | Path | Sequence[str | Path], accept: Callable[[Path], bool] | None = None) -> Path | None:
+    """The newest whole checkpoint under a folder, by when it was saved; links are not followed.
 
-    Damaged ones that are newer are passed over with a warning.
+    When that was is in the checkpoint, since copying a run gives its files new times in any order; where it is not,
+    the file's own time counts. Damaged ones that are newer are passed over with a warning.
 
     Args:
-        folder: Where to look, however deep: files and folders named ``*.ckpt``.
-        accept: Says of a whole checkpoint whether it may be taken; :func:`configuration` helps. None: all are.
+        folder: Where to look, however deep: files and folders named ``*.ckpt``. Several are looked at as one.
+        accept: Says of a checkpoint whether it may be taken; :func:`configuration` helps. It is asked before the file
+            is read as a whole. None: all are.
     """
-    found, damaged = _newest(Path(folder).rglob("*.ckpt"), accept)
+    folders = [folder] if isinstance(folder, str | Path) else folder
+    paths = (path for place in folders for path in Path(place).rglob("*.ckpt") if not path.is_symlink())
+    files = {path.resolve(): path for path in paths}
+    found, damaged = _newest(files.values(), accept)
     for path, reason in damaged:
-        instead = f"taking {found}" if found else f"and there is no whole one in {folder}"
+        instead = f"taking {found}" if found else f"and there is no whole one in {', '.join(map(str, folders))}"
         rank_zero_warn(f"{path} is damaged, {reason}: {instead}")
     return found
 
 
+def made_by(path: str | Path) -> dict[str, Any]:
+    """The provenance in a checkpoint, see :class:`zoo.callbacks.Provenance`; empty if there is none to be read."""
+    return _head(Path(path))[0]
+
+
 def configuration(path: str | Path) -> str | None:
     """The YAML configuration of the run that wrote a checkpoint; None if there is none, or the file cannot be read."""
-    path = Path(path)
-    path = path / "meta.pt" if path.is_dir() else path
-    try:
-        content = torch.load(path, map_location="meta", weights_only=True, mmap=True)
-        found = content["provenance"]["config"]
-    except Exception:  # whatever is in a file that is not ours
-        return None
+    found = made_by(path).get("config")
     return found if isinstance(found, str) else None
+
+
+def saved_at(path: str | Path) -> int:
+    """When a checkpoint was saved, in nanoseconds since 1970; if it does not say, when it was changed."""
+    saved = _head(Path(path))[1]
+    return _changed(Path(path)) if saved is None else saved
+
+
+def _head(path: Path) -> tuple[dict[str, Any], int | None]:
+    """The provenance in a checkpoint, and when it was saved, without reading its tensors."""
+    try:
+        content = torch.load(
+            path / "meta.pt" if path.is_dir() else path, map_location="meta", weights_only=True, mmap=True
+        )
+        made, saved = content.get("provenance"), content.get("callbacks", {}).get("Provenance", {}).get("saved")
+    except Exception:  # whatever is in a file that is not ours
+        return {}, None
+    return made if isinstance(made, dict) else {}, saved if isinstance(saved, int) else None
 
 
 def _newest(
     paths: Iterable[Path], accept: Callable[[Path], bool] | None = None
 ) -> tuple[Path | None, list[tuple[Path, str]]]:
-    damaged = []
-    for path in sorted((path for path in paths if not path.is_symlink()), key=_written, reverse=True):
-        if reason := damage(path):
-            damaged.append((path, reason))
-        elif accept is None or accept(path):
-            return path, damaged
-    return None, damaged
+    found, when, damaged = None, -1, []
+    changed = {path: _changed(path) for path in paths}
+    # Of several names of one file, that which says what it is comes before "last".
+    for path in sorted(changed, key=lambda path: (changed[path], not path.stem.startswith("last")), reverse=True):
+        if changed[path] < when - SKEW:  # a file is not changed before it is saved: what follows is older
+            break
+        made, saved = _head(path)
+        saved = changed[path] if saved is None else saved
+        if saved <= when or (accept is not None and made and not accept(path)):
+            continue
+        if reason := damage(path):  # such a file does not say whose it is
+            damaged.append((saved, path, reason))
+        elif accept is None or made or accept(path):
+            found, when = path, saved
+    return found, [(path, reason) for saved, path, reason in damaged if saved > when]
 
 
-def _written(path: Path) -> int:
-    """When a checkpoint was written: a folder's own time is that of its first file."""
+def _changed(path: Path) -> int:
+    """When a checkpoint was changed, in nanoseconds since 1970: a folder's own time is that of its first file."""
     last = path / "meta.pt"
-    return (last if last.exists() else path).stat().st_mtime_ns
+    try:
+        return (last if last.exists() else path).stat().st_mtime_ns
+    except OSError:  # another run has just replaced it
+        return -1
+
+
+def free_path(folder: str | Path, name: str, replaceable: Callable[[Path], bool]) -> str:
+    """The first of ``NAME.ckpt``, ``NAME-v1.ckpt`` and so on that is not there, or that may be replaced.
+
+    Args:
+        folder: A folder, or a URL, where nothing is looked at.
+        name: NAME.
+        replaceable: Says of a checkpoint that is there whether it may be replaced.
+    """
+    for number in count():
+        path = f"{str(folder).rstrip('/')}/{name}{f'-v{number}' if number else ''}.ckpt"
+        if "://" in path or not Path(path).exists() or replaceable(Path(path)):
+            return path
+    raise AssertionError("there is no end of numbers")
 
 
 def sweep(folder: Path) -> None:
@@ -229,7 +300,8 @@ def claim(folder: str | Path) -> None:
     """Takes a folder for this process, as long as it lives; again, it does nothing.
 
     A file ``.lock`` in the folder holds the lock and stays behind. The lock goes with the process, however that ends.
-    Where the file system has no locks nothing is refused.
+    One that this process has taken may be used by one of those that it forks or spawns, at a time. Where the file
+    system has no locks nothing is refused.
 
     Raises:
         RuntimeError: If another process has it.
@@ -237,24 +309,40 @@ def claim(folder: str | Path) -> None:
     folder = Path(folder).resolve()
     if fcntl is None or (os.getpid(), folder) in _claimed:
         return
-    file = (folder / ".lock").open("a+")
+    file, parent = (folder / ".lock").open("a+"), multiprocessing.parent_process()
     try:
         # Not flock: the workers of a loader would inherit it, and outlive a process that is killed.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, fcntl.LOCK_UN, 0, 1)  # all but the first byte: for a child's lock
     except (BlockingIOError, PermissionError) as error:
         file.seek(0)
         holder = file.read().strip()
-        file.close()
-        raise RuntimeError(
-            f"{folder}: another run saves its checkpoints there ({holder}): give this one a folder of its own"
-        ) from error
+        if parent is None or holder != _process(parent.pid) or not _lock_second(file):
+            file.close()
+            raise RuntimeError(
+                f"{folder}: another run saves its checkpoints there ({holder}): give this one a folder of its own"
+            ) from error
     except OSError:  # no locks here
         pass
     else:
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.write(_process(os.getpid()))
         file.flush()
     _claimed[os.getpid(), folder] = file
+
+
+def _process(number: int | None) -> str:
+    return f"process {number} on {platform.node()}"
+
+
+def _lock_second(file: IO[str]) -> bool:
+    """Takes the lock of a child, beside its parent's."""
+    assert fcntl is not None
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 1)
+    except OSError:
+        return False
+    return True
 
 
 # Writing and reading a file.
@@ -275,6 +363,25 @@ def _write(checkpoint: dict[str, Any], target: Path) -> None:
     finally:
         Path(file.name).unlink(missing_ok=True)
     _sync(target.parent)
+
+
+def give_name(checkpoint: Path, name: Path) -> bool:
+    """Gives a checkpoint that is there a second name, in place of what has it; False where files cannot have two.
+
+    Both names stay whole whatever becomes of the other, as long as nobody writes into the file itself:
+    :class:`AtomicCheckpointIO` does not.
+    """
+    beside = name.with_name(f".{name.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        if name.exists() and checkpoint.samefile(name):
+            return True
+        os.link(checkpoint, beside)
+        os.replace(beside, name)
+    except OSError:  # no such links here, or the checkpoint is a folder
+        beside.unlink(missing_ok=True)
+        return False
+    _sync(name.parent)
+    return True
 
 
 def _stage(target: Path) -> IO[bytes]:

@@ -1,13 +1,25 @@
 """What the command line says about mistakes: a line, what was probably meant, and no traceback."""
 
 import re
+import sys
 import traceback
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 
+import yaml
+
 PACKAGES = ("zoo", "datamodules")
 MARK = "zoo: error: "
+LIBRARIES = ("lightning", "pytorch_lightning", "lightning_fabric", "timm")
+"""Whose errors about what they are given are for the user to read."""
+NOT_FOREIGN = {*PACKAGES, *LIBRARIES, *sys.stdlib_module_names, "lightning_utilities", "jsonargparse", "torch"}
+# Who looks for a metric by its name, and what Lightning says when there is none.
+MONITORS = {
+    "EarlyStopping": r"Early stopping conditioned on metric `(.+?)` which is not available\..*following: (.*)",
+    "ModelCheckpoint": r"`ModelCheckpoint\(monitor='(.+?)'\)` could not find the monitored key .*?metrics: \[(.*?)\]",
+    "ReduceLROnPlateau": r"ReduceLROnPlateau conditioned on metric (.+?) which is not available\..*are: \[(.*?)\]",
+}
 
 
 class Mistake(Exception):
@@ -63,6 +75,8 @@ def explain(message: str, owner: str | None, options: list[str], classes: dict[s
         return f"{key}{of_owner}: cannot use class {found[1]!r}: {found[2]}{near}", found[1]
     if "Subclass types expect one of" in message:
         return f"{key}{of_owner}: expected class_path: NAME and its init_args", key
+    if found := re.search(r"NestedArg\(key='(.+?)'", message):  # an option of a class, and the class is not known
+        return f"{key}.{found[1]}: of which class? Name it first, as in --{key} CLASS --{key}.{found[1]} VALUE", key
     value = re.search(r"(?:Got|Given) value: (.*)", message)
     types = re.search(r"Subtypes: \[(.*)\]|Expected an? (.*?)\. Got", message)
     if value is None or types is None:
@@ -81,19 +95,38 @@ def _plain(types: str) -> str:
 
 
 def locate(word: str, configs: list[str], overrides: list[str]) -> str:
-    """``file, line 3: `` where a configuration file says the word, or nothing if an option on the command line does."""
+    """``file, line 3: `` where a configuration file says the word, or nothing if an option on the command line does.
+
+    Args:
+        word: A word as it stands in the file, or the way to a key, ``trainer.callbacks`` for example.
+        configs, overrides: The files, and the options on the command line.
+    """
     if word and not any(word in override for override in overrides):
         for config in reversed(configs):
-            lines = Path(config).read_text(encoding="utf-8").splitlines() if Path(config).is_file() else []
-            for number, line in enumerate(lines, 1):
+            text = Path(config).read_text(encoding="utf-8") if Path(config).is_file() else ""
+            for number, line in enumerate(text.splitlines(), 1):
                 if re.search(rf"\b{re.escape(word)}\b", line.split("#")[0]):
                     return f"{config}, line {number}: "
+            if line_of_key := _line_of(word.split("."), yaml.compose(text, Loader=yaml.SafeLoader)):
+                return f"{config}, line {line_of_key}: "
     return ""
 
 
+def _line_of(way: list[str], node: yaml.Node | None) -> int | None:
+    """The line of the key at the end of a way through mappings."""
+    line = None
+    for name in way:
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []
+        key, node = next(((key, value) for key, value in pairs if key.value == name), (None, None))
+        line = None if key is None else key.start_mark.line + 1
+    return line
+
+
 def on_purpose(error: BaseException) -> str | None:
-    """The message of an exception that a ``raise`` in this project raised, also in a loader's worker; else None."""
+    """The message of an exception that was raised for the user to read, by this project or a library; else None."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
+    if line := _of_settings(str(error)):
+        return line
     if _is_ours(frame.filename) and (frame.line or "").startswith("raise"):
         return str(error)
     # A DataLoader re-raises what happened in a worker with the worker's traceback as its message.
@@ -117,6 +150,11 @@ def on_purpose(error: BaseException) -> str | None:
             f"the data's loader had no batch for {found[1]} seconds: a worker hangs, or its disk or network does; with "
             "--data.num_workers 0 one sees where, and a class's loader_timeout sets how long is waited"
         )
+    if re.match(r"Missing key in checkpoint state_dict: optimizer_\d+\.param_groups", str(error)):
+        return (
+            "the optimizer's parameters are in other groups than those of the checkpoint, a folder: continue with the "
+            "options it was started with, or start a new run from its weights with --model.weights FILE"
+        )
     # load_state_dict answers a checkpoint of another network with a page of parameter names.
     if found := re.match(r"Error\(s\) in loading state_dict for (\w+):\s*(.{,120})", str(error)):
         return (
@@ -127,9 +165,38 @@ def on_purpose(error: BaseException) -> str | None:
             "the last feature map of a batch of one small image has a single pixel, which leaves BatchNorm nothing to "
             "normalise by: set a larger batch_size or image_size, and drop_last for the rest of an epoch"
         )
-    if type(error).__name__ == "MisconfigurationException":  # Lightning's own word to its user
-        return str(error)
+    if isinstance(error, UnicodeEncodeError) and error.encoding == "ascii":
+        return f"this locale does not have the letters of {error.object}: set PYTHONUTF8=1"
+    if isinstance(error, OSError) and frame.name in ("makedirs", "mkdir"):
+        return f"the folder {error.filename} cannot be made: {error.strerror}"
+    if type(error).__name__ == "MisconfigurationException" or _is_a_librarys(error):
+        return " ".join(str(error).split())
     return None
+
+
+def _of_settings(said: str) -> str | None:
+    """What Lightning finds out about settings on the way, in fewer words."""
+    for who, pattern in MONITORS.items():
+        if found := re.match(pattern, said, re.DOTALL):
+            there = [name for name in re.findall(r"['`](.+?)['`]", found[2]) if name not in ("epoch", "step")]
+            hint = did_you_mean(found[1], there) or f"; there are {', '.join(there) or 'none'}"
+            return f"{who} monitors {found[1]!r}, and there is no such metric{hint}"
+    if found := re.match(r"\s*`val_check_interval` \((\d+)\) must be less than or equal to .*? \((\d+)\)", said):
+        return (
+            f"val_check_interval is {found[1]}, and an epoch has {found[2]} training batches: set {found[2]} at most, "
+            "or a share such as 0.5; with check_val_every_n_epoch null, batches are counted on from epoch to epoch"
+        )
+    if found := re.match(r"Found more than one stateful callback of type `(\w+)`", said):
+        return f"a checkpoint cannot tell two {found[1]} with the same settings apart: leave one out, or change them"
+    return None
+
+
+def _is_a_librarys(error: BaseException) -> bool:
+    """Whether a library's ``raise`` raised it, and nobody else's class, which may be to blame, was on the way."""
+    frames = traceback.walk_tb(error.__traceback__)
+    packages = [str(frame.f_globals.get("__name__")).split(".")[0] for frame, _ in frames]
+    line = traceback.extract_tb(error.__traceback__)[-1].line or ""
+    return packages[-1] in LIBRARIES and line.startswith("raise") and set(packages) <= NOT_FOREIGN
 
 
 def _is_ours(filename: str) -> bool:
@@ -139,7 +206,7 @@ def _is_ours(filename: str) -> bool:
 
 def root_cause(error: Exception) -> Exception:
     """What happened in a class's constructor: jsonargparse wraps it in what it says about types."""
-    wrapped = "Does not validate against any of the Union"
+    wrapped = ("Does not validate against any of the Union", "Problem with given class_path")
     while str(error).startswith(wrapped) and isinstance(error.__cause__, Exception):
         error = error.__cause__
     return error

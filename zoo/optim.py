@@ -260,8 +260,13 @@ def lightning_schedule(
             raise ValueError(f"milestones are {list(milestones)}: expected epochs above 0, ascending")
     in_epochs = "a staircase" if staircase is not None else "a schedule by milestones" if milestones is not None else ""
     total = trainer.estimated_stepping_batches
+    if trainer.limit_train_batches == 0:
+        raise ValueError("limit_train_batches is 0: there is nothing to train")
     if not in_epochs and (total < 0 or math.isinf(total)):
-        raise ValueError("a learning rate schedule needs a run with an end: set the Trainer's max_epochs or max_steps")
+        missing = "max_epochs or max_steps"
+        if trainer.max_epochs != -1:  # it has an end, but data without a length does not say when
+            missing = "max_steps, or limit_train_batches, since the training data has no length"
+        raise ValueError(f"a learning rate schedule needs a run with an end: set the Trainer's {missing}")
     epoch_steps = _epoch_steps(trainer, warmup_epochs, in_epochs) if warmup_epochs or in_epochs else 0
     warmup_steps = round(warmup_epochs * epoch_steps)
     if 0 <= total < warmup_steps and not trainer.fast_dev_run:

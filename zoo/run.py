@@ -2,24 +2,23 @@
 
 import logging
 import os
-import re
 import sys
 import warnings
-from argparse import ArgumentError
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from argparse import SUPPRESS, ArgumentError
+from collections.abc import Iterable
+from inspect import signature
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from jsonargparse import Namespace
 
-from zoo import imports, mistakes, recipes
-from zoo._lightning import NAMESPACE, Callback, LightningDataModule, LightningModule, rank_zero_info
-from zoo.callbacks import WriteDetections, WritePredictions
-from zoo.checkpoints import configuration, newest
-from zoo.guards import guard
+from zoo import continuing, imports, mistakes, outcome, recipes, settings
+from zoo._lightning import NAMESPACE, Callback, LightningDataModule, LightningModule
+from zoo.callbacks import RunDirectory, WriteDetections, WritePredictions
+from zoo.callbacks.run_directory import run_directory
+from zoo.checkpoints import newest
+from zoo.guards import guard, keep_optimizer_settings
 from zoo.mistakes import Mistake
 from zoo.profiler import unprofiled
 from zoo.sweep import write_json
@@ -37,17 +36,14 @@ else:
     from pytorch_lightning.utilities.model_helpers import is_overridden
     from pytorch_lightning.utilities.rank_zero import rank_zero_module
 
+# Arguments of Trainer.fit, test and so on, which not all of them have.
+OF_ONE_COMMAND = ("ckpt_path", "weights_only", "verbose", "return_predictions")
 # What an option of the Trainer switches off, and the callback that goes with it.
 SWITCHES = {
     "logger": "LearningRateMonitor",
     "enable_checkpointing": "ModelCheckpoint",
     "enable_progress_bar": "ProgressBar",
 }
-METRICS = {"acc": "accuracy", "acc5": "top-5 accuracy", "f1": "macro F1", "ap": "average precision"}
-METRICS |= {"acc_knn": "accuracy of nearest neighbours", "loss_visible": "loss of visible patches"}
-METRICS |= {"elbo": "ELBO in nats", "log_likelihood": "importance-weighted bound in nats", "kl": "KL in nats"}
-METRICS |= {"bits_per_dim": "bits per dimension", "active_latents": "active latents"}
-COCO_METRIC = re.compile(r"(a[pr]\d*)(?:_(.+))?")  # AP at an IoU, AR of so many detections, either by size
 
 
 def run(command: str, configs: list[str], options: list[str], strict: bool, packages: Iterable[ModuleType]) -> None:
@@ -77,7 +73,7 @@ def launch(
     for package in packages:
         for name in package._EXPORTS:
             getattr(package, name)  # once imported, a class can be named without its path
-    Parser.given = configs, options
+    Parser.command, Parser.given = command, (configs, options)
     return kind(
         LightningModule,
         LightningDataModule,
@@ -87,7 +83,7 @@ def launch(
         parser_kwargs={
             "prog": "zoo",
             "allow_abbrev": False,
-            **{name: {"default_config_files": [str(recipes.DEFAULTS)]} for name in LightningCLI.subcommands()},
+            command: {"default_config_files": [str(recipes.DEFAULTS)]},
         },
         save_config_callback=SaveConfig,
         save_config_kwargs={"overwrite": True, "config_filename": f"config.{command}.yaml".replace(".fit.", ".")},
@@ -113,15 +109,24 @@ def _quiet(command: str) -> None:
 
 
 def _no_advertisement(record: logging.LogRecord) -> bool:
-    """Every Trainer recommends another logger."""
-    return "litlogger" not in record.getMessage()
+    """Every Trainer recommends another logger, or another place for its checkpoints."""
+    return not any(name in record.getMessage() for name in ("litlogger", "litmodels"))
 
 
 class Parser(LightningArgumentParser):
     """An argument parser whose errors are one line. It serves as the parser of every class's options as well."""
 
+    command: str = ""
     given: tuple[list[str], list[str]] = ([], [])
     owner: str | None = None
+
+    def dump(self, cfg: Namespace, *args: Any, **kwargs: Any) -> str:
+        root: Any = self
+        while hasattr(root, "parent_parser"):
+            root = root.parent_parser
+        if "skip_none" in kwargs:  # Lightning's, the old name
+            kwargs["skip_unset"] = kwargs.pop("skip_none")
+        return str(super().dump(_reusable(cfg) if hasattr(root, "print_config") else cfg, *args, **kwargs))
 
     def add_class_arguments(self, theclass: Any, nested_key: str | None = None, *args: Any, **kwargs: Any) -> Any:
         if nested_key is None:
@@ -148,25 +153,53 @@ class SaveConfig(SaveConfigCallback):
     """
 
     def __init__(self, parser: LightningArgumentParser, config: Namespace, **kwargs: Any) -> None:
-        super().__init__(parser, _shared(config), **kwargs)
+        super().__init__(parser, _shared(config), save_to_log_dir=False, **kwargs)
+
+    def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        folder = run_directory(trainer)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.parser.save(
+            self.config, str(folder / self.config_filename), skip_unset=False, overwrite=True, multifile=False
+        )
 
 
 def _shared(config: Namespace) -> Namespace:
     return Namespace({key: config[key] for key in ("seed_everything", "guards", "trainer", "model", "data")})
 
 
+def _reusable(config: Namespace) -> Namespace:
+    """A configuration to be printed: every command reads it, and takes no default in it for somebody's wish."""
+    config = config.clone()
+    for key in ("config", *(key for key in OF_ONE_COMMAND if config.get(key) is None)):
+        config.pop(key, None)
+    model = config.get("model")
+    if isinstance(model, Namespace) and "num_classes" in model.get("init_args", {}):
+        known = signature(continuing.class_of(model.class_path)).parameters.get("num_classes")
+        if known is not None and model.init_args.num_classes == known.default:  # else somebody has set it
+            del model.init_args["num_classes"]
+    return config
+
+
 class ZooCLI(LightningCLI):
     """LightningCLI whose command line wins, whose classes are counted once, and which says how a run went."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The one that was given: a parser for each takes a while."""
+        return {Parser.command: LightningCLI.subcommands()[Parser.command]}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)
         self.written = parser.parse_args(args, defaults=False)  # what somebody wrote, in a recipe or as an option
+        settings.check(self.config[Parser.command], Parser.command, *Parser.given)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--guards", type=bool, default=True, help="see docs/reliability.md")
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        for name in set(OF_ONE_COMMAND) - set(self._subcommand_method_arguments[subcommand]):
+            parser.add_argument(f"--{name}", type=Any, help=SUPPRESS)  # in what another command has printed
         parser.set_defaults({"weights_only": True})  # Lightning's default unpickles what comes from a URL
         if subcommand == "predict":
             parser.set_defaults({"return_predictions": False})  # they go to a file, not into memory
@@ -187,37 +220,61 @@ class ZooCLI(LightningCLI):
             job = os.environ.get("SLURM_ARRAY_JOB_ID", os.environ["SLURM_JOB_ID"])
             task = f"_{os.environ['SLURM_ARRAY_TASK_ID']}" if "SLURM_ARRAY_TASK_ID" in os.environ else ""
             config.trainer.default_root_dir = str(Path(config.trainer.default_root_dir or ".", f"slurm-{job}{task}"))
+        settings.check_places(config)
         # Lightning takes None for False where the checkpoint comes from a URL.
         if not config.get("weights_only") and not any(o.startswith("--weights_only") for o in Parser.given[1]):
             raise Mistake(
                 "weights_only: false lets a checkpoint run code; it is an option, --weights_only false, and not "
                 "a setting of a configuration"
             )
-        path = config.get("ckpt_path")
+        path, hint = config.get("ckpt_path"), _newest_checkpoint(config)
         # The weights of a recipe do not count: they are where a fit starts, usually without a trained head.
         trained = any(option.startswith(("--model.weights", "--model.init_args.weights")) for option in Parser.given[1])
         if path is None and self.subcommand != "fit" and not trained:
-            newest = _newest_checkpoint(config)
-            raise Mistake(f"{self.subcommand} needs trained weights: --ckpt_path FILE or --model.weights FILE{newest}")
-        if path and path not in ("last", "hpc", "registry") and "://" not in path and not Path(path).exists():
-            raise Mistake(f"there is no checkpoint {path}{_newest_checkpoint(config)}")
+            raise Mistake(f"{self.subcommand} needs trained weights: --ckpt_path FILE or --model.weights FILE{hint}")
+        if path is not None:
+            continuing.check(path, config.trainer.default_root_dir, hint)
 
     def instantiate_classes(self) -> None:
-        """Data first, since the model's number of classes comes from it."""
+        """Data first, since the model's number of classes comes from it; then the Trainer, which knows the places."""
         config = self.config[str(self.subcommand)]
         self.datamodule = self._instantiate(Namespace(data=config.data)).data
         self._count_classes(config.model)
-        if config.get("ckpt_path") == "last":
-            config.ckpt_path = self._last()
         self.__dict__.pop("config_dump", None)  # LightningCLI's copy for the checkpoint, made before the count
         others = config.clone()
-        del others["data"]
-        if config.get("ckpt_path") and others.model.get("init_args.weights"):
-            others.model.init_args.weights = None  # the checkpoint holds all; the file it once started from may be gone
-        built = self._instantiate(others)
-        self.config_init = Namespace({str(self.subcommand): built})
-        self.model = built.model
+        for part in ("data", "model"):
+            del others[part]
+        self.config_init = Namespace({str(self.subcommand): self._instantiate(others)})
         self.trainer = self.instantiate_trainer()
+        path = self._checkpoint(config.get("ckpt_path"))
+        config.ckpt_path = self.config_init[str(self.subcommand)].ckpt_path = path
+        model = config.model.clone()
+        if path and model.get("init_args.weights"):
+            model.init_args.weights = None  # the checkpoint holds all; the file it once started from may be gone
+        self.model = self._instantiate(Namespace(model=model)).model
+        trainer: Any = self.trainer
+        if self.subcommand == "predict" and not any(isinstance(c, WritePredictions) for c in trainer.callbacks):
+            trainer.callbacks.append(WriteDetections() if hasattr(self.model, "detect") else WritePredictions())
+        if not trainer.fast_dev_run:
+            directory = RunDirectory(config.model.class_path.split(".")[-1])
+            try:
+                directory.choose(trainer)
+            except FileExistsError as error:
+                raise Mistake(str(error)) from error
+            trainer.callbacks.insert(0, directory)
+
+    def _checkpoint(self, asked: str | None) -> str | None:
+        """The path that ``--ckpt_path`` means. With fit and last, there need not be one yet."""
+        config = self.config[str(self.subcommand)]
+        written = self.written[str(self.subcommand)].as_dict()
+        if asked in ("last", "best"):
+            required, hint = asked == "best" or self.subcommand != "fit", _newest_checkpoint(config)
+            path = continuing.find(self.trainer, self.resolved(), written, hint, required)
+            path = continuing.best_of(path) if path is not None and asked == "best" else path
+            return None if path is None else str(path)
+        if asked is not None and Path(asked).is_dir() and not continuing.is_distributed(Path(asked)):
+            return str(continuing.in_folder(Path(asked), self.resolved(), written))
+        return asked
 
     def _instantiate(self, config: Namespace) -> Namespace:
         command = str(self.subcommand)
@@ -236,26 +293,6 @@ class ZooCLI(LightningCLI):
             )
         model.init_args.num_classes = count
 
-    def _last(self) -> str | None:
-        """The newest whole checkpoint of a run with the same model and data. With fit there need not be one yet."""
-        config = self.config[str(self.subcommand)]
-        wanted = yaml.safe_load(self.resolved())
-        folder = _folders(config)[0]
-        requeued = [Path(config.trainer.default_root_dir)] if "SLURM_JOB_ID" in os.environ else []
-
-        def is_ours(path: Path) -> bool:
-            settings = yaml.safe_load(configuration(path) or "{}")
-            return all(settings.get(part) == wanted[part] for part in ("model", "data"))
-
-        found = [path for path in (newest(place, is_ours) for place in (folder, *requeued)) if path is not None]
-        path = max(found, key=lambda path: path.stat().st_mtime, default=None)
-        if path is None and self.subcommand != "fit":
-            raise Mistake(f"there is no checkpoint of this model and data in {folder}{_newest_checkpoint(config)}")
-        rank_zero_info(
-            f"continuing with {path}" if path else f"no checkpoint of this model and data in {folder}: a new run"
-        )
-        return None if path is None else str(path)
-
     def resolved(self) -> str:
         """The resolved configuration, as :class:`SaveConfig` writes it."""
         config = _shared(self.config[str(self.subcommand)])
@@ -267,72 +304,45 @@ class ZooCLI(LightningCLI):
             trainer = super().instantiate_trainer(**kwargs)
         except (ValueError, TypeError, MisconfigurationException) as error:  # a choice that the Trainer does not know
             raise Mistake(str(error)) from error
-        if self.subcommand == "predict" and not any(isinstance(c, WritePredictions) for c in trainer.callbacks):
-            trainer.callbacks.append(WriteDetections() if hasattr(self.model, "detect") else WritePredictions())
-        if self.subcommand == "fit" and self.config.fit.ckpt_path:
-            trainer.callbacks.append(KeepOptimizerSettings())
         unprofiled(trainer)
-        return guard(trainer, self.resolved()) if self.config[str(self.subcommand)].guards else trainer
+        config = self.config[str(self.subcommand)]
+        if config.guards:
+            return guard(trainer, self.resolved(), config.weights_only)
+        keep_optimizer_settings(trainer)  # an option wins over a checkpoint, guards or not
+        return trainer
 
     def after_fit(self) -> None:
         """Tests with the best checkpoint, or the last, and says how it went and where everything is."""
         trainer: Any = self.trainer
         if trainer.fast_dev_run:
             return
-        lines, metrics = [], _numbers(trainer.callback_metrics)
-        checkpoints, folder = trainer.checkpoint_callback, trainer.log_dir  # log_dir: all ranks have to ask
-        checkpoint = getattr(checkpoints, "best_model_path", "") or getattr(checkpoints, "last_model_path", "")
+        lines, metrics, folder = [], outcome.numbers(trainer.callback_metrics), run_directory(trainer)
+        checkpoint = outcome.checkpoint(trainer)
         if _has_test(self.model, self.datamodule):
             results = trainer.test(
-                self.model, self.datamodule, ckpt_path=checkpoint or None, verbose=False, weights_only=True
+                self.model,
+                self.datamodule,
+                ckpt_path=checkpoint,
+                verbose=False,
+                weights_only=self.config.fit.weights_only,
             )
             for found in results:  # one for each of the data's loaders
                 # Of a detector, all but the AP of each class, of which there may be eighty.
                 shown = {name: value for name, value in found.items() if "/ap_by_class/" not in name}
-                lines += [_metric(name, value, hasattr(self.model, "detect")) for name, value in shown.items()]
+                lines += [outcome.metric(name, value, hasattr(self.model, "detect")) for name, value in shown.items()]
                 metrics |= found
             if trainer.is_global_zero and results:  # none with limit_test_batches 0
-                lines += _baselines(self.datamodule, results[0])
-        lines += [f"{name} {path}" for name, path in _written(trainer)]
+                lines += outcome.baselines(self.datamodule, results[0])
+        lines += [f"{name} {path}" for name, path in outcome.written(trainer)]
         lines += [f"checkpoint {checkpoint}"] if checkpoint else []
         if trainer.is_global_zero:
-            if folder is not None and "://" not in folder:
-                write_json(Path(folder, "metrics.json"), metrics)
+            write_json(folder / "metrics.json", metrics)
             print(*lines, f"run {folder}", sep="\n")
 
     def after_predict(self) -> None:
         if self.trainer.is_global_zero:
-            for name, path in _written(self.trainer):
+            for name, path in outcome.written(self.trainer):
                 print(name, path)
-
-
-class KeepOptimizerSettings(Callback):
-    """Lets the configured learning rate, weight decay and so on win when a checkpoint brings the optimizer's state.
-
-    torch restores them together with the moments, so that ``--model.lr`` would be ignored. What a schedule has made of
-    the learning rate is kept, relative to where it starts.
-    """
-
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:  # built, and not yet restored
-        self.configured = [
-            [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-            for optimizer in trainer.optimizers
-        ]
-
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        schedulers = [schedule.scheduler for schedule in trainer.lr_scheduler_configs]
-        for optimizer, configured in zip(trainer.optimizers, self.configured, strict=True):
-            for group, settings in zip(optimizer.param_groups, configured, strict=True):
-                if group.get("initial_lr") == settings.get("initial_lr") is not None:
-                    del settings["lr"]  # unchanged: a quotient of 1 would still round
-                elif group.get("initial_lr"):
-                    settings["lr"] = group["lr"] * (settings["initial_lr"] / group["initial_lr"])
-                elif any(scheduler.optimizer is optimizer for scheduler in schedulers):
-                    del settings["lr"]  # it is what a plateau has made of it
-                group.update(settings)
-        for scheduler in schedulers:
-            if hasattr(scheduler, "base_lrs"):
-                scheduler.base_lrs = [group["initial_lr"] for group in scheduler.optimizer.param_groups]
 
 
 def _known_classes() -> dict[str, list[str]]:
@@ -368,34 +378,3 @@ def _has_test(model: Any, data: Any) -> bool:
         return False
     samples = getattr(data, "samples", None)
     return not callable(samples) or samples("test") is not None
-
-
-def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
-    return {name: float(value) for name, value in metrics.items()}
-
-
-def _metric(name: str, value: float, detector: bool) -> str:
-    """``test accuracy 99.31 %`` for test/acc, a detector's ``test AP of small 20.7 %``; other numbers as they are."""
-    stage, _, metric = name.partition("/")
-    coco = COCO_METRIC.fullmatch(metric) if detector else None
-    if coco:
-        number = "undefined" if value < 0 else f"{100 * value:.1f} %"  # no such objects in the data
-        return f"{stage} {coco[1].upper()} {f'of {coco[2]} ' if coco[2] else ''}{number}"
-    number = f"{100 * value:.2f} %" if metric.startswith("acc") else f"{value:.4f}"
-    return f"{stage} {METRICS.get(metric, metric)} {number}"
-
-
-def _baselines(data: Any, found: Mapping[str, float]) -> list[str]:
-    """What there is to beat on the same split, if the data knows: accuracies of classifiers, nats of densities."""
-    if "test/acc" in found and hasattr(data, "baselines"):
-        return [f"{name} on the same split {100 * value:.2f} %" for name, value in data.baselines().items()]
-    if "test/elbo" in found and hasattr(data, "nats"):
-        with suppress(ValueError):  # of images as they are here, it knows none
-            return [f"{name} on the same split {value:.4f} nats" for name, value in data.nats().items()]
-    return []
-
-
-def _written(trainer: Any) -> list[tuple[str, Path]]:
-    """What callbacks wrote last: ``("pictures", PATH)``."""
-    paths = [(callback, getattr(callback, "last_path", None)) for callback in trainer.callbacks]
-    return [(getattr(callback, "writes", "file"), path) for callback, path in paths if path is not None]

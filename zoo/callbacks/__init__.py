@@ -11,12 +11,15 @@ from zoo.callbacks.export import ExportBackbone
 from zoo.callbacks.fail_together import FailTogether
 from zoo.callbacks.grad_norm import GradientNorm
 from zoo.callbacks.nonfinite import NonFiniteGuard, NonFiniteLossError, NonFiniteWeightError
+from zoo.callbacks.optimizer_settings import OptimizerSettings
 from zoo.callbacks.pictures import SavePictures
 from zoo.callbacks.predictions import WritePredictions
 from zoo.callbacks.preemption import Preempted, PreemptionGuard
 from zoo.callbacks.progress import ProgressBar
 from zoo.callbacks.progressive import ProgressiveLearning
 from zoo.callbacks.provenance import Provenance
+from zoo.callbacks.resume_point import ResumePoint
+from zoo.callbacks.run_directory import RunDirectory
 
 __all__ = [
     "EMA",
@@ -28,11 +31,14 @@ __all__ = [
     "NonFiniteGuard",
     "NonFiniteLossError",
     "NonFiniteWeightError",
+    "OptimizerSettings",
     "Preempted",
     "PreemptionGuard",
     "ProgressBar",
     "ProgressiveLearning",
     "Provenance",
+    "ResumePoint",
+    "RunDirectory",
     "SavePictures",
     "WriteDetections",
     "WritePredictions",

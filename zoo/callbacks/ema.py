@@ -51,6 +51,9 @@ class EMA(Callback):
     # The run.
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if self.other and not self._is_of(pl_module):  # the averages of another module's fit, which has failed
+            self.other, self.averaged = {}, False
+            vars(trainer.strategy).pop("lightning_module_state_dict", None)
         if stage == "fit" and is_split(trainer):
             strategy = type(trainer.strategy).__name__
             raise ValueError(f"EMA needs whole weights in each process, but {strategy} splits them: use ddp")
@@ -139,6 +142,10 @@ class EMA(Callback):
             pl_module.load_state_dict(checkpoint["current_model_state"], strict=pl_module.strict_loading)
 
     # The module's tensors. Buffers are looked up anew each time, since some modules replace theirs.
+
+    def _is_of(self, module: nn.Module) -> bool:
+        held = next(iter(self._places.values()), ({}, ""))[0]
+        return any(held is part._parameters or held is part._buffers for part in module.modules())
 
     def _find_tensors(self, module: nn.Module) -> None:
         """Where each tensor of the state lies, once, and which of them every name of the state means."""

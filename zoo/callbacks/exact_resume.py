@@ -12,6 +12,8 @@ the same order of samples, no more. See docs/reliability.md.
 
 import random
 import warnings
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from zoo._lightning import Callback, rank_zero_warn
 from zoo.log import StepLog
 
 KEY = "exact_resume"
+TUNER = ".lr_find_", ".scale_batch_size_"  # files that Lightning's Tuner takes back within a run: nothing to continue
 
 
 class ExactResume(Callback):
@@ -31,13 +34,17 @@ class ExactResume(Callback):
     validation is then taken back as well. A checkpoint is continued where it was written: after a batch, in the middle
     of a validation (which is run again), after it, or at the end of an epoch.
 
+    A run that ended within an epoch, by ``max_steps`` or because it was told to stop, goes on with that epoch where it
+    is continued for longer, as if it had not been told.
+
     Not restored: what a module or a callback holds without having it in its state, what depends on the clock
-    (``val_check_interval`` as a time, ``Timer``), and an update of ReduceLROnPlateau that was due. A checkpoint that
-    was written because of an exception is one in the middle of a batch, and is not continued exactly.
+    (``val_check_interval`` as a time, ``Timer``), and gradients that a manual optimization accumulates over batches. A
+    checkpoint that was written because of an exception is one in the middle of a batch, and is not continued exactly.
     """
 
     def __init__(self) -> None:
         self._restored: dict[str, Any] | None = None
+        self._epoch_ends = False
         self._outside: dict[str, Any] | None = None
         self._validating = False
         self._alone = False
@@ -64,7 +71,8 @@ class ExactResume(Callback):
             "ranks": [own] if self._alone else _gathered(trainer, own),
             "validation_due": due or self._validating,
             "between_steps": between_steps,
-            "metrics": {name: value.detach().cpu() for name, value in trainer.callback_metrics.items()},
+            "within_epoch": _ended_within_epoch(trainer.fit_loop),
+            "metrics": _plain(trainer.callback_metrics),
         }
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
@@ -85,9 +93,10 @@ class ExactResume(Callback):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self._outside, self._validating, self._alone = None, False, False
+        self._restored = None  # of a fit that failed before it began
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        if trainer.state.fn != "fit":
+        if trainer.state.fn != "fit" or Path(str(trainer.ckpt_path)).name.startswith(TUNER):
             return
         self._restored = checkpoint.get(KEY)
         if self._restored is None:
@@ -96,7 +105,7 @@ class ExactResume(Callback):
                 "are not"
             )
             return
-        _rewind(checkpoint["loops"]["fit_loop"], self._restored)
+        self._epoch_ends = _rewind(checkpoint["loops"]["fit_loop"], self._restored)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         restored, self._restored = self._restored, None
@@ -109,6 +118,7 @@ class ExactResume(Callback):
             progress = trainer.fit_loop.epoch_loop.batch_progress.current
             progress.ready = progress.started = progress.processed = progress.completed = order.first_batch(order.epoch)
         trainer.callback_metrics.update(restored["metrics"])
+        _go_on(trainer.fit_loop, self._epoch_ends, restored.get("within_epoch", False))
         if len(restored["ranks"]) != trainer.world_size:
             rank_zero_warn(
                 f"the checkpoint knows of {len(restored['ranks'])} processes, and here are {trainer.world_size}: the "
@@ -124,27 +134,93 @@ class ExactResume(Callback):
             parameter.grad = gradient.to(parameter.device)
 
 
-def _rewind(loop: dict[str, Any], restored: dict[str, Any]) -> None:
+# Lightning's counters.
+
+
+def _ended_within_epoch(loop: Any) -> bool:
+    """Whether an epoch has been ended before its last batch, by ``max_steps`` or ``should_stop``."""
+    epochs, batches = loop.epoch_progress.current, loop.epoch_loop.batch_progress.current
+    return epochs.processed == epochs.ready and batches.ready > 0 and not loop.epoch_loop._num_ready_batches_reached()
+
+
+def _rewind(loop: dict[str, Any], restored: dict[str, Any]) -> bool:
     """Sets Lightning's counters so that it goes on with what has not happened yet.
 
     Left alone, it takes a checkpoint written at the end of a batch to have been written after the validation and the
     end of the epoch that follow, and skips both.
+
+    Returns:
+        Whether the checkpoint was written at the end of an epoch, before schedulers that wait for a metric had it.
     """
     epochs, batches = loop["epoch_progress"], loop["epoch_loop.batch_progress"]
-    if epochs["total"]["processed"] > epochs["total"]["completed"]:  # at the end of an epoch: on to the next one
-        for count in (epochs["total"], epochs["current"]):
+    counts = epochs["total"], epochs["current"]
+    if restored.get("within_epoch"):
+        for count in counts:
+            count["processed"] = count["completed"] = count["ready"] - 1
+    elif epochs["total"]["processed"] == epochs["total"]["ready"]:  # at the end of an epoch: on to the next one
+        ends = bool(epochs["total"]["processed"] > epochs["total"]["completed"])
+        for count in counts:
             count["completed"] = count["processed"]
         batches["current"] = dict.fromkeys(batches["current"], 0)
         batches["is_last_batch"] = False
-        return
-    after_batch = batches["total"]["processed"] > batches["total"]["completed"]
+        return ends
     for count in (batches["total"], batches["current"]):
         count["completed"] = count["processed"]
     if restored["validation_due"]:  # Lightning takes up a validation of which a batch has started and not ended
         begun = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
         loop["epoch_loop.val_loop.batch_progress"] |= {"total": dict(begun), "current": dict(begun)}
-    elif after_batch and not restored["between_steps"]:
-        loop["epoch_loop.state_dict"]["_batches_that_stepped"] += 1  # else counted behind the validation
+    return False
+
+
+def _go_on(loop: Any, epoch_ends: bool, within_epoch: bool) -> None:
+    """Does what was still to come when the checkpoint was written, and that Lightning cannot tell from its counters.
+
+    Args:
+        loop: The loop over epochs, with its counters set back.
+        epoch_ends: What :func:`_rewind` said.
+        within_epoch: What :func:`_ended_within_epoch` said when the checkpoint was written.
+    """
+    loop._restarting = False  # else ReduceLROnPlateau is left out at the end of the epoch, for want of the metrics
+    batches, epochs = loop.epoch_loop, loop.epoch_progress.current
+    if epoch_ends:
+        epochs.completed -= 1  # the number of the epoch, which counts with a frequency
+        _update_plateaus(loop, "epoch")
+        epochs.completed += 1
+    if batches.batch_progress.current.ready == 0:  # with max_steps it would look for what follows the last batch
+        batches.restarting = False
+        return
+    look = batches._should_check_val_fx
+    if within_epoch:  # that has all been done before the epoch was ended
+
+        def not_again(fetcher: Any) -> bool:
+            batches._should_check_val_fx = look
+            return not batches.restarting and bool(look(fetcher))
+
+        batches._should_check_val_fx = not_again
+    elif batches.restarted_on_last and not look(loop._data_fetcher):  # else it comes behind the validation
+        _update_plateaus(loop, "step")
+        batches._batches_that_stepped += not batches._should_accumulate()
+
+
+def _update_plateaus(loop: Any, interval: str) -> None:
+    """Gives schedulers that wait for a metric what they would have got next, if it was known by then."""
+    trainer = loop.trainer
+    monitors = [config.monitor for config in trainer.lr_scheduler_configs if config.reduce_on_plateau]
+    if all(monitor in trainer.callback_metrics for monitor in monitors):
+        loop.epoch_loop.update_lr_schedulers(interval, update_plateau_schedulers=True)
+
+
+# What a checkpoint holds.
+
+
+def _plain(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Metrics as tensors on the CPU and plain numbers; what else somebody has put there is left out."""
+    found = {name: value.item() if isinstance(value, np.generic) else value for name, value in metrics.items()}
+    return {
+        name: value.detach().cpu() if isinstance(value, torch.Tensor) else value
+        for name, value in found.items()
+        if isinstance(value, torch.Tensor | int | float)
+    }
 
 
 def _logs(trainer: Any) -> list[StepLog]:

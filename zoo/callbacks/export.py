@@ -5,6 +5,7 @@ from typing import Any
 
 from zoo import weights
 from zoo._lightning import Callback
+from zoo.callbacks.run_directory import run_directory
 from zoo.sharding import is_split, whole_state
 
 
@@ -34,7 +35,7 @@ class ExportBackbone(Callback):
             raise ValueError(f"{type(pl_module).__name__} has no backbone to write: leave ExportBackbone out")
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # all ranks have to ask
+        folder = run_directory(trainer)  # all ranks have to ask
         if trainer.fast_dev_run:
             return
         state = whole_state(pl_module.backbone) if is_split(trainer) else None  # all ranks have to ask

@@ -55,6 +55,7 @@ class FailTogether(Callback):
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         if self._watch is not None:
             self._watch.fail(exception)
+        self._watch = None  # of this run; the thread lasts until all know
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if self._watch is not None:

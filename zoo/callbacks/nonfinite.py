@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from zoo._lightning import Callback
+from zoo.callbacks.run_directory import run_directory
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -82,8 +83,11 @@ class NonFiniteGuard(Callback):
         self._stopped = False
         self._in_a_row = self._saved = 0
         self._buffers: list[Tensor] = []
-        self._clips: float | None = None
-        self._state: Callable[[], dict[str, Any]] | None = None
+        self._clips: tuple[Any, float] | None = None  # a Trainer, and its gradient_clip_val
+        self._states: tuple[Callable[[], dict[str, Any]], ...] = ()
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self._put_back(trainer)  # after a fit that has failed there is no teardown
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         if self.skip and type(trainer.strategy).__name__ == "DeepSpeedStrategy":
@@ -112,14 +116,14 @@ class NonFiniteGuard(Callback):
                 parameter.grad = torch.full_like(parameter, math.nan) if by_scaler else None
             for buffer, before in zip(_float_buffers(pl_module), self._buffers, strict=True):
                 buffer.copy_(before)
-            self._clips, trainer.gradient_clip_val = trainer.gradient_clip_val, None  # torch fails to clip nothing
+            if trainer.gradient_clip_val is not None:  # torch fails to clip nothing
+                self._clips, trainer.gradient_clip_val = (trainer, trainer.gradient_clip_val), None
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if (batch_idx + 1) % self._every == 0:
             self._look(trainer)
         self._batch = -1, None
-        if self._clips is not None:
-            trainer.gradient_clip_val, self._clips = self._clips, None
+        self._clip_again()
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         self._look(trainer)
@@ -158,7 +162,7 @@ class NonFiniteGuard(Callback):
         self._in_a_row = 0 if number == math.inf else self._in_a_row + 1
         if number == math.inf:
             return False
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # all ranks have to ask
+        folder = run_directory(trainer)  # all ranks have to ask
         stops, told = self._in_a_row > self.skip, ""
         if found is not None and own + (0.5 if gradient else 0) == number:
             self._saved += not stops
@@ -176,29 +180,42 @@ class NonFiniteGuard(Callback):
     # Weights, before each checkpoint and at the end.
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        given = self._state = trainer.strategy.lightning_module_state_dict
+        given = trainer.strategy.lightning_module_state_dict
 
         def looked_at() -> dict[str, Any]:
             self._look(trainer)
-            self._look_at_weights(trainer, pl_module)
+            self._look_at_weights(trainer, trainer.lightning_module)
             return given()
 
         # All processes take the weights of every checkpoint from it; callbacks are not asked where these are all.
         trainer.strategy.lightning_module_state_dict = looked_at
+        self._states = given, looked_at
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self._look_at_weights(trainer, pl_module)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        if self._state is not None:
-            trainer.strategy.lightning_module_state_dict, self._state = self._state, None
+        self._put_back(trainer)
+
+    def _put_back(self, trainer: Any) -> None:
+        """Takes back what a fit has changed of the Trainer, so that the next one is not judged by it."""
+        if self._states and vars(trainer.strategy).get("lightning_module_state_dict") is self._states[1]:
+            trainer.strategy.lightning_module_state_dict = self._states[0]
+        self._states = ()
+        self._clip_again()
+        self._losses, self._batch = [], (-1, None)
+
+    def _clip_again(self) -> None:
+        if self._clips is not None:
+            trainer, value = self._clips
+            trainer.gradient_clip_val, self._clips = value, None
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         self._stopped = True  # from here on each process looks for itself: others may not come
         savers = [saver for saver in trainer.checkpoint_callbacks if getattr(saver, "save_on_exception", False)]
         if savers and _bad_weight(pl_module) is not None:
             for saver in savers:  # an error in the midst of this one would keep loggers from writing what they have
-                saver.save_on_exception = False
+                _leave_out(saver)
 
     def _look_at_weights(self, trainer: Any, pl_module: Any) -> None:
         name = _bad_weight(pl_module)
@@ -237,6 +254,15 @@ class NonFiniteGuard(Callback):
         if batch is None:
             batch = loader.collate_fn(dataset[keys])
         return [key[-1] for key in keys], [dataset.name(key[-1]) for key in keys], _plain(batch)
+
+
+def _leave_out(saver: Any) -> None:
+    """Keeps a callback from saving because of this exception; later ones are its own again."""
+
+    def once(*_: Any) -> None:
+        del saver.on_exception
+
+    saver.on_exception = once
 
 
 def _has_scaler(trainer: Any) -> bool:

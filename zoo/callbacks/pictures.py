@@ -9,6 +9,7 @@ from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
 from zoo._lightning import Callback, isolate_rng
+from zoo.callbacks.run_directory import run_directory
 from zoo.sharding import is_split
 
 
@@ -37,7 +38,7 @@ class SavePictures(Callback):
         self.last_path: Path | None = None
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        self.folder = Path(trainer.log_dir or trainer.default_root_dir, "images")  # all ranks have to ask
+        self.folder = run_directory(trainer) / "images"  # all ranks have to ask
 
     on_test_start = on_predict_start = on_validation_start
 

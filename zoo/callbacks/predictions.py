@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DistributedSampler
 
 from zoo._lightning import Callback
+from zoo.callbacks.run_directory import run_directory
 
 
 class WritePredictions(Callback):
@@ -44,7 +45,7 @@ class WritePredictions(Callback):
         self._count = self._before = 0
 
     def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # all ranks have to ask
+        folder = run_directory(trainer)  # all ranks have to ask
         folder.mkdir(parents=True, exist_ok=True)
         self.last_path = folder / self.filename
         self._part = folder / f".{self.filename}.rank{trainer.global_rank}"

@@ -1,21 +1,29 @@
-"""Ends a run that is to make way: saved, on all ranks, with exit status 143."""
+"""Ends a run that is to make way, or is interrupted: saved, on all ranks, with the exit status of the signal."""
 
 import math
 import multiprocessing
 import os
+import select
 import signal
 import subprocess
 import threading
 import time
+import weakref
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 
 from zoo._lightning import Callback, rank_zero_info, rank_zero_warn
+from zoo.callbacks.run_directory import run_directory
+from zoo.checkpoints import free_path
 
 STATUS = 128 + signal.SIGTERM
 IMMUNE = 60  # seconds in which a process that has said it ends takes no further signal
+TOGETHER = 1  # second in which several SIGINT are one: terminals, torchrun and launchers each send theirs
 RARELY = 100  # steps between agreements, at most: steps may become slower
 
 
@@ -31,17 +39,56 @@ class Preempted(SystemExit):
         self.path = path
 
 
+class _Handler:
+    """A signal's handler, from the beginning of a run until Lightning's teardown, or until long after it has left."""
+
+    def __init__(self, guard: "PreemptionGuard", trainer: Any, usual: Any) -> None:
+        self.guard, self.usual = guard, usual
+        self.trainer = weakref.ref(trainer)  # a notebook may live long, and wants its memory back
+        self.process = os.getpid()
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self.process:  # a loader's worker, forked with this handler
+            return
+        trainer = self.trainer()
+        if trainer is None or self.guard._take_note(trainer, number):
+            signal.signal(number, self.usual)
+            os.kill(os.getpid(), number)
+
+
+def _say(line: str) -> None:
+    """Writes a line from within a signal's handler, where the buffers of sys.stderr may be in use."""
+    with suppress(OSError):
+        os.write(2, f"\n{line}\n".encode())
+
+
+def _let_go_of_terminal() -> None:
+    """Leads what is printed into nothing where its reader is gone: an error in a progress bar would end the run."""
+    for descriptor in (1, 2):
+        watched = select.poll()
+        watched.register(descriptor, select.POLLOUT)
+        if any(event & select.POLLERR for _, event in watched.poll(0)):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, descriptor)
+            os.close(nowhere)
+
+
 class PreemptionGuard(Callback):
-    """Saves a fit that gets SIGTERM or SIGUSR1, and ends the program with exit status 143.
+    """Saves a fit that gets SIGTERM, SIGUSR1, SIGHUP or SIGINT (Ctrl-C), and ends the program.
 
     Signals may come to any process of the run, or to all. Their handlers, which take the place of Lightning's, only
     take note. After optimizer steps and between validation batches the ranks agree, about once a second, in one
     reduction; a single process looks at its note each time. When there is one, all save a checkpoint together and raise
-    :class:`Preempted`. Further signals change nothing. A signal that comes with the last step of a fit is kept for what
-    the program does next with a Trainer. In ``validate``, ``test`` and ``predict`` there is nothing to save, and
-    :class:`Preempted` is raised at once.
+    :class:`Preempted`. Further signals change nothing, but a second Ctrl-C, a second or more after the first, does what
+    it would do without this callback: it ends the run at once. A signal that comes with the last step of a fit is kept
+    for what the program does next with a Trainer; Ctrl-C ends the fit even then. In ``validate``, ``test`` and
+    ``predict`` there is nothing to save, and :class:`Preempted` is raised at once.
 
-    With Lightning's own launcher (``Trainer(devices=2)`` in a plain program), status 143 is that of the process one has
+    The exit status is 143 for SIGTERM and SIGUSR1, 129 for SIGHUP and 130 for SIGINT. A signal that is ignored when the
+    run begins (SIGHUP under nohup, SIGINT in the background of a script) stays ignored. Signals before that, and, about
+    a second after a Ctrl-C has ended a run, those behind it, have their usual effect: a notebook's kernel lives on.
+
+    With Lightning's own launcher (``Trainer(devices=2)`` in a plain program), that is the status of the process one has
     started, and 0 that of those it has started. torchrun's own status is 1, whatever its processes end with.
 
     In a SLURM job, the signal for requeueing (SIGUSR1, or ``requeue_signal`` of the Trainer's SLURMEnvironment) also
@@ -70,6 +117,7 @@ class PreemptionGuard(Callback):
         self.every_n_steps, self.requeue, self.filename = every_n_steps, requeue, filename
         self.received = 0
         """The signal that was received, by this rank or by the one that all agreed on; 0: none."""
+        self._interrupted: float | None = None
         self._left: float | None = None
         self._signals: list[int] = []
         self._requeue_signal = 0
@@ -82,14 +130,23 @@ class PreemptionGuard(Callback):
     # Signals.
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        if self._left is not None:  # somebody has caught what was raised, and goes on
+        for number in signal.valid_signals() if threading.current_thread() is threading.main_thread() else ():
+            handler = signal.getsignal(number)
+            if isinstance(handler, _Handler) and handler.guard._left is not None:  # of a run that is long over
+                signal.signal(number, handler.usual)
+        late = self.received == signal.SIGINT and stage == "fit"  # an interrupted fit is not about the next one
+        if self._left is not None or late:  # somebody has caught what was raised, and goes on
             self.received, self._left = 0, None
+        self._interrupted = None
         environment = trainer._accelerator_connector.cluster_environment
         self._auto_requeue = getattr(environment, "auto_requeue", False)
-        default = getattr(signal, "SIGUSR1", signal.SIGTERM)  # Windows knows SIGTERM only
+        default = getattr(signal, "SIGUSR1", signal.SIGTERM)  # Windows knows SIGTERM and SIGINT only
         self._requeue_signal = int(getattr(environment, "requeue_signal", None) or default)
-        # If ranks got different ones, the last of them counts: SIGTERM may be somebody who wants no new start.
-        self._signals = list(dict.fromkeys([self._requeue_signal, int(default), int(signal.SIGTERM)]))
+        # If ranks got different ones, the last of them counts: SIGTERM may be somebody who wants no new start, and
+        # SIGINT is somebody who is there.
+        hangup = getattr(signal, "SIGHUP", signal.SIGTERM)
+        order = [self._requeue_signal, default, signal.SIGTERM, hangup, signal.SIGINT]
+        self._signals = list(dict.fromkeys(map(int, order)))
         # Lightning's launcher ends the main process with SIGKILL when one of those that it has started fails.
         launched = type(environment).__name__ == "LightningEnvironment" and multiprocessing.parent_process() is None
         launched = launched and trainer.local_rank > 0
@@ -101,26 +158,34 @@ class PreemptionGuard(Callback):
 
     def _register(self, trainer: Any) -> None:
         connector = trainer._signal_connector
+        ignored = [number for number in self._signals if signal.getsignal(number) == signal.SIG_IGN]
         type(connector).register_signal_handlers(connector)  # it also remembers what its teardown puts back
+        for number in self._signals if threading.current_thread() is threading.main_thread() else ():
+            usual = connector._original_handlers.get(number)
+            handler = _Handler(self, trainer, signal.SIG_DFL if usual is None else usual)
+            signal.signal(number, signal.SIG_IGN if number in ignored else handler)
 
-        process = os.getpid()
-
-        def handle(number: int, frame: FrameType | None) -> None:
-            if os.getpid() != process:  # a loader's worker, forked with this handler
-                return
-            if self._left is not None and time.monotonic() - self._left > IMMUNE:
-                signal.signal(number, signal.SIG_DFL)
-                os.kill(os.getpid(), number)
-            if self.received:
-                return
-            self.received = number
-            if trainer.state.fn != "fit":
-                self._pass_on(trainer)
-                raise self._leave(trainer)
-
-        if threading.current_thread() is threading.main_thread():
-            for number in self._signals:
-                signal.signal(number, handle)
+    def _take_note(self, trainer: Any, number: int) -> bool:
+        """Deals with a signal while a run lasts or has just left. Whether its usual effect is to follow."""
+        now = time.monotonic()
+        if number == signal.SIGINT:
+            if self._interrupted is not None and now - self._interrupted > TOGETHER:
+                return True
+            self._interrupted = self._interrupted or now
+        elif number == getattr(signal, "SIGHUP", None):
+            _let_go_of_terminal()
+        if self._left is not None:
+            return now - self._left > (TOGETHER if self.received == signal.SIGINT else IMMUNE)
+        if self.received:
+            return False
+        self.received = number
+        if trainer.state.fn != "fit":
+            self._pass_on(trainer)
+            raise self._leave(trainer)
+        if number == signal.SIGINT and trainer.is_global_zero:
+            saved = "" if trainer.fast_dev_run else ", with a checkpoint to continue from"
+            _say(f"ending after this step{saved}; Ctrl-C again ends at once")
+        return False
 
     def _pass_on(self, trainer: Any) -> None:
         """Outside of a fit nobody agrees on anything: tells those that the launcher would have told."""
@@ -130,11 +195,30 @@ class PreemptionGuard(Callback):
             trainer.strategy.launcher.kill(self.received)
 
     def _leave(self, trainer: Any, path: str | None = None) -> Preempted:
-        """The exception to raise. Until the process has ended, or for a minute, signals change nothing any more."""
+        """The exception to raise. Until the process has ended, or for a while, signals change nothing any more."""
         self._left = time.monotonic()
         for number in self._signals:
             trainer._signal_connector._original_handlers.pop(number, None)
-        return Preempted(STATUS if self._parent is None else 0, path)
+        named = signal.SIGINT, getattr(signal, "SIGHUP", None)
+        status = 128 + self.received if self.received in named else STATUS
+        return Preempted(status if self._parent is None else 0, path)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        if self.received == signal.SIGINT and self._left is None:  # it has ended by something else
+            self.received = 0
+        if not isinstance(exception, KeyboardInterrupt):
+            return
+        # Lightning ignores SIGINT from here on, and takes that back only where training has begun.
+        handlers = trainer._signal_connector._original_handlers
+        handlers.setdefault(signal.SIGINT, signal.default_int_handler)
+        forked = [one for one in getattr(trainer.strategy.launcher, "procs", []) if hasattr(one, "exitcode")]
+        if forked:  # this process has only started those that train: it lets them save, and ends as they do
+            trainer.strategy.launcher.kill(signal.SIGINT)
+            for one in forked:
+                one.join()
+            if all(one.exitcode == 128 + signal.SIGINT for one in forked):
+                signal.signal(signal.SIGINT, handlers[signal.SIGINT])
+                raise Preempted(128 + signal.SIGINT)
 
     # Agreement.
 
@@ -177,9 +261,11 @@ class PreemptionGuard(Callback):
         self._begin()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Lets all ranks know of a signal that came too late: for what the program does next."""
+        """Lets all ranks know of a signal that came too late: for what the program does next. SIGINT is for now."""
         if trainer.world_size > 1:
             self._reduce(trainer, 0.0)
+        if self.received == signal.SIGINT:
+            self._stop(trainer)
 
     def on_test_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -228,7 +314,8 @@ class PreemptionGuard(Callback):
     def _stop(self, trainer: Any) -> None:
         requeue = self._auto_requeue if self.requeue is None else self.requeue
         requeue = requeue and self.received == self._requeue_signal and "SLURM_JOB_ID" in os.environ
-        cause, path = f"preempted by {signal.Signals(self.received).name} at step {trainer.global_step}", None
+        drawn = "\n" if trainer.progress_bar_callback is not None and os.isatty(2) else ""  # the bar ends no line
+        cause, path = f"{drawn}preempted by {signal.Signals(self.received).name} at step {trainer.global_step}", None
         if trainer.fast_dev_run or trainer.sanity_checking:
             rank_zero_info(f"{cause}: there is nothing to save")
         else:
@@ -247,8 +334,14 @@ class PreemptionGuard(Callback):
             return trainer.strategy.broadcast(path)  # the number in it depends on what is there
         folder = getattr(trainer.checkpoint_callback, "dirpath", None)
         if folder is None:
-            folder = os.path.join(trainer.log_dir or trainer.default_root_dir, "checkpoints")  # all ranks have to ask
-        return os.path.join(folder, f"{self.filename}.ckpt")
+            folder = run_directory(trainer) / "checkpoints"  # all ranks have to ask
+        free = free_path(folder, self.filename, partial(_is_continued, trainer)) if trainer.is_global_zero else None
+        return str(trainer.strategy.broadcast(free))
+
+
+def _is_continued(trainer: Any, path: Path) -> bool:
+    """Whether a checkpoint is the one that this run goes on from, which its own may replace."""
+    return trainer.ckpt_path is not None and Path(trainer.ckpt_path).exists() and path.samefile(trainer.ckpt_path)
 
 
 def _requeue() -> None:

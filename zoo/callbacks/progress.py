@@ -43,7 +43,7 @@ class ProgressBar(RichProgressBar):
         rates = [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
         metrics = {"lr": f"{max(rates):.2e}", **metrics} if rates else metrics
         score = next((name for name in VALIDATED if name in trainer.callback_metrics), None)
-        return metrics | {score: trainer.callback_metrics[score].item()} if score else metrics
+        return metrics | {score: float(trainer.callback_metrics[score])} if score else metrics
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.is_enabled and self._is_due(batch_idx + 1 == self.total_train_batches):

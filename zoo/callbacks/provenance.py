@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ PACKAGES = ("torch", "torchvision", NAMESPACE.replace("_", "-"), "timm", "torchm
 class Provenance(Callback):
     """Puts the configuration, the versions of packages and git revisions into every checkpoint, as "provenance".
 
-    They are found once, when the run begins: see :func:`provenance`. All of it is plain data, which loads with
-    ``weights_only=True``.
+    They are found once, when the run begins: see :func:`provenance`. The time of the save, in nanoseconds since 1970,
+    is in this callback's own state, "saved". All of it is plain data, which loads with ``weights_only=True``.
 
     Args:
         config: The resolved configuration, as YAML; :func:`zoo.checkpoints.configuration` reads it back.
@@ -35,6 +36,9 @@ class Provenance(Callback):
         if self._found is not None:
             checkpoint["provenance"] = self._found
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"saved": time.time_ns()}
+
 
 def provenance(config: str | None = None) -> dict[str, Any]:
     """What a run is made of: the configuration, versions of packages, and git revisions of the code.
@@ -43,9 +47,10 @@ def provenance(config: str | None = None) -> dict[str, Any]:
         config: The resolved configuration, as YAML.
 
     Returns:
-        ``{"config": ..., "versions": {package: version}, "git": {"zoo": revision, "here": revision}}``. A revision, of
-        the zoo's source and of the working directory, is ``{"commit": str, "changed": bool}``, or None where there is
-        none. Files that git does not follow do not count as changes.
+        ``{"config": ..., "versions": {package: version}, "git": {"zoo": revision, "here": revision}, "cwd": folder}``.
+        A revision, of the zoo's source and of the working directory, is ``{"commit": str, "changed": bool}``, or None
+        where there is none. Files that git does not follow do not count as changes. Relative paths in the
+        configuration start from ``cwd``, the working directory.
     """
     versions = {"vision-zoo": zoo.__version__, "python": platform.python_version()}
     versions |= {name: _version(name) for name in PACKAGES}
@@ -53,7 +58,7 @@ def provenance(config: str | None = None) -> dict[str, Any]:
     # A .venv may lie inside of the repository of somebody who has only installed the zoo.
     followed = _git(source, "ls-files", "--error-unmatch", "__init__.py") is not None
     git = {"zoo": _revision(source) if followed else None, "here": _revision(Path.cwd())}
-    return {"config": config, "versions": versions, "git": git}
+    return {"config": config, "versions": versions, "git": git, "cwd": os.getcwd()}
 
 
 def _version(name: str) -> str:

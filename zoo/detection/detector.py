@@ -9,7 +9,7 @@ RetinaNet (Lin et al. 2017): matches of low quality and L1 in place of smooth L1
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from timm.layers import to_2tuple
@@ -137,6 +137,8 @@ class FPNDetector(SafeLoading, Shardable, LightningModule):
 
     backbone: Any  # modules; Any, because what they have beyond torch's is timm's
     hparams: Any  # Lightning calls it a mapping, and makes its keys attributes
+    # While a run goes on: they say how it is evaluated.
+    changeable: ClassVar = ("score_threshold", "nms_threshold", "max_detections")
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 import math
 from abc import abstractmethod
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,7 @@ class VAE(SafeLoading, Shardable, LightningModule):
     backbone: Any
     decoder: Any
     hparams: Any  # Lightning calls it a mapping, and makes its keys attributes
+    changeable: ClassVar = ("elbo_samples", "iw_samples")  # while a run goes on: they say how it is evaluated
 
     def build(self, encoder_outputs: int, decoder_inputs: int) -> None:
         """Networks, likelihood and metrics, out of ``self.hparams``."""

@@ -1,6 +1,6 @@
 """MAEPretrainer: a plain ViT as encoder, a decoder that training throws away, and how the two learn."""
 
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from timm.layers import to_2tuple
@@ -112,6 +112,7 @@ class MAEPretrainer(SafeLoading, Shardable, LightningModule):
     backbone: Any  # modules; Any, because what they have beyond torch's is timm's
     decoder: Any
     hparams: Any  # Lightning calls it a mapping, and makes its keys attributes
+    changeable: ClassVar = ("predict_ratio",)  # while a run goes on: they say how it is evaluated
 
     def __init__(
         self,

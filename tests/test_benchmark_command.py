@@ -1,6 +1,7 @@
 """``zoo benchmark``: what is measured, how, beside whom, and what is said of it."""
 
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -356,6 +357,22 @@ def test_a_peer_that_is_not_installed_is_a_row_that_names_the_extra(monkeypatch,
     assert json.loads(found.read_text()) == {"status": "not installed", "message": told}
 
 
+@pytest.mark.parametrize(
+    ("error", "peer", "status"),
+    [
+        (ImportError("no package"), "timm", "not installed"),
+        (ImportError("no package"), None, "failed"),  # the recipe's own
+        (process.NoDeviceError("no GPU"), None, "no device"),
+        (torch.OutOfMemoryError("CUDA out of memory"), None, "out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 bytes"), "timm", "out of memory"),
+        (ValueError("wrong"), "timm", "failed"),
+    ],
+)
+def test_what_became_of_a_cell(error, peer, status):
+    assert process.status_of(error, str(error), peer) == status
+    assert status in {*cells.FAILED, *cells.NOT_HERE}
+
+
 # What is said of it.
 
 
@@ -422,6 +439,77 @@ def test_what_is_within_the_spread_has_not_become_slower(tmp_path):
     assert main(["benchmark", "compare", str(before), str(after), "--max-regression", "1%"]) == 0
 
 
+MISSING = {"rates": [], "message": "why"}  # has no runs
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "lost"),
+    [
+        (row(), row(), None),
+        (row(), None, "missing"),
+        (row(), row(status="failed", **MISSING), "failed: why"),
+        (row(), row(status="out of memory", **MISSING), "out of memory: why"),
+        (row(), row(status="no device", **MISSING), "no device: why"),
+        (row(), row(status="not installed", **MISSING), "not installed: why"),
+        (row(status="failed", **MISSING), row(), None),
+        (row(status="failed", **MISSING), row(status="failed", **MISSING), "failed: why"),
+        (row(status="failed", **MISSING), None, "missing"),
+        (row(status="no device", **MISSING), row(), None),
+        (row(status="no device", **MISSING), row(status="no device", **MISSING), None),
+        (row(status="not installed", **MISSING), None, None),
+        (row(status="not installed", **MISSING), row(status="failed", **MISSING), "failed: why"),
+        (None, row(status="failed", **MISSING), None),  # nothing that there was is lost
+    ],
+)
+def test_compare_ends_with_1_for_what_is_lost_and_names_it(tmp_path, capsys, before, after, lost):
+    beside = row([50, 50], mode="fit")
+    folders = [
+        write(tmp_path / name, beside, *filter(None, [each])) for name, each in zip("ab", (before, after), strict=True)
+    ]
+    assert main(["benchmark", "compare", *map(str, folders)]) == (0 if lost is None else 1)
+    said = capsys.readouterr()
+    assert said.err == ("" if lost is None else f"zoo: not measured in {folders[1]}: step zoo: {lost}\n")
+    assert said.out.count("\n") == 2 + 1 + (before is not None or after is not None)
+
+
+def test_compare_names_every_cell_that_is_lost_and_every_slower_one(tmp_path, capsys):
+    old = [row(mode=mode, axes={"precision": precision}) for mode in ("step", "fit") for precision in ("32", "16")]
+    new = [row([10], "step", axes={"precision": "32"}), row(status="failed", axes={"precision": "16"}, **MISSING)]
+    before, after = write(tmp_path / "a", *old), write(tmp_path / "b", *new)
+    assert main(["benchmark", "compare", str(before), str(after)]) == 1
+    assert capsys.readouterr().err.splitlines() == [
+        "zoo: slower than allowed: step zoo precision 32: 90 % slower",
+        f"zoo: not measured in {after}: step zoo precision 16: failed: why",
+        f"zoo: not measured in {after}: fit zoo precision 32: missing",
+        f"zoo: not measured in {after}: fit zoo precision 16: missing",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("statuses", "failed"),
+    [
+        (["ok", "ok"], []),
+        (["ok", "no device", "not installed"], []),
+        (["ok", "failed"], ["failed"]),
+        (["ok", "out of memory", "no device"], ["out of memory"]),
+        (["no device", "not installed"], ["no device", "not installed"]),  # there is not a figure
+        (["failed", "not installed"], ["failed", "not installed"]),
+    ],
+)
+def test_what_is_not_here_is_no_failure_unless_there_is_nothing_else(statuses, failed):
+    rows = [row([1.0] if status == "ok" else [], status=status, message="why") for status in statuses]
+    assert report.failures(rows) == [f"step zoo: {status}: why" for status in failed]
+
+
+def test_a_plot_is_named_where_it_was_drawn_and_none_is_left_from_before(tmp_path):
+    failed = row([], status="failed", message="why")
+    assert command._written([row(), failed], tmp_path).splitlines()[-1] == f"plot {tmp_path / 'plot.png'}"
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+    assert command._written([failed], tmp_path).splitlines()[-1] == f"table {tmp_path / 'table.md'}"
+    assert not (tmp_path / "plot.png").exists()
+    assert (tmp_path / "table.md").read_text() == report.table([failed]) + "\n"
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [(None, "expected a folder that zoo benchmark has written"), ("{", "is no JSON"), ('{"schema": 99}', "is no cell")],
@@ -452,10 +540,29 @@ def test_compare_says_what_is_wrong_with_a_file(tmp_path, capsys, content, said)
         (["vit/digits", "--peers", "--mode", "data"], "there is no peer of ViTClassifier for --mode data"),
         (["vit/digits", "--out", "other"], "other holds fit.json of another benchmark: name another --out"),
         (["vit/digits", "--mode", "fit", "--out", "other"], "other holds fit.json of another benchmark"),
-        (["vit/digits", "--repeats", "0"], "'0' is not a whole number of at least 1"),
+        *((["vit/digits", "--repeats", size], f"{size!r} is not a whole number") for size in ("0", "-1", "1.5", "nan")),
+        *((["vit/digits", "--steps", size], f"{size!r} is not a whole number") for size in ("0", "-5", "x")),
+        *((["vit/digits", "--seconds", time], "expected seconds, 0 or more") for time in ("-1", "nan", "inf", "x")),
+        *(
+            (["vit/digits", "--limit", time], "expected seconds, more than 0")
+            for time in ("0", "-2", "nan", "inf", "x")
+        ),
+        (["vit/digits", "--batch-size", "64", "0"], "--data.batch_size is 0: expected at least 1"),
+        (["vit/digits", "--batch-size", "-1"], "--data.batch_size is -1: expected at least 1"),
+        (["vit/digits", "--data.batch_size", "0"], "--data.batch_size is 0: expected at least 1"),
+        (["empty.yaml"], "--data.batch_size is 0: expected at least 1"),
+        (["vit/digits", "--image-size", "0"], "--model.image_size is 0: expected at least 1"),
+        (["detection/shapes", "--model.image_size", "[64, 0]"], "--model.image_size is (64, 0): expected at least 1"),
+        (["vit/digits", "--num-workers", "-1"], "--data.num_workers is -1: expected at least 0"),
+        (["vit/digits", "--devices", "1", "0"], "--trainer.devices is 0: expected at least 1"),
+        (["vit/digits", "--devices", "-1"], "--trainer.devices is -1: expected at least 1"),
+        (["vit/digits", "--devices", "two"], "--trainer.devices is two: expected a number, devices as in 0,1, or auto"),
+        (["vit/digits", "--trainer.devices", "2"], "--trainer.devices: here it is an axis, --devices"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_measured(arguments, said, capsys):
+    digits = {"class_path": "DigitsDataModule", "init_args": {"batch_size": 0}}
+    Path("empty.yaml").write_text(json.dumps({"model": "ViTClassifier", "data": digits}))
     write(Path("other").absolute(), row(mode="fit")).joinpath("0.json").rename("other/fit.json")
     assert main(["benchmark", *arguments]) == 2
     error = capsys.readouterr().err
@@ -500,6 +607,42 @@ def test_what_cannot_be_measured_is_a_row_and_the_rest_is_measured(capsys):
         assert "no device: there is no GPU that torch can use here" in said
 
 
+@pytest.mark.timeout(300)
+@pytest.mark.usefixtures("_installed")
+@pytest.mark.parametrize("fails", ["always", pytest.param("compiled", marks=pytest.mark.slow)])
+def test_a_cell_that_fails_ends_with_1_and_no_plot_is_drawn_of_nothing(fails, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])  # the command line adds to it where it stands
+    Path("broken_here.py").write_text(
+        "from torch import nn, optim\n"
+        "from zoo._lightning import LightningModule\n"
+        "class Broken(LightningModule):\n"
+        "    input_shape = (1, 16, 16)\n"
+        "    def __init__(self, compile: bool = False, always: bool = True, num_classes: int = 10) -> None:\n"
+        "        super().__init__()\n"
+        "        self.layer, self.breaks = nn.Linear(256, num_classes), compile or always\n"
+        "    def forward(self, images):\n"
+        "        return self.layer(images.flatten(1))\n"
+        "    def training_step(self, batch, batch_idx):\n"
+        "        if self.breaks:\n"
+        "            raise RuntimeError('broken on purpose')\n"
+        "        return nn.functional.cross_entropy(self(batch[0]), batch[1])\n"
+        "    def configure_optimizers(self):\n"
+        "        return optim.SGD(self.parameters(), lr=0.1)\n"
+    )
+    options = ["--model", "broken_here.Broken", "--model.always", str(fails == "always")]
+    if fails == "compiled":
+        options += ["--compile", "false", "true"]
+    Path("found").mkdir()
+    Path("found/plot.png").touch()  # of an earlier try
+    Path("mine.yaml").write_text("data: {class_path: DigitsDataModule, init_args: {image_size: 16}}")
+    assert main(["benchmark", "mine.yaml", *QUICK, "--accelerator", "cpu", *options, "--out", "found"]) == 1
+    said = capsys.readouterr()
+    name = "step zoo accelerator cpu" if fails == "always" else "step zoo compile true accelerator cpu"
+    assert said.err.splitlines()[-1] == f"zoo: not measured: {name}: failed: broken on purpose"
+    assert "| failed: broken on purpose |" in said.out
+    assert ("plot found/plot.png" in said.out) == Path("found/plot.png").exists() == (fails == "compiled")
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.usefixtures("_installed")
@@ -518,7 +661,7 @@ def test_every_mode_is_measured():
 @pytest.mark.usefixtures("_installed")
 def test_two_processes_are_measured_and_too_large_a_batch_is_a_row():
     axes = ["--devices", "2", "--batch-size", "64", "10000000000", "--accelerator", "cpu", "--strategy", "ddp"]
-    assert main(["benchmark", "vit/digits", *QUICK, *axes, "--out", "found"]) == 0
+    assert main(["benchmark", "vit/digits", *QUICK, *axes, "--out", "found"]) == 1
     rows = [json.loads(path.read_text()) for path in Path("found").glob("*.json")]
     small, large = sorted(rows, key=lambda row: len(row["cell"]["axes"]["batch_size"]))
     run = small["runs"][0]

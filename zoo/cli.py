@@ -7,16 +7,18 @@ may name, ``zoo/blueprint.py`` reads a configuration without running it, ``zoo/m
 With ``ZOO_DEBUG=1`` every error shows its traceback.
 """
 
+import io
+import locale
 import os
 import sys
-from argparse import ArgumentParser, ArgumentTypeError
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 import datamodules
 import zoo
 from zoo import mistakes, recipes
+from zoo.arguments import Arguments, percent, positive, seconds
 from zoo.mistakes import Mistake, did_you_mean
 
 PACKAGES = {"modules": zoo, "data": datamodules}
@@ -98,8 +100,9 @@ Axes, each with one value or several:
   --batch-size 64 256              --image-size 160 224       --grad-checkpointing false true
   --num-workers 0 4                --accelerator cpu gpu      --devices 1 2      --strategy ddp
 
-Every other option is one of zoo fit, and goes to all cells. compare ends with status 1 if a cell has become slower by
-more than --max-regression and its spread."""
+Every other option is one of zoo fit, and goes to all cells. The status is 1 if a cell failed or ran out of memory, or
+if none could be measured; a device or a peer's package that is not here is a row, and no failure. That of compare is 1
+if a cell has become slower by more than --max-regression and its spread, or is missing or failed in AFTER."""
 
 SWEEPS = """\
 usage: zoo {command} RECIPE [options of this command] [--option VALUE ...]
@@ -159,6 +162,7 @@ def main(args: list[str] | None = None) -> int:
     Args:
         args: The arguments behind ``zoo``. None: those of the process.
     """
+    _use_utf8()
     try:
         return _dispatch(list(sys.argv[1:] if args is None else args))
     except Exception as error:
@@ -170,6 +174,21 @@ def main(args: list[str] | None = None) -> int:
             raise cause from None
         print(f"zoo: error: {message}", file=sys.stderr)
         return 1 if mistakes.was_running(error) else 2
+
+
+def _use_utf8() -> None:
+    """Makes UTF-8 what is read, written and printed in a locale without umlauts, as Python itself does in most of them.
+
+    Recipes are UTF-8. Those who open files without saying so, jsonargparse among them, ask the locale.
+    """
+    if locale.getencoding().lower().replace("-", "") != "utf8":
+        for name in ("C.UTF-8", "en_US.UTF-8"):
+            with suppress(locale.Error):
+                locale.setlocale(locale.LC_CTYPE, name)
+                break
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower().replace("-", "") != "utf8":
+            stream.reconfigure(encoding="utf-8", errors="surrogateescape")
 
 
 def _dispatch(args: list[str]) -> int:
@@ -196,9 +215,9 @@ def _dispatch(args: list[str]) -> int:
         if command in ("benchmark", "cost", *SWEEP_HELP) and options and not options[0].startswith("-"):
             configs.insert(0, options.pop(0))  # `zoo cost vit/digits` as well
         files = [recipes.find(config, urls=strict) for config in configs]
+        recipes.check_parts(options)
         if command in ("benchmark", *SWEEP_HELP):
-            (_benchmark if command == "benchmark" else partial(_sweep, command))(files, options, strict)
-            return 0
+            return (_benchmark if command == "benchmark" else partial(_sweep, command))(files, options, strict)
         options = ["--help" if option == "--trainer.help" else option for option in options]
         if command == "cost":  # imports only here: torch and Lightning take seconds
             from zoo import blueprint
@@ -211,12 +230,12 @@ def _dispatch(args: list[str]) -> int:
     return 0
 
 
-def _sweep(command: str, files: list[str], args: list[str], strict: bool) -> None:
+def _sweep(command: str, files: list[str], args: list[str], strict: bool) -> int:
     """Reads the options of a command that trains many models, checks what it trains, and calls it."""
     parser = Arguments(prog=f"zoo {command}", allow_abbrev=False, add_help=False)
     parser.add_argument("--out", type=Path, default=Path("runs", command))
-    parser.add_argument("--seeds", type=_positive, default=SWEEP_HELP[command]["seeds"])
-    parser.add_argument("--jobs", type=_positive, default=1)
+    parser.add_argument("--seeds", type=positive, default=SWEEP_HELP[command]["seeds"])
+    parser.add_argument("--jobs", type=positive, default=1)
     if command == "scaling-search":
         parser.add_argument("--step", type=float, default=0.1)
     elif command == "scaling-compare":
@@ -250,16 +269,17 @@ def _sweep(command: str, files: list[str], args: list[str], strict: bool) -> Non
 
         task = search.search if command == "scaling-search" else search.compare
         print(task(search.base_of(arguments), num_classes=arguments["num_classes"], **shared))
+    return 0
 
 
-def _benchmark(files: list[str], args: list[str], strict: bool) -> None:
-    """Reads the options of ``zoo benchmark`` and measures; or is the process of one cell."""
+def _benchmark(files: list[str], args: list[str], strict: bool) -> int:
+    """Reads the options of ``zoo benchmark`` and measures; or is the process of one cell. 1 if a cell failed."""
     if args[:1] == ["--cell"]:
         from zoo.benchmark import process
 
         asked, found, runs = map(Path, args[1:4])
         process.answer(asked, found, runs, strict, PACKAGES.values())
-        return
+        return 0
     from zoo.benchmark import cells
 
     parser = Arguments(prog="zoo benchmark", allow_abbrev=False, add_help=False)
@@ -267,9 +287,9 @@ def _benchmark(files: list[str], args: list[str], strict: bool) -> None:
     parser.add_argument("--peers", nargs="*")
     parser.add_argument("--out", type=Path)
     for name, default in (("repeats", 3), ("steps", 50)):
-        parser.add_argument(f"--{name}", type=_positive, default=default)
-    for name, seconds in (("seconds", 5.0), ("limit", 60.0)):
-        parser.add_argument(f"--{name}", type=float, default=seconds)
+        parser.add_argument(f"--{name}", type=positive, default=default)
+    parser.add_argument("--seconds", type=partial(seconds, zero=True), default=5.0)
+    parser.add_argument("--limit", type=seconds, default=60.0)
     for axis in cells.AXES:
         parser.add_argument(f"--{axis.replace('_', '-')}", f"--{axis}", nargs="+")
     own, options = parser.parse_known_args(args)
@@ -277,47 +297,30 @@ def _benchmark(files: list[str], args: list[str], strict: bool) -> None:
         raise Mistake("benchmark needs a recipe: zoo benchmark RECIPE (zoo list)")
     from zoo.benchmark import command
 
-    print(command.run(files, options, strict, PACKAGES.values(), **vars(own)))
+    text, failures = command.run(files, options, strict, PACKAGES.values(), **vars(own))
+    print(text)
+    return _told("not measured", failures)
 
 
 def _compare(args: list[str]) -> int:
-    """``zoo benchmark compare BEFORE AFTER``: prints the table; 1 if something has become too slow."""
+    """``zoo benchmark compare BEFORE AFTER``: prints the table; 1 if something has become too slow, or is lost."""
     from zoo.benchmark import report
 
     parser = Arguments(prog="zoo benchmark compare", allow_abbrev=False, add_help=False)
     parser.add_argument("before", type=Path)
     parser.add_argument("after", type=Path)
-    parser.add_argument("--max-regression", type=_percent, default=0.05)
+    parser.add_argument("--max-regression", type=percent, default=0.05)
     own = parser.parse_args(args)
-    text, slower = report.compare(report.read(own.before), report.read(own.after), own.max_regression)
+    text, slower, lost = report.compare(report.read(own.before), report.read(own.after), own.max_regression)
     print(text)
-    for line in slower:
-        print(f"zoo: slower than allowed: {line}", file=sys.stderr)
-    return 1 if slower else 0
+    return _told("slower than allowed", slower) | _told(f"not measured in {own.after}", lost)
 
 
-class Arguments(ArgumentParser):
-    """An argument parser whose errors are a line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise Mistake(message)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
-
-
-def _percent(text: str) -> float:
-    """5% or 0.05."""
-    try:
-        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        share = -1.0
-    if not 0 <= share < 1:
-        raise ArgumentTypeError(f"{text!r} is no share: expected 5% or 0.05")
-    return share
+def _told(what: str, lines: list[str]) -> int:
+    """Names what went wrong, a line each; the exit status is 1 if something did."""
+    for line in lines:
+        print(f"zoo: {what}: {line}", file=sys.stderr)
+    return 1 if lines else 0
 
 
 def _split(args: list[str]) -> tuple[list[str], list[str]]:
@@ -330,8 +333,8 @@ def _split(args: list[str]) -> tuple[list[str], list[str]]:
             if not value:
                 raise Mistake(f"{name} needs a recipe or a file; see zoo list")
             configs.append(value)
-        else:
-            rest.append(arg)
+        else:  # what a locale without umlauts has made of them; the name of a file has to stay like that
+            rest.append(arg.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape"))
     return configs, rest
 
 

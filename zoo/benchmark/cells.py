@@ -13,6 +13,10 @@ from zoo.sweep import apart, write_json
 
 SCHEMA = 1
 
+# What becomes of a cell that is not "ok". What is not here is a matter of the machine, and no failure.
+FAILED = ("failed", "out of memory")
+NOT_HERE = ("no device", "not installed")
+
 MODES = {
     "step": "forward, backward and optimizer in a loop written by hand, on a batch that stays on the device",
     "fit": "the same by Trainer.fit, with the recipe's callbacks and a logger",
@@ -35,6 +39,9 @@ AXES = {
 }
 """By what it is called, the options of ``zoo fit`` that an axis sets; those that model and data have not are left out.
 A cell is thus a configuration of ``zoo fit``, and nothing else."""
+
+LEAST = {"batch_size": 1, "image_size": 1, "num_workers": 0, "devices": 1}
+"""The smallest values of axes that are sizes."""
 
 
 class Cell(NamedTuple):

@@ -1,6 +1,7 @@
 """What ``zoo benchmark`` does: it checks what is asked, has it measured, and writes the table."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
@@ -31,8 +32,8 @@ def run(
     seconds: float,
     limit: float,
     **axes: Sequence[str] | None,
-) -> str:
-    """Measures every cell and returns what is printed: the table, and where it is.
+) -> tuple[str, list[str]]:
+    """Measures every cell and returns what is printed, the table and where it is, and a line for each failure.
 
     Args:
         configs, options, strict, packages: Of the recipe; see :func:`zoo.run.run`.
@@ -44,7 +45,7 @@ def run(
         axes: By axis, its values, or None.
 
     Raises:
-        Mistake: For what does not exist, or what this recipe does not have.
+        Mistake: For what does not exist, what this recipe does not have, or a size that is none.
     """
     _check_names(mode, options)
     plan = read(configs, options, strict, packages)
@@ -55,14 +56,14 @@ def run(
             raise Mistake(f"{model} has no {axis}: leave --{axis.replace('_', '-')} out")
     asked = cells.cells(mode, chosen, _peers(plan, peers, mode))
     for cell in {tuple(cells.options_of(cell, known)) for cell in asked}:  # what cannot be read is said at once
-        read(configs, [*options, *cell], strict, packages)
+        _check_sizes(read(configs, [*options, *cell], strict, packages).config.fit)
     goal = {"steps": steps, "seconds": seconds, "limit": limit}
     shared = [*options, *(["--strict-imports"] if strict else [])]
     out = out or new_folder(configs[0])
     _check_empty(out, {cell.name for cell in asked}, configs)
     with taking_runs_along():
         rows = cells.run(asked, configs, shared, known, goal, repeats, out)
-    return _written(rows, out)
+    return _written(rows, out), report.failures(rows)
 
 
 def _check_names(modes: Sequence[str], options: Sequence[str]) -> None:
@@ -73,9 +74,27 @@ def _check_names(modes: Sequence[str], options: Sequence[str]) -> None:
     axes = [axis.replace("_", "-") for axis in cells.AXES]
     for option in options:
         name = option.removeprefix("--").partition("=")[0]
+        if name == "trainer.devices":  # a recipe's number is that of another machine, and not taken
+            raise Mistake(f"{option}: here it is an axis, --devices")
         if option.startswith("--") and "." not in name and name not in FITS:
             hint = did_you_mean(name, [*axes, *OWN]) or f": the axes are {', '.join(axes)}"
             raise Mistake(f"unknown option {option}{hint}")
+
+
+def _check_sizes(config: Any) -> None:
+    """Nothing can be measured of batches without images; that there are none would be a figure."""
+    parts = {"trainer": config.trainer, "model": config.model.init_args, "data": config.data and config.data.init_args}
+    for axis, least in cells.LEAST.items():
+        for option in cells.AXES[axis]:
+            part, name = option.removeprefix("--").split(".")
+            value = (parts[part] or {}).get(name)
+            if name == "devices" and isinstance(value, str):
+                if not re.fullmatch(r"auto|-?\d+|[\d, ]+", value):
+                    raise Mistake(f"{option} is {value}: expected a number, devices as in 0,1, or auto")
+                value = int(value) if re.fullmatch(r"-?\d+", value) else None
+            sides = value if isinstance(value, list | tuple) and name != "devices" else [value]  # there: their indices
+            if any(isinstance(side, int) and side < least for side in sides):
+                raise Mistake(f"{option} is {value}: expected at least {least}")
 
 
 def _options(plan: Blueprint) -> set[str]:
@@ -123,8 +142,9 @@ def _check_empty(out: Path, names: set[str], configs: list[str]) -> None:
 
 
 def _written(rows: Sequence[Mapping[str, Any]], out: Path) -> str:
-    """The table in ``out/table.md`` and the plot beside it; what is printed of them."""
-    text = report.page(rows)
+    """The table in ``out/table.md`` and the plot beside it, if there is something to draw; what is printed of them."""
+    text, picture = report.page(rows), out / "plot.png"
     (out / "table.md").write_text(text + "\n", encoding="utf-8")
-    report.plot(rows, out / "plot.png")
-    return f"\n{text}\n\ntable {out / 'table.md'}\nplot {out / 'plot.png'}"
+    picture.unlink(missing_ok=True)  # it may be that of an earlier try
+    drawn = f"\nplot {picture}" if report.plot(rows, picture) else ""
+    return f"\n{text}\n\ntable {out / 'table.md'}{drawn}"

@@ -41,18 +41,20 @@ def answer(asked: Path, found: Path, runs: Path, strict: bool, packages: Iterabl
     except Exception as error:
         cause = mistakes.root_cause(error)
         said = str(cause).split("\n")[0] or type(cause).__name__
-        content = {"status": _status(cause, said), "message": said}
+        content = {"status": status_of(cause, said, setting["cell"]["peer"]), "message": said}
         if os.environ.get("ZOO_DEBUG") == "1":
             raise
     if getattr(rank_zero_only, "rank", 0) == 0:
         write_json(found, content)
 
 
-def _status(cause: BaseException, said: str) -> str:
+def status_of(cause: BaseException, said: str, peer: str | None) -> str:
+    """What became of a cell, in a word. A package that a peer needs may be missing; one that the zoo needs may not."""
     if isinstance(cause, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in said:  # the CPU's words
         return "out of memory"
-    kinds = {NoDeviceError: "no device", ImportError: "not installed"}
-    return next((status for kind, status in kinds.items() if isinstance(cause, kind)), "failed")
+    if isinstance(cause, NoDeviceError):
+        return "no device"
+    return "not installed" if isinstance(cause, ImportError) and peer is not None else "failed"
 
 
 def _measured(setting: dict[str, Any], runs: Path, strict: bool, packages: Iterable[ModuleType]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from zoo.benchmark.cells import SCHEMA
+from zoo.benchmark.cells import FAILED, NOT_HERE, SCHEMA
 from zoo.mistakes import Mistake
 
 Row = Mapping[str, Any]
@@ -137,25 +137,38 @@ def _shares(found: Mapping[str, float]) -> str:
 
 
 def where(rows: Sequence[Row]) -> str:
-    """With what, and on what, the first row was measured."""
+    """With what, and on what, the first row was measured; nothing, if none was."""
     made = next((row for row in rows if row["status"] == "ok"), rows[0])
     versions, hardware = made.get("versions", {}), made.get("hardware", {})
     packages = ", ".join(f"{name} {version}" for name, version in versions.items())
-    return f"{packages}; {', '.join(str(value) for value in hardware.values() if value is not None)}"
+    return "; ".join(
+        filter(None, [packages, ", ".join(str(value) for value in hardware.values() if value is not None)])
+    )
 
 
 def page(rows: Sequence[Row]) -> str:
     """The table, what has to be said of it, and where it was measured."""
-    return "\n\n".join([table(rows), *notes(rows), where(rows)])
+    return "\n\n".join(filter(None, [table(rows), *notes(rows), where(rows)]))
 
 
-def plot(rows: Sequence[Row], path: Path) -> None:
-    """Images a second of every cell that could be measured, the bars of a mode in a colour."""
+def failures(rows: Sequence[Row]) -> list[str]:
+    """The cells that failed, and why. What is not here is no failure, unless there is nothing else."""
+    none = all(row["status"] != "ok" for row in rows)
+    failed = [row for row in rows if row["status"] in FAILED or none]
+    return [f"{_title(row)}: {row['status']}: {row['message']}" for row in failed]
+
+
+def plot(rows: Sequence[Row], path: Path) -> bool:
+    """Images a second of every cell that could be measured, the bars of a mode in a colour.
+
+    Returns:
+        Whether there was one, and a plot was drawn.
+    """
     from matplotlib.figure import Figure  # here: it takes a third of a second to import
 
     good = [row for row in rows if row["status"] == "ok"]
     if not good:
-        return
+        return False
     names = [_title(row, _varying(rows)) for row in good]
     rates = [Rate(row) for row in good]
     modes = list(dict.fromkeys(row["cell"]["mode"] for row in good))
@@ -169,6 +182,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     figure.supxlabel("images/s, median and range of the runs", fontsize="medium")
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=120)
+    return True
 
 
 def _values(row: Row, axes: Sequence[str] | None = None) -> list[str]:
@@ -197,29 +211,34 @@ def read(place: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def compare(before: Sequence[Row], after: Sequence[Row], max_regression: float) -> tuple[str, list[str]]:
-    """Two benchmarks side by side, by cell; and those cells of the second that are slower than is allowed.
+def compare(before: Sequence[Row], after: Sequence[Row], max_regression: float) -> tuple[str, list[str], list[str]]:
+    """Two benchmarks side by side, by cell; and which of the first are too slow in the second, and which are lost.
+
+    A cell is lost if it is missing in the second or could not be measured there, unless it is one whose device or
+    package was not there for the first one either.
 
     Args:
         before, after: Their cells.
         max_regression: The share by which a cell may be slower, 0.05 for example; never less than the spread.
     """
-    old = {_key(row): row for row in before}
+    old, new = ({_key(row): row for row in rows} for rows in (before, after))
     lines = [["cell", "before, images/s", "after, images/s", "ratio"], ["---"] * 4]
-    slower = []
-    for row in after:
-        name, base = _title(row), old.pop(_key(row), None)
-        if base is None or row["status"] != "ok" or base["status"] != "ok":
-            lines.append([name, _rate(base), _rate(row), ""])
+    slower, lost = [], []
+    for key, row in (new | {key: row for key, row in old.items() if key not in new}).items():
+        name, base, now = _title(row), old.get(key), new.get(key)
+        line = [name, _rate(base), _rate(now), ""]
+        lines.append(line)
+        if base is None:
             continue
-        middle, spread = ratio(row, base, paired=False)
-        lines.append([name, _rate(base), _rate(row), ratio_text(row, base, paired=False)])
-        if 1 - middle > max(max_regression, spread):
-            slower.append(f"{name}: {100 * (1 - middle):.0f} % slower")
-    lines += [[_title(row), _rate(row), "not measured", ""] for row in old.values()]
-    if len(lines) == 2:
-        raise Mistake("there is nothing to compare")
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines), slower
+        if now is None or now["status"] != "ok":
+            if base["status"] not in NOT_HERE or (now is not None and now["status"] in FAILED):
+                lost.append(f"{name}: " + ("missing" if now is None else f"{now['status']}: {now['message']}"))
+        elif base["status"] == "ok":
+            middle, spread = ratio(now, base, paired=False)
+            line[3] = ratio_text(now, base, paired=False)
+            if 1 - middle > max(max_regression, spread):
+                slower.append(f"{name}: {100 * (1 - middle):.0f} % slower")
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines), slower, lost
 
 
 def _key(row: Row, mode: str | None = None) -> str:

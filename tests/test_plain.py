@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from zoo.plain import objects
+from zoo.checkpoints.plain import objects
 
 
 class Colour(enum.IntEnum):

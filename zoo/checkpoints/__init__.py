@@ -1,0 +1,28 @@
+"""Checkpoints that are whole or absent, say what made them, and run no code when they are read.
+
+``AtomicCheckpointIO`` is a plugin of any Trainer's, ``Trainer(plugins=[AtomicCheckpointIO()])``, and ``SafeLoading``
+is for modules (``io.py``). ``damage``, ``newest``, ``configuration`` and so on look at what lies on the disk
+(``looking.py``), ``claim`` and the like see to folders and files (``files.py``), and ``objects`` knows what a
+checkpoint may hold (``plain.py``). What made a checkpoint is put into it by :class:`zoo.callbacks.Provenance`.
+"""
+
+from zoo.checkpoints.files import claim, give_name, sweep
+from zoo.checkpoints.io import AtomicCheckpointIO, SafeLoading, TorchCheckpointIO
+from zoo.checkpoints.looking import configuration, damage, free_path, made_by, newest, saved_at
+from zoo.checkpoints.plain import objects
+
+__all__ = [
+    "AtomicCheckpointIO",
+    "SafeLoading",
+    "TorchCheckpointIO",
+    "claim",
+    "configuration",
+    "damage",
+    "free_path",
+    "give_name",
+    "made_by",
+    "newest",
+    "objects",
+    "saved_at",
+    "sweep",
+]

@@ -60,6 +60,7 @@ class WritePredictions(Callback):
         samples = self._samples(trainer, batch_idx, dataloader_idx, len(predicted))
         self._count += len(predicted)
         read = sum(present for _, _, present in samples)
+        predicted = predicted if read else []  # of what stands in for a batch that could not be read
         if read != len(predicted):
             raise ValueError(f"{len(predicted)} predictions for {read} images: expected one entry for each image")
         entries = iter(predicted)

@@ -24,8 +24,9 @@ from torchvision.transforms.v2 import functional as F
 
 from datamodules import listing
 from datamodules._lightning import rank_zero_warn
-from datamodules.annotations import Annotations, export_coco, read
+from datamodules.annotations import Annotations, read
 from datamodules.base import IMAGENET_MEAN, IMAGENET_STD, Split
+from datamodules.coco_export import export_coco
 from datamodules.detection import DetectionDataModule, RawSamples
 from datamodules.detection_transforms import Target
 from datamodules.folder import ImageFiles, OnError

@@ -85,7 +85,8 @@ def read(path: Path, need_annotations: bool = True) -> Annotations:
 
     Args:
         path: The file.
-        need_annotations: Whether ``annotations`` has to be there, as it is not in COCO's own files of test images.
+        need_annotations: Whether there have to be images, and ``annotations``, which COCO's own files of test images
+            do not have.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -94,6 +95,8 @@ def read(path: Path, need_annotations: bool = True) -> Annotations:
     content = _parsed(path)
     needed = ("images", "annotations", "categories") if need_annotations else ("images", "categories")
     _check_form(path, content, needed)
+    if not content["images"] and (need_annotations or content.get("annotations")):
+        raise ValueError(f"{path} has no images: its list is empty")
     category_names = _categories(path, content["categories"])
     images = content["images"]
     names = [_entry(path, "image", image, "file_name", str, place) for place, image in enumerate(images)]
@@ -199,7 +202,7 @@ def _check_form(path: Path, content: Any, needed: Sequence[str]) -> None:
         part = content.get(key, [])
         if not isinstance(part, list) or not all(isinstance(entry, dict) for entry in part):
             raise ValueError(f"{path}: {key} is no list of objects: {EXPECTED}")
-        if not part and key != "annotations":
+        if not part and key == "categories" and (content["images"] or "annotations" in needed):
             raise ValueError(f"{path} has no {key}: its list is empty")
 
 

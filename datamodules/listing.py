@@ -6,7 +6,11 @@ from pathlib import Path
 
 from datamodules.images import EXTENSIONS
 
-SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+SPLIT_FOLDERS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "eval", "evaluation"),
+    "test": ("test", "testing"),
+}
 EXPECTED = (
     "expected a folder for each class (cat/1.jpg), or train, val and test folders that hold class folders or images, "
     "or images alone"

@@ -109,16 +109,21 @@ class WritePredictions(Callback):
         assert self.last_path is not None
         self._file.close()
         trainer.strategy.barrier("predictions")
+        problem: str | None = None
         if trainer.is_global_zero:
             parts = [self._part.with_name(f".{self.filename}.rank{rank}") for rank in range(trainer.world_size)]
             whole = self._part.with_name(f".{self.filename}")
             try:
                 self._merge(parts, whole)
                 os.replace(whole, self.last_path)
+            except ValueError as error:
+                problem = str(error)
             finally:
                 whole.unlink(missing_ok=True)
-        trainer.strategy.barrier("predictions written")
+        problem = trainer.strategy.broadcast(problem)  # which all wait for
         self._part.unlink(missing_ok=True)
+        if problem is not None:
+            raise ValueError(problem)
 
     def _merge(self, parts: Sequence[Path], whole: Path) -> None:
         _merge(parts, whole, ["file", *(self._columns or [])])

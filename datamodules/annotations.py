@@ -1,32 +1,30 @@
-"""COCO annotation files: read and checked once, kept in arrays; and written.
+"""COCO annotation files: read and checked once, and kept in arrays.
 
 ``{"images": [{"id", "file_name", "width", "height"}], "annotations": [{"id", "image_id", "category_id", "bbox": [x, y,
 width, height], "iscrowd", "area"}], "categories": [{"id", "name"}]}``, https://cocodataset.org/#format-data. Widths and
-heights of images, annotation ids, ``iscrowd`` and ``area`` may be missing. Whatever else is there is not read.
+heights of images, annotation ids, ``iscrowd`` and ``area`` may be missing, and so may a ``bbox`` where ``segmentation``
+has polygons. Numbers may be texts, ids whole floats. Whatever else is there is not read.
 
 Arrays, since a list of a million dictionaries would be copied into every loader worker, by the counting of references.
 """
 
 import json
-import math
-import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from PIL import Image
 
 from datamodules import listing
 from datamodules._lightning import rank_zero_warn
-from datamodules.base import Split
-from datamodules.detection import DetectionDataModule, RawSamples
-from datamodules.detection_transforms import Target
+from datamodules.json_values import flag, number, one_form, outline, whole
 
 EXPECTED = 'expected a COCO file, {"images": [...], "annotations": [...], "categories": [...]}'
+
+FARTHEST = 2**31 - 1
+"""Pixels that no image has: larger coordinates count as not finite."""
 
 
 @dataclass(frozen=True)
@@ -81,11 +79,14 @@ def read(path: Path, need_annotations: bool = True) -> Annotations:
 
     Boxes without width or height, or with coordinates that are not finite, are left out, and so are boxes of which less
     than a pixel lies in the image; others are clamped to it. Annotations of images that the file does not have are left
-    out. One warning says how many there were, and where.
+    out, and those without a box or a polygon. One warning says how many there were, and where. Others say of how many
+    ``area`` is no number from 0 on (the box's is taken), ``iscrowd`` neither 0 nor 1 (0 is taken), or an image's size
+    not known; and that boxes look like shares of the image, or like two corners.
 
     Args:
         path: The file.
-        need_annotations: Whether ``annotations`` has to be there, as it is not in COCO's own files of test images.
+        need_annotations: Whether there have to be images, and ``annotations``, which COCO's own files of test images
+            do not have.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -94,13 +95,14 @@ def read(path: Path, need_annotations: bool = True) -> Annotations:
     content = _parsed(path)
     needed = ("images", "annotations", "categories") if need_annotations else ("images", "categories")
     _check_form(path, content, needed)
+    if not content["images"] and (need_annotations or content.get("annotations")):
+        raise ValueError(f"{path} has no images: its list is empty")
     category_names = _categories(path, content["categories"])
     images = content["images"]
-    names = [_entry(path, "image", image, "file_name", str, number) for number, image in enumerate(images)]
-    image_ids = [_entry(path, "image", image, "id", int, number) for number, image in enumerate(images)]
+    names = [_entry(path, "image", image, "file_name", str, place) for place, image in enumerate(images)]
+    image_ids = _integers(path, "image", images, "id").tolist()
     _check_unique(path, "images", "id", image_ids)
-    sizes = np.array([(image.get("height") or 0, image.get("width") or 0) for image in images], dtype=np.int32)
-    return _packed(path, content.get("annotations", []), category_names, names, image_ids, sizes.reshape(-1, 2))
+    return _packed(path, content.get("annotations", []), category_names, names, image_ids, _sizes(path, images))
 
 
 def _packed(
@@ -111,9 +113,9 @@ def _packed(
     image_ids: list[int],
     sizes: np.ndarray,
 ) -> Annotations:
-    ids = [annotation.get("id", f"number {number}") for number, annotation in enumerate(annotations)]
+    ids = [_name(annotation, place) for place, annotation in enumerate(annotations)]
     _check_unique(path, "annotations", "id", ids)
-    raw = _boxes(path, annotations, ids)
+    raw, absent = _boxes(path, annotations, ids)
     categories = _integers(path, "annotation", annotations, "category_id")
     if unknown := [i for i, category in enumerate(categories.tolist()) if category not in category_names]:
         first = unknown[0]
@@ -129,20 +131,29 @@ def _packed(
             f"{path}: no annotation belongs to one of the images: the first has image_id {owners[0]}, images have the "
             f"ids {_some(image_ids)}"
         )
-    iscrowd = np.array([bool(annotation.get("iscrowd")) for annotation in annotations], dtype=bool)
-    given = [annotation.get("area") for annotation in annotations]
-    areas = np.array([math.nan if area is None else area for area in given], dtype=np.float64)
-    areas = np.where(np.isfinite(areas), areas, raw[:, 2] * raw[:, 3])
+    crowd = [flag(annotation.get("iscrowd")) for annotation in annotations]
+    iscrowd = np.array([bool(value) for value in crowd], dtype=bool)
+    given = np.array([annotation.get("area") is not None for annotation in annotations], dtype=bool)
+    areas = np.array([number(annotation.get("area")) for annotation in annotations], dtype=np.float64)
+    usable = (areas >= 0) & (areas < np.finfo(np.float32).max)
+    odd = {"iscrowd is neither 0 nor 1 (taken for 0)": np.array([value is None for value in crowd], dtype=bool)}
+    odd["area is no number from 0 on (the box's is taken)"] = given & ~usable
 
     stray = images < 0
-    flat = ~((raw[:, 2] > 0) & (raw[:, 3] > 0) & np.isfinite(raw).all(axis=1)) & ~stray
+    flat = ~((raw[:, 2] > 0) & (raw[:, 3] > 0) & (np.abs(raw) < FARTHEST).all(axis=1)) & ~(stray | absent)
+    raw = np.where((flat | absent)[:, None], 0.0, raw)
+    areas = np.where(usable, areas, raw[:, 2] * raw[:, 3])
     boxes = np.concatenate([raw[:, :2], raw[:, :2] + raw[:, 2:]], axis=1)
     limits = np.where(sizes > 0, sizes, np.inf)[:, ::-1][images] if len(sizes) else np.zeros((0, 2))
     clamped = np.clip(boxes, 0, np.concatenate([limits, limits], axis=1)) if len(boxes) else boxes
-    outside = (clamped != boxes).any(axis=1) & ((clamped[:, 2:] - clamped[:, :2]) < 1).any(axis=1) & ~(flat | stray)
-    _warn(path, names, images, {"without width or height, or not finite": flat, "outside their image": outside}, stray)
+    outside = (clamped != boxes).any(axis=1) & ((clamped[:, 2:] - clamped[:, :2]) < 1).any(axis=1)
+    outside &= ~(flat | stray | absent)
+    kinds = {"without a box or a polygon": absent & ~stray, "without width or height, or not finite": flat}
+    _warn(path, names, images, kinds | {"outside their image": outside}, stray)
+    _warn_of_values(path, ids, odd)
+    _warn_of_units(path, *(values[~(flat | stray | absent)] for values in (raw, limits)))
 
-    kept = np.flatnonzero(~(flat | outside | stray))
+    kept = np.flatnonzero(~(flat | outside | stray | absent))
     kept = kept[np.argsort(images[kept], kind="stable")]
     return Annotations(
         path,
@@ -160,7 +171,9 @@ def _packed(
 
 def _parsed(path: Path) -> Any:
     def lean(found: dict[str, Any]) -> dict[str, Any]:
-        found.pop("segmentation", None)  # most of the file, and not needed
+        polygons = found.pop("segmentation", None)  # most of the file, and of no use beside a box
+        if polygons and not found.get("bbox"):
+            found["bbox"] = outline(polygons)
         return found
 
     try:
@@ -170,7 +183,7 @@ def _parsed(path: Path) -> Any:
         raise FileNotFoundError(f"{path}: no such file; {EXPECTED}") from None
     except IsADirectoryError:
         raise ValueError(f"{path} is a folder: {EXPECTED}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also of numbers of thousands of digits
         if path.stat().st_size == 0:
             raise ValueError(f"{path} is empty: {EXPECTED}") from None
         raise ValueError(f"{path} is truncated, or no JSON at all ({error}): {EXPECTED}") from None
@@ -189,36 +202,68 @@ def _check_form(path: Path, content: Any, needed: Sequence[str]) -> None:
         part = content.get(key, [])
         if not isinstance(part, list) or not all(isinstance(entry, dict) for entry in part):
             raise ValueError(f"{path}: {key} is no list of objects: {EXPECTED}")
-        if not part and key != "annotations":
+        if not part and key == "categories" and (content["images"] or "annotations" in needed):
             raise ValueError(f"{path} has no {key}: its list is empty")
 
 
 def _categories(path: Path, categories: list[dict[str, Any]]) -> dict[int, str]:
-    ids = [_entry(path, "category", category, "id", int, number) for number, category in enumerate(categories)]
-    names = [_entry(path, "category", category, "name", str, number) for number, category in enumerate(categories)]
+    ids = _integers(path, "category", categories, "id").tolist()
+    names = [_entry(path, "category", category, "name", str, place) for place, category in enumerate(categories)]
     _check_unique(path, "categories", "id", ids)
-    return dict(sorted(zip(ids, names, strict=True)))
+    return dict(sorted(zip(ids, map(one_form, names), strict=True)))
 
 
-def _boxes(path: Path, annotations: list[dict[str, Any]], ids: list[Any]) -> np.ndarray:
-    """(M, 4) float64: x, y, width, height, as they are in the file."""
-    for annotation, name in zip(annotations, ids, strict=True):
-        box = annotation.get("bbox")
-        if not isinstance(box, list) or len(box) != 4 or not all(type(value) in (int, float) for value in box):
-            raise ValueError(f"{path}: annotation {name} has the bbox {box!r}: expected 4 numbers, x, y, width, height")
-    return np.array([annotation["bbox"] for annotation in annotations], dtype=np.float64).reshape(-1, 4)
+def _name(annotation: dict[str, Any], place: int) -> Any:
+    """What an annotation is called: its id, or where it is."""
+    found = annotation.get("id")
+    return f"number {place}" if found is None else found if type(found) is int else str(found)
+
+
+def _boxes(path: Path, annotations: list[dict[str, Any]], ids: list[Any]) -> tuple[np.ndarray, np.ndarray]:
+    """(M, 4) float64: x, y, width, height, as they are in the file; and (M,) bool, whether there is none."""
+    boxes = [annotation.get("bbox") or None for annotation in annotations]
+    for place, (box, name) in enumerate(zip(boxes, ids, strict=True)):
+        if box is None or (type(box) is list and len(box) == 4 and all(type(value) is float for value in box)):
+            continue
+        values = [number(value) for value in box] if isinstance(box, list) and len(box) == 4 else []
+        meant = [type(v) is float or value == value for v, value in zip(box, values, strict=True)] if values else []
+        if len(values) != 4 or not all(meant):
+            raise ValueError(
+                f"{path}: annotation {name} has the bbox {box!r:.60}: expected 4 numbers, x, y, width, height"
+            )
+        boxes[place] = values
+    absent = np.array([box is None for box in boxes], dtype=bool)
+    if len(absent) and absent.all():
+        raise ValueError(
+            f"{path}: none of its {len(absent)} annotations has a bbox, the first is {ids[0]}: expected 4 numbers, x, "
+            "y, width, height"
+        )
+    return np.array([[0.0] * 4 if box is None else box for box in boxes], dtype=np.float64).reshape(-1, 4), absent
+
+
+def _sizes(path: Path, images: list[dict[str, Any]]) -> np.ndarray:
+    """(N, 2) int32, height and width; 0 where the file does not say."""
+    given = [[image.get(key) for key in ("height", "width")] for image in images]
+    values = [[0 if value is None else whole(value) for value in pair] for pair in given]
+    if large := [place for place, pair in enumerate(values) if max(value or 0 for value in pair) >= FARTHEST]:
+        raise ValueError(
+            f"{path}: image {images[large[0]]['id']} has height and width {given[large[0]]}: no such sizes"
+        )
+    odd = np.array([any(value is None or value < 0 for value in pair) for pair in values], dtype=bool)
+    _warn_of_values(path, [image["id"] for image in images], {"height or width is no number (taken as unknown)": odd})
+    return np.array([[max(0, value or 0) for value in pair] for pair in values], dtype=np.int32).reshape(-1, 2)
 
 
 def _integers(path: Path, kind: str, entries: list[dict[str, Any]], key: str) -> np.ndarray:
     return np.array([_entry(path, kind, entry, key, int, n) for n, entry in enumerate(entries)], dtype=np.int64)
 
 
-def _entry(path: Path, kind: str, found: dict[str, Any], key: str, expected: type, number: int) -> Any:
-    value = found.get(key)
-    if not isinstance(value, expected) or isinstance(value, bool):
-        who = f"{kind} {found['id']}" if "id" in found and key != "id" else f"{kind} number {number}"
-        what = "an integer" if expected is int else "a text"
-        has = f"has the {key} {value!r}" if key in found else f"has no {key}"
+def _entry(path: Path, kind: str, found: dict[str, Any], key: str, expected: type, place: int) -> Any:
+    value = whole(found.get(key)) if expected is int else found.get(key)
+    if not isinstance(value, expected):
+        who = f"{kind} {found['id']}" if "id" in found and key != "id" else f"{kind} number {place}"
+        what = "an integer of at most 64 bits" if expected is int else "a text"
+        has = f"has the {key} {found[key]!r:.40}" if key in found else f"has no {key}"
         raise ValueError(f"{path}: {who} {has}: expected {what}")
     return value
 
@@ -240,73 +285,26 @@ def _warn(path: Path, names: list[str], images: np.ndarray, kinds: dict[str, np.
         rank_zero_warn(f"{path} has boxes that are left out: {message}")
 
 
+def _warn_of_values(path: Path, ids: list[Any], kinds: dict[str, np.ndarray]) -> None:
+    """A line for each kind of odd value, with the first few that have it."""
+    for kind, found in kinds.items():
+        if found.any():
+            rank_zero_warn(f"{path}: {found.sum()} of {len(found)} times {kind}: {_some(np.array(ids)[found])}")
+
+
+def _warn_of_units(path: Path, raw: np.ndarray, limits: np.ndarray) -> None:
+    """Says if boxes (M, 4) look like shares of their images or like corners; ``limits`` (M, 2) are width and height."""
+    low, high, meant = raw[:, :2], raw[:, 2:], "a bbox is read as x, y, width, height in pixels"
+    small = (high < 1).all(axis=1)
+    if small.sum() > len(raw) / 2:
+        as_shares = ", as if they were shares of the image" if (np.abs(raw[small]) <= 1).all() else ""
+        rank_zero_warn(f"{path}: {small.sum()} of {len(raw)} boxes are smaller than a pixel{as_shares}; {meant}")
+    beyond = ((low + high > limits + 1) | (low < -1)).any(axis=1)
+    corners = bool(((high > low) & (low >= -1) & (high <= limits + 1)).all())
+    if beyond.sum() > len(raw) * (0.1 if corners else 0.5):
+        as_corners = ", as if they were two corners, x, y, x, y" if corners else ""
+        rank_zero_warn(f"{path}: {beyond.sum()} of {len(raw)} boxes reach out of their image{as_corners}; {meant}")
+
+
 def _some(values: Iterable[Any]) -> str:
-    return listing.some([str(value) for value in values])
-
-
-def export_coco(data: DetectionDataModule | RawSamples, split: Split, folder: str | os.PathLike[str]) -> Path:
-    """Writes samples as COCO keeps them: ``folder/images/*.png`` and ``folder/annotations.json``, which it returns.
-
-    Read again with :class:`datamodules.CocoDetectionDataModule`, they have the same pixels, boxes, labels, crowds and
-    areas.
-
-    Args:
-        data: A data module, of which a split is written, as it is before resizing and augmentation. Or samples
-            ``(image, target)``, images uint8 (3, h, w); their classes are then called by their labels.
-        split: The split of the data module.
-        folder: Where to; it is made.
-
-    Raises:
-        ValueError: If there is no such split, a sample is unreadable or has no boxes, or two have one ``image_id``.
-    """
-    samples = data.raw_samples(split) if isinstance(data, DetectionDataModule) else data
-    if samples is None:
-        raise ValueError(f"{type(data).__name__} has no {split} samples to export")
-    folder = Path(folder)
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    for index in range(len(samples)):
-        sample = samples[index]
-        if not isinstance(sample, tuple) or "boxes" not in sample[1]:
-            raise ValueError(f"sample {index} cannot be exported: expected (image, target) with boxes")
-        image, target = sample
-        name, image_id = f"{index:06d}.png", int(target.get("image_id", index))
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / "images" / name)
-        images.append({"id": image_id, "file_name": name, "height": image.shape[-2], "width": image.shape[-1]})
-        annotations += _records(target, image_id, len(annotations) + 1)
-    if len({image["id"] for image in images}) < len(images):
-        raise ValueError("two samples have one image_id: they cannot be told apart in a COCO file")
-    labels = [annotation["category_id"] for annotation in annotations]
-    names = getattr(data, "classes", None) or [str(label) for label in range(max(labels, default=0) + 1)]
-    ids = getattr(data, "category_ids", None) or range(len(names))
-    for annotation in annotations:
-        annotation["category_id"] = ids[annotation["category_id"]]
-    categories = [{"id": int(i), "name": name} for i, name in zip(ids, names, strict=True)]
-    path = folder / "annotations.json"
-    path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
-    return path
-
-
-def _records(target: Target, image_id: int, first: int) -> Iterator[dict[str, Any]]:
-    """The annotations of one image; ``category_id`` is the label. In double precision x + (x2 - x) is x2 again."""
-    boxes = target["boxes"].double()
-    sides = boxes[:, 2:] - boxes[:, :2]
-    iscrowd = target.get("iscrowd", torch.zeros(len(boxes), dtype=torch.bool))
-    area = target.get("area", sides.prod(dim=1))
-    rows = zip(
-        torch.cat([boxes[:, :2], sides], 1).tolist(),
-        target["labels"].tolist(),
-        iscrowd.tolist(),
-        area.tolist(),
-        strict=True,
-    )
-    for number, (box, label, crowd, pixels) in enumerate(rows, start=first):
-        yield {
-            "id": number,
-            "image_id": image_id,
-            "category_id": label,
-            "bbox": box,
-            "iscrowd": int(crowd),
-            "area": pixels,
-        }
+    return listing.some([f"{value!s:.60}" for value in values])

@@ -69,7 +69,8 @@ class SeededBatches(Dataset[list[Any]]):
     """Makes a batch's samples, each under its own seed, so that the number of workers changes nothing.
 
     A sample that cannot be read (None) is left out of the batch; in training another one takes its place, so that the
-    batch keeps its size.
+    batch keeps its size. Where none of a batch can be read, or a process has no share in it, another sample stands in:
+    all processes have as many batches. :meth:`present` names none of that batch, by which whoever counts knows.
 
     Args:
         samples: The data set.
@@ -97,16 +98,26 @@ class SeededBatches(Dataset[list[Any]]):
         return len(self.samples)
 
     def __getitem__(self, keys: list[Key]) -> list[Any]:
+        keys = keys or Keys([(0, 0, 0)], getattr(keys, "batch", 0))  # a process's share of a last batch may be empty
         samples = self._samples_for(keys)
         if not getattr(self.samples, "random", True):
-            made = [self._make(samples, key) for key in keys]
+            kept = self._readable(samples, keys)
         else:
             with isolated_randomness():
-                made = [self._make(samples, key) for key in keys]
-        kept = [sample for sample in made if sample is not None]
+                kept = self._readable(samples, keys)
         if not kept:
-            raise ValueError(f"none of a batch's {len(keys)} images can be read, {self.name(keys[0][2])} the first")
+            raise ValueError(
+                f"none of a batch's {len(keys)} images can be read, {self.name(keys[0][2])} the first, nor one of "
+                f"{self.attempts} tried in their place"
+            )
         return kept
+
+    def _readable(self, samples: Samples, keys: list[Key]) -> list[Any]:
+        """The samples of these keys that can be read, or if there are none, one that stands in for them."""
+        made = (self._make(samples, key, self.attempts if self.substitute else 1) for key in keys)
+        kept = [sample for sample in made if sample is not None]
+        stand_in = None if kept else self._make(samples, keys[0], self.attempts)
+        return kept if stand_in is None else [stand_in]
 
     def _samples_for(self, keys: list[Key]) -> Samples:
         """The samples as they are made in the epoch of these keys, and in their batch."""
@@ -116,9 +127,9 @@ class SeededBatches(Dataset[list[Any]]):
             return samples.in_batch(mix(self.seed, epoch, keys.batch))
         return samples
 
-    def _make(self, samples: Samples, key: Key) -> Any:
+    def _make(self, samples: Samples, key: Key, attempts: int) -> Any:
         epoch, copy, index = key
-        for attempt in range(self.attempts if self.substitute else 1):
+        for attempt in range(attempts):
             seed = mix(self.seed, epoch, copy, index, attempt)
             if getattr(samples, "random", True):
                 seed_all(seed)
@@ -142,7 +153,10 @@ class SeededBatches(Dataset[list[Any]]):
         return str(index) if names is None else str(names[index])
 
     def present(self, indices: Sequence[int]) -> list[tuple[int, str]]:
-        """(index, name) of those samples of a loaded batch that could be read, in the batch's order."""
+        """(index, name) of those samples of a loaded batch that could be read, in the batch's order.
+
+        Where there are none, what the batch holds stands in for them.
+        """
         unreadable = getattr(self.samples, "unreadable", None)
         return [(i, self.name(i)) for i in indices if unreadable is None or not unreadable[i]]
 

@@ -1,19 +1,21 @@
 """Your own boxes, as COCO keeps them: ``CocoDetectionDataModule(root)``, of a JSON file and a folder of images a split.
 
-``root`` may be COCO's own folder, or any other with, for a split ``train``, ``val`` (or ``valid``, ``validation``) and
-``test``, one of
+``root`` may be COCO's own folder, or any other with, for a split ``train`` (or ``training``), ``val`` (``valid``,
+``validation``, ``eval``, ``evaluation``) and ``test`` (``testing``), in small letters or capitals, one of
 
-- ``annotations/instances_train*.json`` or ``annotations/train.json``;
+- ``annotations/instances_train*.json`` (CVAT's ``instances_Train.json``) or ``annotations/train.json``;
 - ``train/_annotations.coco.json`` (as Roboflow exports) or ``train/annotations.json`` (as :func:`export_coco` does);
 - ``train.json``.
 
-The images lie beside the file, in ``images`` there, or in a folder of the split's name (``train2017`` for
-``instances_train2017.json``) beside the file or one level up, possibly within ``images``. All else can be said by
-``train_annotations`` and ``train_images``, and so on.
+The images lie beside the file, in ``images`` or ``data`` there, or in a folder of the split's name (``train2017`` for
+``instances_train2017.json``) beside the file or one level up, possibly within ``images`` or ``data``; capitals make no
+difference. All else can be said by ``train_annotations`` and ``train_images``, and so on. A ``file_name`` may have
+backslashes, escapes (``a%20b.png``) or another Unicode form than the file.
 """
 
-import os
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,25 +24,17 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from datamodules import listing
-from datamodules._lightning import rank_zero_warn
-from datamodules.annotations import Annotations, export_coco, read
+from datamodules import coco_layout, listing
+from datamodules._lightning import rank_zero_info, rank_zero_warn
+from datamodules.annotations import Annotations, read
 from datamodules.base import IMAGENET_MEAN, IMAGENET_STD, Split
+from datamodules.coco_export import export_coco
 from datamodules.detection import DetectionDataModule, RawSamples
 from datamodules.detection_transforms import Target
 from datamodules.folder import ImageFiles, OnError
-from datamodules.images import UnreadableImageError, decode
+from datamodules.images import UnreadableImageError, decode, is_turned
 
 __all__ = ["CocoDetectionDataModule", "CocoSamples", "export_coco"]
-
-SPLITS: tuple[Split, ...] = ("train", "val", "test")
-LAYOUTS = (
-    "annotations/instances_{}*.json",
-    "annotations/{}.json",
-    "{}/_annotations.coco.json",
-    "{}/annotations.json",
-    "{}.json",
-)
 
 
 class CocoSamples:
@@ -91,15 +85,20 @@ class CocoSamples:
         image = decode(path, channels=3)
         height, width = self.annotations.sizes[index].tolist()
         if height and width and (image.height, image.width) != (height, width):
-            turned = (image.height, image.width) == (width, height)
+            reason = ": its boxes belong to another size of it"
+            if (image.height, image.width) == (width, height):
+                reason = ": its sides are swapped"
+                if is_turned(path):
+                    reason += (
+                        ", as its EXIF orientation swaps them. Draw the boxes over the upright image: where they fit, "
+                        "exchange width and height in the annotations, and leave the image as it is; where they fit "
+                        "the image without its orientation, take that out of the file"
+                    )
+                else:
+                    reason += ", and no EXIF orientation says why: it was turned after its annotations were made"
             raise UnreadableImageError(
                 f"{path} is {image.width}x{image.height} pixels, but {width}x{height} in {self.annotations.path}"
-                + (
-                    ": its sides are swapped, as if its boxes had been drawn before its EXIF orientation was applied. "
-                    "Draw them upright, or take the orientation out of the file"
-                    if turned
-                    else ": its boxes belong to another size of it"
-                )
+                + reason
             )
         return image
 
@@ -191,9 +190,9 @@ class CocoDetectionDataModule(DetectionDataModule):
         folders = {"train": train_images, "val": val_images, "test": test_images}
         self.files = {split: self.root / path for split, path in given.items() if path is not None}
         self.folders = {split: self.root / path for split, path in folders.items() if path is not None}
-        self.files = self.files or dict(_annotation_files(self.root))
+        self.files = self.files or dict(coco_layout.annotation_files(self.root))
         if not self.files and predict_root is None:
-            looked_for = ", ".join(layout.format("train") for layout in LAYOUTS)
+            looked_for = ", ".join(layout.format("train") for layout in coco_layout.LAYOUTS)
             there = listing.seen(self.root) if self.root.is_dir() else "there is no such folder"
             raise FileNotFoundError(f"{self.root} has no annotations: looked for {looked_for}, or val or test; {there}")
         self._annotations: dict[str, Annotations] = {}
@@ -210,19 +209,31 @@ class CocoDetectionDataModule(DetectionDataModule):
         if split not in self.files:
             return None
         annotations = self._read(split).with_categories(self.category_ids)
+        if len(annotations) == 0:
+            return None
         if split == "train":
             if annotations.iscrowd.all():
                 raise ValueError(f"{annotations.path} has no boxes of {listing.some(self.classes or [])} to train on")
             annotations = annotations if self.keep_empty else annotations.not_empty()
         folder = self._folder(split, annotations)
-        self._check_there(split, folder, annotations.names)
-        return CocoSamples(folder, annotations, self.category_ids, self.on_error)
+        names = self._found(split, folder, annotations.names)
+        return CocoSamples(folder, replace(annotations, names=names), self.category_ids, self.on_error)
 
     def setup(self, stage: str) -> None:
         """Looks at a stage's annotations and images, so that what is missing is said before anything starts."""
-        splits: dict[str, list[Split]] = {"fit": ["train", "val"], "validate": ["val"], "test": ["test"]}
-        for split in splits.get(stage, ["predict"]):
-            self.samples(split)
+        splits: dict[str, list[Split]] = {"fit": ["train", "val", "test"], "validate": ["val"], "test": ["test"]}
+        taken = [(split, self.samples(split)) for split in splits.get(stage, ["predict"])]
+        said = [f"{split} {'none' if samples is None else f'{len(samples):,} images'}" for split, samples in taken]
+        files = [f" of {self.files[split]}" if split in self.files else "" for split, _ in taken]
+        rank_zero_info("data: " + ", ".join(text + file for text, file in zip(said, files, strict=True)))
+        for split, samples in taken:
+            raw = samples.raw if samples is not None else None
+            if split != "train" and isinstance(raw, CocoSamples) and raw.annotations.iscrowd.all():
+                kind = "crowds alone" if raw.annotations.iscrowd.size else "no boxes"
+                rank_zero_warn(
+                    f"{self.files[split]} has {kind} of {listing.some(self.classes or [])}: average precision of "
+                    f"{split} is undefined (-1)"
+                )
         if stage == "fit" and "train" in self.files and self.files["train"] == self.files.get("val"):
             rank_zero_warn(f"train and val have one file, {self.files['train']}: validation is on training images")
 
@@ -237,7 +248,16 @@ class CocoDetectionDataModule(DetectionDataModule):
         if not chosen:
             raise ValueError("category_ids is empty: expected ids of categories, or null for all")
         self.category_ids = sorted(set(chosen))
-        self.classes = [self._category_names[i] for i in self.category_ids]
+        names = [self._category_names[i] for i in self.category_ids]
+        twice = {name for name, count in Counter(names).items() if count > 1}
+        self.classes = [
+            f"{name} ({i})" if name in twice else name for i, name in zip(self.category_ids, names, strict=True)
+        ]
+        if twice:
+            rank_zero_warn(
+                f"{self.files[first]} has several categories called {listing.some(sorted(twice))}: each is a class of "
+                "its own, with its id behind the name. category_ids says which to take"
+            )
 
     def _read(self, split: str) -> Annotations:
         """A split's annotations; their categories are those of the first file, or some of them."""
@@ -264,55 +284,28 @@ class CocoDetectionDataModule(DetectionDataModule):
                 raise FileNotFoundError(f"{folder}: no such folder; {split}_images has to be one")
             return folder
         first = str(annotations.names[0])
-        folders = list(_image_folders(self.files[split]))
+        folders = list(coco_layout.image_folders(self.files[split]))
         for folder in folders:
-            if (folder / first).is_file():
+            if any((folder / name).is_file() for name in coco_layout.spellings(first)):
                 return folder
         raise FileNotFoundError(
             f"{first}, the first image of {self.files[split]}, is in none of {', '.join(map(str, folders))}: set "
             f"{split}_images to the folder that it is in"
         )
 
-    def _check_there(self, split: str, folder: Path, names: np.ndarray) -> None:
-        """Looks for all images, by one listing of each folder."""
-        parents: dict[str, set[str]] = {}
-        missing = []
-        for name in map(str, names):
-            parent, _, base = name.rpartition("/")
-            if parent not in parents:
-                parents[parent] = set(os.listdir(folder / parent)) if (folder / parent).is_dir() else set()
-            if base not in parents[parent]:
-                missing.append(name)
+    def _found(self, split: str, folder: Path, names: np.ndarray) -> np.ndarray:
+        """The files of all images, as they are spelt there."""
+        found, missing = coco_layout.find(folder, names)
         if not missing:
-            return
+            return found
         first, hint = missing[0], ""
-        base = first.rpartition("/")[2]
+        base = first.replace("\\", "/").rpartition("/")[2]
         for other, path in self.folders.items():
             if (path / first).is_file():
                 hint = f". {first} is in {path}, which is given as {other}_images"
-        if "/" in first and (folder / base).is_file():
+        if base != first and (folder / base).is_file():
             hint = f". {base} is there without its folder: set {split}_images to the one that {first} is in"
         raise FileNotFoundError(
             f"{len(missing)} of {len(names)} images of {self.files[split]} are not in {folder}: "
             f"{listing.some(missing)}{hint}"
         )
-
-
-def _annotation_files(root: Path) -> Iterator[tuple[str, Path]]:
-    """The splits that there are, and the annotation file of each."""
-    for split in SPLITS:
-        patterns = (layout.format(name) for layout in LAYOUTS for name in listing.SPLIT_FOLDERS[split])
-        found = sorted({path for pattern in patterns for path in root.glob(pattern)})
-        if len(found) > 1:
-            raise ValueError(f"{root} has {' and '.join(map(str, found))}: say which is {split}_annotations")
-        if found:
-            yield split, found[0]
-
-
-def _image_folders(file: Path) -> Iterator[Path]:
-    """Where the images of an annotation file may lie, most likely first."""
-    name = file.stem.removeprefix("instances_").removeprefix("image_info_")
-    yield from (file.parent, file.parent / "images")
-    for base in (file.parent, file.parent.parent):
-        yield from (base / name, base / "images" / name)
-    yield from (file.parent.parent, file.parent.parent / "images")

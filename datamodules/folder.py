@@ -2,23 +2,23 @@
 
 ``root`` may hold
 
-- ``train``, ``val`` (or ``valid``, ``validation``) and ``test`` folders with a folder for each class in them:
-  ``root/train/cat/1.jpg``. Other folders beside them are left alone;
+- ``train`` (or ``training``), ``val`` (``valid``, ``validation``, ``eval``, ``evaluation``) and ``test`` (``testing``)
+  folders, in small letters or capitals, with a folder for each class in them: ``root/train/cat/1.jpg``. Other folders
+  beside them are left alone;
 - a folder for each class: ``root/cat/1.jpg``;
 - images without class folders, in itself or in its ``train``, ``val`` and ``test``: these are unlabelled.
 
 Labelled folders may have a ``test`` without labels beside them: these images are for prediction, not for testing.
 (A lone ``train`` among folders of other names, with images right in it, is a class: of vehicles, say.) Within a class,
 images may lie in further folders. Hidden files and folders (a leading dot) are ignored, and so are files whose ending
-is not that of an image.
+is not that of an image. What was taken, as what, and what was left out, is said in a line when a run starts.
 
 A missing ``val`` is held out of the training images. So is a missing ``test``, but only where there is no ``val``
 folder either: a validation set made by hand says that the rest is for training. Shares are taken from every class alike
 and chosen by ``split_seed`` and the files' names: the same on every machine, and nearly the same when files are added.
 """
 
-import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -26,39 +26,12 @@ from typing import Any, Literal
 import numpy as np
 
 from datamodules import decoders, listing, transforms
-from datamodules._lightning import rank_zero_warn
+from datamodules._lightning import rank_zero_info, rank_zero_warn
 from datamodules.base import IMAGENET_MEAN, IMAGENET_STD, ImageDataModule, Samples, Split, with_transform
 from datamodules.cache import Cache, builds
 from datamodules.files import ImageFiles, OnError
-
-
-def stratified_split(
-    labels: Sequence[int] | np.ndarray, fraction: float, seed: int, names: Sequence[str] | np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the samples that stay and of those that are held out, each ascending.
-
-    Every class gives the same share, rounded, but at least one sample, and never its last. Which ones is decided by a
-    hash of seed and name: an added or removed sample hardly moves the others.
-
-    Args:
-        labels: (N,) class of each sample.
-        fraction: Share to hold out, in [0, 1). 0 holds out none.
-        seed: Seed of the choice.
-        names: What each sample is called. None: its number.
-    """
-    labels = np.asarray(labels, dtype=np.int64)
-    if fraction == 0 or len(labels) == 0:
-        return np.arange(len(labels)), np.arange(0)
-    keys = range(len(labels)) if names is None else names
-    hashes = (hashlib.blake2b(f"{seed}/{key}".encode(errors="surrogateescape"), digest_size=8) for key in keys)
-    order = np.lexsort((np.frombuffer(b"".join(h.digest() for h in hashes), dtype="<u8"), labels))
-    starts = np.flatnonzero(np.diff(labels[order], prepend=labels[order[0]] - 1))
-    held_out = []
-    for members in np.split(order, starts[1:]):
-        count = max(1, int(len(members) * fraction + 0.5))
-        held_out.append(members[: min(count, len(members) - 1)])
-    chosen = np.sort(np.concatenate(held_out))
-    return np.setdiff1d(np.arange(len(labels)), chosen), chosen
+from datamodules.json_values import one_form
+from datamodules.shares import stratified_split
 
 
 class ImageFolderDataModule(ImageDataModule):
@@ -204,6 +177,37 @@ class ImageFolderDataModule(ImageDataModule):
             for split in ("train", "val"):
                 self.samples(split)
 
+    def setup(self, stage: str) -> None:
+        """Lists what a stage needs, for training that of the test too, so that what is wrong is said before it starts.
+
+        One line says what was taken, as what, and what was left out.
+        """
+        splits = {"fit": ("train", "val", "test"), "validate": ("val",), "test": ("test",)}.get(stage, ())
+        for split in splits:
+            if split not in self._samples:
+                self._samples |= self._listed(split)
+        if splits:
+            said = [f"{split} {self._taken(split)}" for split in splits]
+            classes = "no classes" if self.classes is None else f"{len(self.classes)} classes"
+            rank_zero_info(f"data: {self.root}: {', '.join(said)}; {classes}{self._left_out()}")
+
+    def _taken(self, split: str) -> str:
+        files = self._samples[split]
+        if files is None:
+            return "none"
+        folder = self._folders.get(split)
+        origin = "held out of train" if folder is None else "in class folders" if folder == self.root else folder.name
+        return f"{len(files):,} images ({origin})"
+
+    def _left_out(self) -> str:
+        """The folders and images of the root that are in no split."""
+        taken = [folder.name for folder in (*self._folders.values(), self._unlabelled_test) if folder is not None]
+        folders = [] if self.root in self._folders.values() else listing.visible_folders(self.root)
+        left = [f"{name}/" for name in folders if name not in taken]
+        images = [] if self.classes is None and not folders else listing.visible_files(self.root)
+        left += [name for name in images if listing.is_image(name)]
+        return f"; left out: {listing.some(left)}" if left else ""
+
     def samples(self, split: Split) -> Samples | None:
         if split not in self._samples:
             self._samples |= self._predicted() if split == "predict" else self._listed(split)
@@ -222,9 +226,12 @@ class ImageFolderDataModule(ImageDataModule):
         """Finds the folder of each split, and the classes."""
         self._folders = listing.split_folders(self.root)
         (_, reference), *others = self._folders.items()
-        self.classes = listing.visible_folders(reference) or None
+        self.classes = list(listing.class_folders(reference)) or None
         for split, folder in others:
-            classes = listing.visible_folders(folder)
+            if split == "test" and next(listing.images_in(folder), None) is None:
+                del self._folders["test"]  # a folder that was made and never filled
+                continue
+            classes = list(listing.class_folders(folder))
             if split == "test" and self.classes and not classes:
                 self._unlabelled_test = self._folders.pop("test")
                 continue
@@ -319,7 +326,7 @@ class ImageFolderDataModule(ImageDataModule):
                 raise ValueError(
                     f"class folder {folder / name} holds no images ({listing.endings()}); {listing.seen(folder / name)}"
                 )
-            files += [(image, self.classes.index(name)) for image in images]
+            files += [(image, self.classes.index(one_form(name))) for image in images]
         return np.array([name for name, _ in files]), np.array([label for _, label in files])
 
     # What could not be read is reported after each training epoch and at the end of a run.

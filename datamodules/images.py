@@ -98,6 +98,15 @@ def _upright(image: Image.Image) -> Image.Image:
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 
+def is_turned(path: str | os.PathLike[str]) -> bool:
+    """Whether a file's EXIF orientation exchanges its sides."""
+    try:
+        with open(path, "rb") as file, Image.open(file, formats=_known_formats()) as image:
+            return image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    except Exception:  # as above
+        return False
+
+
 def _reason(path: str | os.PathLike[str], error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()

@@ -4,9 +4,17 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from datamodules._lightning import rank_zero_warn
 from datamodules.images import EXTENSIONS
+from datamodules.json_values import one_form
 
-SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+SPLIT_FOLDERS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "eval", "evaluation"),
+    "test": ("test", "testing"),
+}
+LIKE_SPLITS = ("train", "val", "test", "eval", "dev", "holdout")
+"""How folders begin that hold a split under a name of their own, such as train_images."""
 EXPECTED = (
     "expected a folder for each class (cat/1.jpg), or train, val and test folders that hold class folders or images, "
     "or images alone"
@@ -18,7 +26,7 @@ def split_folders(root: Path) -> dict[str, Path]:
 
     Raises:
         FileNotFoundError: If there is no root.
-        ValueError: If it is a file, or two of its folders stand for one split.
+        ValueError: If it is a file, two of its folders stand for one split, or its one folder holds the splits.
     """
     if root.is_file():
         raise ValueError(f"{root} is a file: root has to be a folder; {EXPECTED}. To predict it: predict_root")
@@ -36,7 +44,42 @@ def split_folders(root: Path) -> dict[str, Path]:
     # "train", "val" and "test" may be names of classes as well: trains among other vehicles.
     if "train" in found and (len(found) > 1 or not others or visible_folders(found["train"])):
         return found
-    return found if found and not others else {"train": root}
+    if found and not others:
+        return found
+    _check_depth(root, folders)
+    alike = [name for name in folders if name.casefold().startswith(LIKE_SPLITS)]
+    if len(alike) > 1:
+        rank_zero_warn(
+            f"{root}: {some(alike)} are taken for classes: if they are splits, call them {', '.join(SPLIT_FOLDERS)}"
+        )
+    return {"train": root}
+
+
+def _check_depth(root: Path, folders: Sequence[str]) -> None:
+    """Refuses a root whose one folder holds the splits: their images would be mixed, in one class."""
+    if len(folders) == 1 and not any(map(is_image, visible_files(root))):
+        known = {spelling for spellings in SPLIT_FOLDERS.values() for spelling in spellings}
+        splits = [name for name in visible_folders(root / folders[0]) if name.casefold() in known]
+        if len(splits) > 1 or "train" in map(str.casefold, splits):
+            raise ValueError(
+                f"{root} holds one folder, {folders[0]}, and the splits lie in it ({some(splits)}): set root to "
+                f"{root / folders[0]}"
+            )
+
+
+def class_folders(folder: Path) -> dict[str, list[str]]:
+    """The folders in a folder by the class they hold, sorted: two Unicode forms of a name are one class."""
+    classes: dict[str, list[str]] = {}
+    for name in visible_folders(folder):
+        classes.setdefault(one_form(name), []).append(name)
+    if len(classes) == 1 and not any(map(is_image, visible_files(folder / (only := next(iter(classes.values()))[0])))):
+        deeper = visible_folders(folder / only)
+        if len(deeper) > 1:
+            rank_zero_warn(
+                f"{folder} holds one folder, {only}, which is taken for the one class, with all images in it: if its "
+                f"{len(deeper)} folders are the classes ({some(deeper)}), they lie one folder too deep"
+            )
+    return dict(sorted(classes.items()))
 
 
 def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:

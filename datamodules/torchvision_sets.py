@@ -27,7 +27,7 @@ from datamodules import archives, decoders, transforms
 from datamodules.base import IMAGENET_MEAN, IMAGENET_STD, ImageDataModule, Samples, Split, with_transform
 from datamodules.cache import Cache, builds
 from datamodules.files import ImageFiles
-from datamodules.folder import stratified_split
+from datamodules.shares import stratified_split
 from datamodules.torchvision_samples import TorchvisionSamples, labels_of
 
 Name = Literal[

@@ -404,6 +404,13 @@ def test_an_id_for_all_images_is_a_mistake():
         scores([found(), found()], [there(BOX, image_id=0), there(BOX, BOX, image_id=0)])
 
 
+@pytest.mark.parametrize("moved", [(1, 0, 0, 0), (0, 0, 5, 5), (3, 3, 3, 3)])
+def test_an_id_of_two_images_is_a_mistake_also_where_their_labels_are_equal(moved):
+    other = tuple(a + b for a, b in zip(BOX, moved, strict=True))
+    with pytest.raises(ValueError, match="image_id 4 stands for images of different ground truth, boxes "):
+        scores([found(), found()], [there(BOX, image_id=4), there(other, image_id=4)])
+
+
 def process(rank: int, folder: Path, shares: list[list[int]], detections: list[dict], targets: list[dict]) -> None:
     """Computes twice, the first time without its last image: of two processes one may have nothing new since."""
     store = f"file://{folder / 'store'}"

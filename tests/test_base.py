@@ -226,8 +226,15 @@ def test_evaluation_leaves_unreadable_samples_out_and_says_which_are_left():
 
 
 def test_a_batch_with_nothing_readable_names_a_file():
-    with pytest.raises(ValueError, match="none of a batch's 1 images can be read, b the first"):
-        SeededBatches(Noise(broken=(1,)), seed=0)[[(0, 0, 1)]]
+    with pytest.raises(ValueError, match="none of a batch's 1 images can be read, b the first, nor one of 100 tried"):
+        SeededBatches(Noise(broken=range(20)), seed=0)[[(0, 0, 1)]]
+
+
+def test_another_sample_stands_in_for_a_batch_with_nothing_readable():
+    batches = SeededBatches(Noise(broken=(1, 2)), seed=0)
+    ((_, label),) = batches[[(0, 0, 1), (0, 0, 2)]]
+    assert label not in (1, 2)
+    assert batches.present([1, 2]) == []
 
 
 # The hop to the device.

@@ -274,7 +274,7 @@ EXPECTED = r": expected a COCO file, \{\"images\": \[...\], \"annotations\": \[.
         (content(categories=[]), r"a.json has no categories: its list is empty"),
         (content(images=[{"id": 1}]), r"image 1 has no file_name: expected a text"),
         (content(images=[{"file_name": "1.png"}]), r"image number 0 has no id: expected an integer"),
-        (content(images=[image("1")]), r"image number 0 has the id '1': expected an integer"),
+        (content(images=[image("one")]), r"image number 0 has the id 'one': expected an integer"),
         (content(images=[image(1), image(2), image(1)]), r"1 ids of images come more than once: 1"),
         (content(categories=[{"id": 1}]), r"category 1 has no name: expected a text"),
         (content(categories=[*CATEGORIES, CATEGORIES[0]]), r"1 ids of categories come more than once: 18"),
@@ -286,14 +286,17 @@ EXPECTED = r": expected a COCO file, \{\"images\": \[...\], \"annotations\": \[.
             content(annotations=[box(5, 11), box(42, 11, 90)]),
             r"1 annotations have a category_id that is not in categories, the first 42 with 90; there is 3, 7, 18",
         ),
-        (content(annotations=[box(5, 11, "3")]), r"annotation 5 has the category_id '3': expected an integer"),
+        (content(annotations=[box(5, 11, "car")]), r"annotation 5 has the category_id 'car': expected an integer"),
         (content(annotations=[{"id": 5, "category_id": 3, "bbox": [1, 1, 2, 2]}]), r"annotation 5 has no image_id"),
         (
             content(annotations=[box(5, 11, bbox=(1, 2, 3))]),
             r"annotation 5 has the bbox \[1, 2, 3\]: expected 4 numbers, x, y, width, height",
         ),
-        (content(annotations=[box(5, 11, bbox=(1, 2, 3, "4"))]), r"annotation 5 has the bbox .*expected 4 numbers"),
-        (content(annotations=[{"image_id": 11, "category_id": 3}]), r"annotation number 0 has the bbox None"),
+        (content(annotations=[box(5, 11, bbox=(1, 2, 3, "x"))]), r"annotation 5 has the bbox .*expected 4 numbers"),
+        (
+            content(annotations=[{"image_id": 11, "category_id": 3}]),
+            r"none of its 1 annotations has a bbox, the first is number 0",
+        ),
     ],
 )
 def test_other_files_are_refused_in_one_line(tmp_path, what, message):

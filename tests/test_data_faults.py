@@ -323,16 +323,16 @@ def shapes() -> LightningDataModule:
     return ShapesDetectionDataModule(image_size=64, shapes=3, val_size=9, batch_size=2, num_workers=0)
 
 
-def images() -> LightningDataModule:
-    return Numbers(side=8)
+def images(size: int = 33) -> LightningDataModule:
+    return Numbers(size, side=8)
 
 
-def larger() -> LightningDataModule:
-    return Numbers(side=16)
+def larger(size: int = 33) -> LightningDataModule:
+    return Numbers(size, side=16)
 
 
-def binary() -> LightningDataModule:
-    data = Numbers()
+def binary(size: int = 33) -> LightningDataModule:
+    data = Numbers(size)
     data.binarize = "threshold"
     return data
 
@@ -367,3 +367,89 @@ def test_what_lightnings_own_sampler_repeats_is_not_counted():
     with warnings.catch_warnings(action="ignore"):
         (together,) = Trainer(**QUIET | TWO).validate(module, loader, verbose=False)
     assert together == pytest.approx(alone, rel=1e-5)
+
+
+class Broken:
+    """Samples of which some cannot be read."""
+
+    def __init__(self, samples, broken) -> None:
+        self.samples, self.broken = samples, set(broken)
+        self.unreadable = torch.zeros(len(samples), dtype=torch.uint8).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int):
+        if index in self.broken:
+            self.unreadable[index] = 1
+            return None
+        return self.samples[index]
+
+
+def with_broken(data, broken, batch_size):
+    """The data with some samples that cannot be read, or without them, if there is no batch size."""
+    whole = data.samples("val")
+    left = [whole[i] for i in range(len(whole)) if i not in broken]
+    made = left if batch_size is None else Broken([whole[i] for i in range(len(whole))], broken)
+    data.samples, data.batch_size = lambda split: made, batch_size or data.batch_size
+    return data
+
+
+# Of nine: samples that are a batch by themselves, the last batch, and all but one.
+BROKEN_SAMPLES = {"every_other": {1, 3, 5, 7}, "last": {8}, "but_one": set(range(9)) - {4}}
+
+
+@pytest.mark.parametrize("broken", BROKEN_SAMPLES)
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_batches_of_which_nothing_can_be_read_are_no_part_of_an_evaluation(technique, broken):
+    make, data = TECHNIQUES[technique]
+    torch.manual_seed(0)
+    module, bad = make(), BROKEN_SAMPLES[broken]
+    shortened = {} if technique == "detector" else {"size": 9}
+    options = {"devices": 1, **QUIET}
+    (expected,) = Trainer(**options).validate(module, with_broken(data(**shortened), bad, None), verbose=False)
+    for batch_size in (1, 2):
+        evaluated = with_broken(data(**shortened), bad, batch_size)
+        (found,) = Trainer(**options).validate(module, evaluated, verbose=False)
+        for name, value in expected.items():
+            drawn = technique == "vae" and name in DRAWN
+            close = pytest.approx(value, rel=0.1 if drawn else 1e-4, nan_ok=True)
+            assert found[name] == close, (name, batch_size)
+
+
+@pytest.mark.parametrize("technique", ["vit", "detector"])
+def test_two_processes_leave_out_batches_of_which_nothing_can_be_read(technique):
+    """One image a batch, and of an odd number of images the second process has none in the last batch."""
+    make, data = TECHNIQUES[technique]
+    torch.manual_seed(0)
+    module, bad = make(), {1, 2, 3, 5}  # the second process has the odd ones
+    (alone,) = Trainer(devices=1, **QUIET).validate(module, with_broken(data(), bad, None), verbose=False)
+    (together,) = Trainer(**QUIET | TWO).validate(module, with_broken(data(), bad, 1), verbose=False)
+    for name, value in alone.items():
+        assert together[name] == pytest.approx(value, rel=1e-4), name
+
+
+def test_a_process_that_can_read_none_of_its_images_has_something_to_log():
+    torch.manual_seed(0)
+    module = vit()
+    (alone,) = Trainer(devices=1, **QUIET).validate(module, with_broken(images(1), set(), None), verbose=False)
+    (together,) = Trainer(**QUIET | TWO).validate(module, with_broken(images(2), {1}, 1), verbose=False)
+    assert together == pytest.approx(alone, rel=1e-4)  # counted twice, the one image has the same mean
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 64])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_image_that_cannot_be_read_is_a_row_at_each_batch_size(tmp_path, batch_size, processes):
+    root = folder(tmp_path / "images", 5, "x")
+    (root / "x" / "02.png").write_bytes(b"not an image")
+    options = {"image_size": 8, "channels": 1, "num_workers": 0, "on_error": "skip", "predict_root": str(root)}
+    data = ImageFolderDataModule(folder(tmp_path / "train", classes="abcdefg"), batch_size=batch_size, **options)
+    torch.manual_seed(0)
+    spread = {"devices": 1} if processes == 1 else TWO
+    trainer = Trainer(callbacks=[writer := WritePredictions()], default_root_dir=tmp_path, **QUIET | spread)
+    with warnings.catch_warnings(action="ignore"):
+        trainer.predict(vit(), datamodule=data, return_predictions=False)
+    with (tmp_path / writer.filename).open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["file"] for row in rows] == [f"x/0{number}.png" for number in range(5)]
+    assert [bool(row["class"]) for row in rows] == [True, True, False, True, True]

@@ -235,11 +235,50 @@ def test_rows_of_a_table_are_not_repeated_either(tmp_path):
     assert [row.split(",")[0] for row in rows] == ["0", "1", "2", "3", "4"]
 
 
-def test_images_of_one_id_are_reported(tmp_path):
-    answers = [found((0, 0, 1, 1 + i, 0.5, 0), image_id=i // 2) for i in range(4)]
-    with pytest.warns(UserWarning, match="2 of 4 images have the image_id of one before them: detections.json holds"):
-        written = predict(tmp_path, Finds(answers), Numbered(4))
-    assert [(row["image_id"], row["bbox"][3]) for row in written] == [(0, 1), (1, 3)]
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("ids", [(0, 0, 1, 1), (7, 3, 7, 3), ("a", "a", "b", "c"), (5, 5, 5, 5)], ids=str)
+def test_two_images_of_one_id_are_refused(tmp_path, ids, processes):
+    if processes == 2 and len(set(ids)) == 3:
+        pytest.skip("a sampler may have repeated one image")
+    answers = [found((0, 0, 1, 1 + i, 0.5, 0), image_id=image_id) for i, image_id in enumerate(ids)]
+    (tmp_path / "detections.json").write_text("[]")
+    options = {"strategy": "ddp_fork", "devices": 2} if processes == 2 else {}
+    with pytest.raises(Exception, match="both have the image_id|have the image_id of another, such as"):
+        predict(tmp_path, Finds(answers), Numbered(4), **options)
+    assert (tmp_path / "detections.json").read_text() == "[]"  # an older one stays
+
+
+TEXTS = ["a.jpg", "42", "", 'größe\t\n"', "2024-05-01/0001"]
+
+
+def test_ids_may_be_texts(tmp_path):
+    answers = [found((0, 0, 1, 1 + i, 0.5, 0), image_id=text) for i, text in enumerate(TEXTS)]
+    assert [row["image_id"] for row in predict(tmp_path, Finds(answers), Numbered(5))] == TEXTS
+
+
+@pytest.mark.parametrize("image_id", [0.5, [1, 2], {"a": 1}, torch.zeros(2), (1, 2)], ids=str)
+def test_other_ids_are_refused(tmp_path, image_id):
+    answers = [found((0, 0, 1, 1, 0.5, 0), image_id=image_id)]
+    with pytest.raises(ValueError, match="image 0 has the image_id .*: expected a whole number or a text") as raised:
+        predict(tmp_path, Finds(answers), Numbered(1))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_ids_of_some_images_alone_are_refused(tmp_path, first):
+    """Their numbers could be the ids of others."""
+    answers = [found(image_id=1), found()][:: 1 if first else -1]
+    with pytest.raises(ValueError, match=r"image 1 has .*image_id, but others have .*: expected one of each image"):
+        predict(tmp_path, Finds(answers), Numbered(2))
+
+
+@pytest.mark.parametrize("image_id", ["a.jpg", 7, torch.tensor(7), None, ...], ids=str)
+def test_a_detector_hands_on_the_id_that_the_data_has(image_id):
+    about = {} if image_id is ... else {"image_id": image_id}
+    detector = FPNDetector("test_resnet", num_classes=2, levels=(3, 4), channels=16, head_depth=1, image_size=32)
+    (detection,) = detector.eval().predict_step((torch.zeros(1, 3, 32, 32), [about]), 0)
+    expected = 7 if isinstance(image_id, torch.Tensor) else None if image_id is ... else image_id
+    assert detection.get("image_id") == expected
 
 
 class Watches(Callback):

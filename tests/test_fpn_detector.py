@@ -979,3 +979,33 @@ def test_it_learns_eight_images_by_heart(head):
     trainer.fit(module, datamodule=data)
     assert trainer.callback_metrics["val/ap50"] > 0.95
     assert trainer.callback_metrics["val/loss"] < 1
+
+
+@pytest.mark.parametrize("size", [(1, 1), (20, 30), (32, 32), (7, 64)])
+def test_what_has_no_area_in_the_image_is_not_detected(size):
+    """Boxes anywhere about an image and its padding; those beside the image would end as lines at its edge."""
+    torch.manual_seed(0)
+    low = torch.rand(4000, 2) * 200 - 60
+    boxes = torch.cat([low, low + torch.rand(4000, 2) * 40], 1)
+    boxes[:50, 2:] = boxes[:50, :2]  # points
+    scores, labels = torch.rand(4000), torch.randint(0, 3, (4000,))
+    found = suppressed(boxes, scores, labels, size, 0.05, 1.0, 4000)
+    meets = (boxes[:, 2:].minimum(torch.tensor(size[::-1])) > boxes[:, :2].clamp(min=0)).all(1)
+    assert len(found["boxes"]) == (meets & (scores > 0.05)).sum() > 0
+    assert (found["boxes"][:, 2:] > found["boxes"][:, :2]).all()
+
+
+@pytest.mark.parametrize("objects", [90, 150, 300])
+@pytest.mark.parametrize("most", [50, 100, 300])
+def test_average_precision_counts_as_many_as_may_be_detected(objects, most):
+    """So many objects of a class in an image, and as many right detections as the detector may give."""
+    module = FPNDetector("test_resnet", num_classes=1, channels=16, head_depth=1, max_detections=most)
+    metric = module._new_metric()
+    low = torch.arange(objects)[:, None] * torch.tensor([[20.0, 0.0]])
+    boxes, labels = torch.cat([low, low + 10], 1), torch.zeros(objects, dtype=torch.int64)
+    given = min(objects, most)
+    detections = {"boxes": boxes[:given], "scores": torch.linspace(1, 0.5, given), "labels": labels[:given]}
+    metric.update([detections], [{"boxes": boxes, "labels": labels}])
+    found = metric.compute()
+    assert found["ap"] == pytest.approx(len([r for r in range(101) if r / 100 <= given / objects]) / 101, abs=1e-9)
+    assert found["ar100"] == pytest.approx(min(given, 100) / objects)

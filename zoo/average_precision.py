@@ -270,7 +270,15 @@ def _places(images: _Images) -> np.ndarray:
     for position, key in enumerate(keys):
         earlier = first.setdefault(key, position)
         if earlier != position:
-            one, other = (images.true_labels[ends[at] - images.there[at] : ends[at]] for at in (earlier, position))
+            (one, boxes), (other, others) = (
+                (images.true_labels[rows], images.true_boxes[rows])
+                for rows in (slice(ends[at] - images.there[at], ends[at]) for at in (earlier, position))
+            )
+            if np.array_equal(one, other) and not np.allclose(boxes, others, rtol=1e-3, atol=0.1):
+                raise ValueError(
+                    f"image_id {key[1]} stands for images of different ground truth, boxes {boxes.tolist()!s:.60} and "
+                    f"{others.tolist()!s:.60}: an id is of one image, which counts once"
+                )
             if not np.array_equal(one, other):
                 raise ValueError(
                     f"image_id {key[1]} stands for images of different ground truth, labels {one.tolist()} and "

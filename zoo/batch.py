@@ -168,17 +168,37 @@ def _describe(value: Any) -> str:
     return f"{type(value).__name__}"
 
 
+def readable(loader: Any, batch_idx: int) -> list[int] | None:
+    """The samples' indices in a batch that was loaded, without those that could not be read; None if unknown.
+
+    Of the zoo's own loaders it is known, by their order and data set. Empty: what is in the batch stands in for others.
+    """
+    order, dataset = getattr(loader, "sampler", None), getattr(loader, "dataset", None)
+    if not (hasattr(order, "batch_indices") and hasattr(dataset, "present")):
+        return None
+    return [index for index, _ in dataset.present(order.batch_indices(batch_idx))]  # type: ignore[union-attr]
+
+
 def once(module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
     """A batch of an evaluation without the samples that fill this process up, or None if there are no others in it.
 
     Under several processes Lightning gives other people's loaders a ``DistributedSampler``, which begins again where
-    samples run out, so that all processes get as many. What is repeated comes last. Our own order repeats nothing.
+    samples run out, so that all processes get as many. What is repeated comes last. Our own order repeats nothing; but
+    where none of a batch's images can be read, it has another one stand in for them. A process that could read none of
+    its images counts its last stand-in: all have to have something to log.
     """
     trainer = module._trainer
-    if trainer is None or trainer.world_size == 1:
+    if trainer is None:
         return batch
     loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
     loader = loaders[dataloader_idx] if isinstance(loaders, list | tuple) else loaders
+    if readable(loader, batch_idx) == []:
+        counts = trainer.num_test_batches if trainer.testing else trainer.num_val_batches
+        counts = trainer.num_sanity_val_batches if trainer.sanity_checking else counts
+        last = batch_idx + 1 == counts[dataloader_idx] and not any(readable(loader, i) for i in range(batch_idx))
+        return batch if last else None
+    if trainer.world_size == 1:
+        return batch
     batch_sampler: Any = getattr(loader, "batch_sampler", None)
     sampler: Any = getattr(batch_sampler, "sampler", None)  # where Lightning has put it
     if not isinstance(sampler, DistributedSampler) or not hasattr(batch_sampler, "batch_size"):

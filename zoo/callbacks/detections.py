@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor
 
-from zoo._lightning import rank_zero_warn
 from zoo.callbacks.predictions import WritePredictions
 
 
@@ -18,7 +17,7 @@ class WriteDetections(WritePredictions):
 
     A list with one entry a detection: ``image_id``, ``category_id``, ``bbox`` [x, y, width, height] in pixels and
     ``score``; and ``file_name`` where the data names its images, which pycocotools and faster-coco-eval read over.
-    ``image_id`` is the prediction's own, else the image's number in the data. ``category_id`` is
+    ``image_id`` is the prediction's own, a number or a text, else the image's number in the data. ``category_id`` is
     ``datamodule.category_ids[label]``, or the label where there is no such list.
 
     A module predicts for each image a dict of ``boxes`` (n, 4) xyxy in pixels of the original image, ``scores`` (n,),
@@ -31,7 +30,8 @@ class WriteDetections(WritePredictions):
 
     Raises:
         ValueError: For predictions of another form, for numbers that are not finite and labels that have no category,
-            and for several loaders, whose images one list cannot tell apart.
+            for two images of one ``image_id``, for images of which some have one and others none, and for several
+            loaders, whose images one list cannot tell apart.
     """
 
     writes = "detections"
@@ -45,6 +45,8 @@ class WriteDetections(WritePredictions):
                 f"{len(trainer.num_predict_batches)} loaders to predict: {self.filename} holds the images of one"
             )
         self._categories: Sequence[int] | None = getattr(trainer.datamodule, "category_ids", None)
+        self._names: dict[str, str] = {}  # by image_id, what the image is called
+        self._named: bool | None = None  # whether images have an image_id of their own
         super().on_predict_start(trainer, pl_module)
 
     def _entries(self, module: Any, outputs: Any, data: Any) -> Sequence[Any]:
@@ -61,11 +63,22 @@ class WriteDetections(WritePredictions):
         assert self._file is not None
         if entry is None:  # it could not be read; the data module says so
             return
-        image_id = index if entry.get("image_id") is None else entry["image_id"]
-        image_id = image_id.item() if hasattr(image_id, "item") else image_id
-        named = {} if name == str(index) else {"file_name": name}  # data without names gives numbers
+        image_id = entry.get("image_id")
+        named = image_id is not None
+        image_id = image_id.tolist() if hasattr(image_id, "tolist") else image_id if named else index
+        image_id = image_id[0] if isinstance(image_id, list) and len(image_id) == 1 else image_id
+        if not isinstance(image_id, int | str):
+            raise ValueError(f"image {name} has the image_id {image_id!r:.60}: expected a whole number or a text")
+        self._named = named if self._named is None else self._named
+        if named is not self._named:
+            having = "has no image_id, but others have one" if self._named else "has an image_id, but others have none"
+            raise ValueError(f"image {name} {having}: expected one of each image, or of none")
+        other = self._names.setdefault(key := json.dumps(image_id), name)
+        if other != name:
+            raise ValueError(f"images {other} and {name} both have the image_id {key}: expected one of each image")
+        file = {} if name == str(index) else {"file_name": name}  # data without names gives numbers
         try:
-            records = [{"image_id": image_id, **found, **named} for found in _records(entry, self._categories)]
+            records = [{"image_id": image_id, **found, **file} for found in _records(entry, self._categories)]
         except ValueError as error:
             raise ValueError(f"image {name}: {error}") from error
         self._file.write("\t".join(map(str, [index, *map(json.dumps, [image_id, *records])])) + "\n")
@@ -79,23 +92,29 @@ class WriteDetections(WritePredictions):
                     index, image_id, *records = line.rstrip("\n").split("\t")
                     yield int(index), image_id, records
 
-        seen: set[str] = set()
+        seen: dict[str, str] = {}
         repeated, separator = 0, "[\n"
         with whole.open("w", encoding="utf-8") as file:
             for _, image_id, records in heapq.merge(*map(images, parts), key=lambda image: image[0]):
                 if image_id in seen:
                     repeated += 1
+                    files = {_file(found) for found in (seen[image_id], records[0] if records else "{}")} - {None}
+                    if repeated >= len(parts) or len(files) > 1:  # more than a sampler adds to fill up the ranks
+                        raise ValueError(
+                            f"{repeated + 1} images have the image_id of another, such as {image_id}: expected one of "
+                            "each image"
+                        )
                     continue
-                seen.add(image_id)
+                seen[image_id] = records[0] if records else "{}"
                 for record in records:
                     file.write(separator + record)
                     separator = ",\n"
             file.write("[]\n" if separator == "[\n" else "\n]\n")
-        if repeated >= len(parts):  # more than a sampler adds to fill up the ranks
-            rank_zero_warn(
-                f"{repeated} of {repeated + len(seen)} images have the image_id of one before them: {self.filename} "
-                "holds the first with each"
-            )
+
+
+def _file(record: str) -> str | None:
+    found: str | None = json.loads(record).get("file_name")
+    return found
 
 
 def _is_detection(found: Any) -> bool:

@@ -61,6 +61,7 @@ class WritePredictions(Callback):
         samples = self._samples(trainer, batch_idx, dataloader_idx, len(predicted))
         self._count += len(predicted)
         read = sum(present for _, _, present in samples)
+        predicted = predicted if read else []  # of what stands in for a batch that could not be read
         if read != len(predicted):
             raise ValueError(f"{len(predicted)} predictions for {read} images: expected one entry for each image")
         entries = iter(predicted)
@@ -109,16 +110,21 @@ class WritePredictions(Callback):
         assert self.last_path is not None
         self._file.close()
         trainer.strategy.barrier("predictions")
+        problem: str | None = None
         if trainer.is_global_zero:
             parts = [self._part.with_name(f".{self.filename}.rank{rank}") for rank in range(trainer.world_size)]
             whole = self._part.with_name(f".{self.filename}")
             try:
                 self._merge(parts, whole)
                 os.replace(whole, self.last_path)
+            except ValueError as error:
+                problem = str(error)
             finally:
                 whole.unlink(missing_ok=True)
-        trainer.strategy.barrier("predictions written")
+        problem = trainer.strategy.broadcast(problem)  # which all wait for
         self._part.unlink(missing_ok=True)
+        if problem is not None:
+            raise ValueError(problem)
 
     def _merge(self, parts: Sequence[Path], whole: Path) -> None:
         _merge(parts, whole, ["file", *(self._columns or [])])

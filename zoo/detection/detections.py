@@ -53,13 +53,16 @@ def suppressed(
 ) -> dict[str, Tensor]:
     """What is left of one image's candidates (n,), best first: those above a score, of each overlap the better one.
 
+    What has no area in the image is none: boxes that lie in the padding beside it end as lines and points at its edge.
+
     Args:
         boxes, scores, labels: One image's of :func:`best_candidates`.
         size: (height, width) that boxes end at.
         score_threshold, nms_threshold, max_detections: See :class:`zoo.FPNDetector`.
     """
-    above = scores > score_threshold
-    boxes, scores, labels = clip_boxes_to_image(boxes[above], size), scores[above], labels[above]
+    boxes = clip_boxes_to_image(boxes, size)
+    above = (scores > score_threshold) & (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+    boxes, scores, labels = boxes[above], scores[above], labels[above]
     kept = batched_nms(boxes, scores, labels, nms_threshold)[:max_detections]
     return {"boxes": boxes[kept], "scores": scores[kept], "labels": labels[kept]}
 

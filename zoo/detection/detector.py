@@ -450,7 +450,8 @@ class FPNDetector(SafeLoading, Shardable, LightningModule):
     def _new_metric(self) -> CocoAveragePrecision:
         """What counts an evaluation's detections, by the sizes and classes that the data names."""
         data = getattr(self._trainer, "datamodule", None)
-        metric = CocoAveragePrecision(getattr(data, "size_ranges", None), getattr(data, "classes", None))
+        counted = (1, 10, 100, max(100, self.hparams.max_detections))  # COCO's, and all that may be detected
+        metric = CocoAveragePrecision(getattr(data, "size_ranges", None), getattr(data, "classes", None), counted)
         return metric.to(self.device)  # where Lightning gathers what is logged
 
     def _evaluate(self, batch: Any, batch_idx: int, losses: TotalLosses, ap: CocoAveragePrecision) -> None:
@@ -494,8 +495,9 @@ class FPNDetector(SafeLoading, Shardable, LightningModule):
         images, sizes, originals = _images_and_sizes(batch)
         found: list[dict[str, Any]] = list(self.detect(images, sizes, originals))
         for detection, about in zip(found, batches.about_images(batch), strict=True):
-            if "image_id" in about:
-                detection["image_id"] = int(about["image_id"])
+            if about.get("image_id") is not None:  # a number, or a text
+                image_id = about["image_id"]
+                detection["image_id"] = image_id.item() if hasattr(image_id, "item") else image_id
         return found
 
     def configure_optimizers(self) -> Any:

@@ -22,7 +22,7 @@ from zoo import FPNDetector, MAEPretrainer, ViTClassifier, pictures
 from zoo.average_precision import CocoAveragePrecision
 from zoo.callbacks import SavePictures, WriteDetections, WritePredictions
 from zoo.cli import main
-from zoo.run import _metric
+from zoo.outcome import metric
 
 QUIET = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False, "logger": False}
 CATEGORIES = [3, 7, 90]
@@ -550,12 +550,12 @@ def test_images_to_predict_need_no_boxes_for_the_detector_to_know_the_original_o
     ],
 )
 def test_a_detectors_figures_read_as_cocos(name, value, line):
-    assert _metric(name, value, detector=True) == line
+    assert metric(name, value, detector=True) == line
 
 
 def test_a_classifiers_figures_stay():
-    assert _metric("test/ap", 0.52345, detector=False) == "test average precision 0.5234"
-    assert _metric("test/acc", 0.5, detector=False) == "test accuracy 50.00 %"
+    assert metric("test/ap", 0.52345, detector=False) == "test average precision 0.5234"
+    assert metric("test/acc", 0.5, detector=False) == "test accuracy 50.00 %"
 
 
 def test_a_detector_predicts_through_the_command_line(capsys):

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import Metric
 from torchvision.utils import make_grid
 
 from zoo import batch as batches
@@ -18,6 +18,7 @@ from zoo.gumbel_vae import likelihoods
 from zoo.gumbel_vae.networks import create_networks
 from zoo.gumbel_vae.schedules import cosine
 from zoo.log import StepLog
+from zoo.precision import MeanMetric
 from zoo.seeding import differ_between_ranks
 from zoo.sharding import Shardable
 from zoo.weights import load as load_weights
@@ -274,7 +275,8 @@ class VAE(SafeLoading, Shardable, LightningModule):
         return {"kl_weight": self._scalar(cosine(self.step, 0.0, hp.kl_weight, hp.kl_warmup_steps))}
 
     def _scalar(self, value: float) -> Tensor:
-        return torch.full((), value, device=self.device)
+        # float32, as what it is multiplied with: the default dtype is bfloat16 in a step in bf16-true.
+        return torch.full((), value, dtype=torch.float32, device=self.device)
 
     def on_fit_start(self) -> None:
         differ_between_ranks(self)

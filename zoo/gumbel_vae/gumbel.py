@@ -175,7 +175,7 @@ class GumbelVAE(VAE):
         """Of the latents that differ, a growing share in raster order is that of the second."""
         differ = (first != second).any(-1)  # (B, N)
         rank = differ.cumsum(1)
-        share = torch.linspace(0, 1, steps, device=first.device)[:, None]
+        share = torch.linspace(0, 1, steps, dtype=torch.float32, device=first.device)[:, None]
         changed = rank[:, None] <= (share * differ.sum(1)[:, None, None]).round()  # (B, steps, N)
         return torch.where(changed[..., None], second[:, None], first[:, None])
 

@@ -11,6 +11,7 @@ import torch
 from torch import Generator, Tensor
 
 from zoo.gumbel_vae.estimators.base import Cost, Estimator, add_gradient, check_samples, draw, log_prob
+from zoo.precision import FullPrecision
 
 
 class Reinforce(Estimator):
@@ -25,12 +26,12 @@ class Reinforce(Estimator):
         return add_gradient(costs[0], (costs.detach() * log_prob(logits, z))[0])
 
 
-class ReinforceBaseline(Estimator):
+class ReinforceBaseline(FullPrecision, Estimator):
     """(f(z) - b) grad log q(z), with b a moving average of the mean costs of previous batches (Mnih and Gregor 2014).
 
     The average is corrected for its start at 0, and never knows the current costs, which would bias the gradient. It is
     in the state dict, so that a resumed run goes on with it, and moves only while gradients are on. Costs that are not
-    finite leave it as it is.
+    finite leave it as it is. It is float32 or wider, whatever the precision.
 
     Args:
         decay: How much of the average stays after each batch, in [0, 1).
@@ -46,8 +47,9 @@ class ReinforceBaseline(Estimator):
         if not 0 <= decay < 1:
             raise ValueError(f"decay is {decay}: expected a number from 0 to below 1, such as 0.9")
         self.decay = decay
-        self.register_buffer("average", torch.zeros(()))
-        self.register_buffer("weight", torch.zeros(()))  # of all batches so far: 0, then 1 - decay, approaching 1
+        self.register_buffer("average", torch.zeros((), dtype=torch.float32))
+        # Of all batches so far: 0, then 1 - decay, approaching 1.
+        self.register_buffer("weight", torch.zeros((), dtype=torch.float32))
 
     def estimate(self, logits: Tensor, f: Cost, temperature: float | Tensor, generator: Generator | None) -> Tensor:
         z = draw(logits, 1, generator)

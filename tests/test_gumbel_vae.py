@@ -216,6 +216,74 @@ def test_every_form_of_the_kl_and_each_weight_matters():
     assert torch.allclose(one.loss, one.distortion + one.kl, atol=1e-5)
 
 
+class Masked(GumbelVAE):
+    """A model that never takes some categories: those of the first latent, then those of the second."""
+
+    never = torch.tensor([[False, True, False, False], [True, False, False, True]])
+
+    def encode(self, images):
+        return super().encode(images).masked_fill(self.never, -torch.inf)
+
+
+def test_the_kl_and_the_ratio_of_masked_posteriors_are_those_of_what_is_left():
+    model = tiny(Masked, categories=4, prior="learned")
+    logits = model.encode(all_images())
+    logits.retain_grad()
+    kl = model.kl(logits)
+    (gradient,) = torch.autograd.grad(kl.sum(), logits)
+    q, p = [row[~never] for row, never in zip(logits[3], Masked.never, strict=True)], model.log_prior()
+    by_hand = 0
+    for left, log_p, never in zip(q, p, Masked.never, strict=True):
+        by_hand = by_hand + (left.softmax(0) * (left.log_softmax(0) - log_p[~never])).sum()
+    assert torch.allclose(kl[3], by_hand)
+    (expected,) = torch.autograd.grad(by_hand, logits)
+    assert torch.allclose(gradient[3], expected[3], atol=1e-6)
+    assert gradient.isfinite().all()
+    z = model.draw(logits, 20_000)
+    assert not z[..., Masked.never].any()
+    ratio = model.log_ratio(z, logits)
+    assert torch.allclose(-ratio.mean(0), kl, atol=0.05)
+    assert torch.autograd.grad(ratio.sum(), logits)[0].isfinite().all()
+    impossible = torch.nn.functional.one_hot(torch.tensor([[1, 1]]), 4)[:, None].float()
+    assert model.log_ratio(impossible, logits[:1]) == torch.inf  # the prior has it
+
+
+@pytest.mark.parametrize(
+    ("estimator", "kl"),
+    [("gumbel_softmax", "relaxed"), ("vimco", "sampled")]
+    + [(name, kl) for name in ESTIMATORS if name not in ("disarm", "vimco") for kl in ("analytic", "sampled")],
+)
+def test_masked_models_train_by_every_estimator(estimator, kl):
+    model, images = tiny(Masked, categories=4, estimator=estimator, kl=kl, likelihood="logistic"), all_images()
+    output = model(images)
+    assert all(part.isfinite().all() for part in output)
+    output.loss.sum().backward()
+    gradients = [parameter.grad for parameter in model.backbone.parameters()]
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert any(gradient.any() for gradient in gradients)
+    assert model.log_likelihood(images, 5).isfinite().all()
+
+
+@pytest.mark.parametrize("kl", ["sampled", "relaxed"])
+@torch.no_grad()
+def test_the_objective_of_a_masked_model_is_that_of_the_model_without_the_category(kl):
+    """With a category less in each latent, of one that both know; the prior's share of it stays in the divergence."""
+    model, less = GumbelVAE(2, 4, 2, kl=kl, hidden=(8,)), GumbelVAE(2, 3, 2, kl=kl, hidden=(8,))
+    less.backbone.layers[0].load_state_dict(model.backbone.layers[0].state_dict())
+    outputs = torch.tensor([0, 1, 2, 4, 5, 6])
+    less.backbone.layers[2].weight.copy_(model.backbone.layers[2].weight[outputs])
+    less.decoder.layers[0].weight.copy_(model.decoder.layers[0].weight[:, outputs])
+    less.decoder.layers[2].load_state_dict(model.decoder.layers[2].state_dict())
+    encode = model.encode
+    model.encode = lambda images: encode(images).masked_fill(torch.arange(4) == 3, -torch.inf)
+    images = binary(1, (1, 2, 2)).expand(40_000, -1, -1, -1)
+    one, other = model(images), less(images)
+    share = 2 * math.log(4 / 3)
+    assert torch.allclose(one.kl, other.kl + share, atol=1e-5)
+    error = 4 * (one.loss.var() + other.loss.var()).sqrt() / math.sqrt(len(images))
+    assert (one.loss.mean() - other.loss.mean() - share).abs() < error
+
+
 @torch.no_grad()
 def test_vimco_trains_the_importance_weighted_bound():
     model, images = tiny(estimator="vimco", kl="sampled", estimator_samples=5), all_images()

@@ -1,6 +1,5 @@
 """GumbelVAE: an autoencoder whose latents are categories, and the gradient estimator it learns with."""
 
-import math
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -12,6 +11,7 @@ from torchmetrics import Metric
 from zoo import batch as batches
 from zoo.gumbel_vae import estimators
 from zoo.gumbel_vae.base import VAE, VAEOutput
+from zoo.gumbel_vae.estimators.base import log_prob
 from zoo.gumbel_vae.estimators.sampling import full_precision
 from zoo.gumbel_vae.metrics import ActiveLatents, CodeUsage
 from zoo.gumbel_vae.networks import Activation, Network
@@ -161,12 +161,17 @@ class GumbelVAE(VAE):
         return estimators.gumbel_max(self.log_prior().expand(n, -1, -1))
 
     def log_ratio(self, z: Tensor, posterior: Tensor) -> Tensor:
-        return (z * (self.log_prior() - full_precision(posterior).log_softmax(-1))).sum((-1, -2))
+        return log_prob(self.log_prior(), z) - log_prob(full_precision(posterior), z)
 
     def kl(self, posterior: Tensor) -> Tensor:
-        """Sum over the latents of sum_k q_k (log q_k - log p_k): N log K at most under a uniform prior."""
+        """Sum over the latents of sum_k q_k (log q_k - log p_k): N log K at most under a uniform prior.
+
+        A category whose logit is -inf counts nothing, as 0 log 0 = 0.
+        """
         log_q = full_precision(posterior).log_softmax(-1)
-        return (log_q.exp() * (log_q - self.log_prior())).sum((-1, -2))
+        masked = log_q == -torch.inf
+        ratio = (log_q - self.log_prior()).masked_fill(masked, 0.0)
+        return (log_q.exp() * ratio).sum((-1, -2))
 
     def codes(self, posterior: Tensor) -> Tensor:
         return F.one_hot(posterior.argmax(-1), self.categories).to(self.dtype)
@@ -240,6 +245,8 @@ class GumbelVAE(VAE):
         prior_temperature = temperature if given is None else temperature.new_full((), given)
         log_q = log_concrete_density(log_z, logits, temperature)
         log_p = log_concrete_density(log_z, self.log_prior(), prior_temperature)
+        # What is not masked has not all of the prior: as in the closed form, this is a part of the divergence.
+        log_p = log_p + self.log_prior().masked_fill(log_z == -torch.inf, -torch.inf).logsumexp(-1)
         return VAEOutput(distortion + kl_weight * (log_q - log_p).sum(-1), distortion, kl)
 
     # Evaluation.
@@ -266,11 +273,13 @@ def log_concrete_density(log_z: Tensor, logits: Tensor, temperature: Tensor | fl
     """Log density of the logarithm of a relaxed sample, (..., N) (ExpConcrete, Maddison et al. 2017, equation 25).
 
     Args:
-        log_z: (..., N, K), whose logsumexp is 0.
+        log_z: (..., N, K), whose logsumexp is 0. Categories where it is -inf, being masked, are as if they were not.
         logits: Log weights of the categories, (..., N, K), need not be normalised.
         temperature: Of the relaxation.
     """
-    categories = logits.shape[-1]
-    scores = logits - temperature * log_z
-    log_scale = math.lgamma(categories) + (categories - 1) * torch.as_tensor(temperature).log()
-    return log_scale + scores.sum(-1) - categories * scores.logsumexp(-1)
+    masked = log_z == -torch.inf
+    categories = (~masked).sum(-1).to(log_z.dtype)
+    # Not -inf less -inf, whose gradient would be NaN as well.
+    scores = logits.masked_fill(masked, 0.0) - temperature * log_z.masked_fill(masked, 0.0)
+    log_scale = torch.lgamma(categories) + (categories - 1) * torch.as_tensor(temperature).log()
+    return log_scale + scores.sum(-1) - categories * scores.masked_fill(masked, -torch.inf).logsumexp(-1)

@@ -101,7 +101,7 @@ class DisARM(Estimator):
     """1/2 (f(b) - f(b')) (-1)^b' 1[b != b'] sigmoid(abs(phi)) for Bernoulli latents (Dong et al. 2020).
 
     phi are log-odds, b = 1[u < sigmoid(phi)] and b' = 1[1 - u < sigmoid(phi)] antithetic samples from one uniform u.
-    Logits may come as log-odds (B, N) or for 2 categories (B, N, 2).
+    Logits may come as log-odds (B, N) or for 2 categories (B, N, 2). Where phi is infinite, b and b' are the same.
     """
 
     name: ClassVar[str] = "disarm"
@@ -114,11 +114,12 @@ class DisARM(Estimator):
     def estimate(self, logits: Tensor, f: Cost, temperature: float | Tensor, generator: Generator | None) -> Tensor:
         phi = logits[..., 1] - logits[..., 0]
         u = torch.rand(phi.shape, dtype=phi.dtype, device=phi.device, generator=generator)
-        pair = (torch.stack([u, 1 - u]) < phi.detach().sigmoid()).to(phi.dtype)
+        p = phi.detach().sigmoid()
+        pair = ((torch.stack([u, 1 - u]) < p) | (phi == torch.inf)).to(phi.dtype)  # 1 - u may be 1
         costs = f(torch.stack([1 - pair, pair], -1))
         half_difference = (costs[0] - costs[1]).detach()[:, None] / 2
         gradient = half_difference * (pair[0] - pair[1]) * phi.detach().abs().sigmoid()  # b - b' = (-1)^b' 1[b != b']
-        return add_gradient(costs.mean(0), (gradient * phi).sum(-1))
+        return add_gradient(costs.mean(0), (gradient * phi.masked_fill(phi.isinf(), 0.0)).sum(-1))
 
 
 class VIMCO(Estimator):

@@ -33,7 +33,7 @@ class VAEOutput(NamedTuple):
     Attributes:
         loss: What is minimised: distortion and weighted KL. It is minus a bound only where the samples of the
             objective are hard, the weight of the KL is 1 and its form is no relaxed one.
-        distortion: Minus log p(x|z), at the objective's samples.
+        distortion: Minus log p(x|z), a mean over the objective's samples.
         kl: KL of the posterior from the prior, by its closed form.
     """
 

@@ -19,6 +19,7 @@ from zoo.gumbel_vae.schedules import SCHEDULES, check_temperatures
 
 KL = Literal["analytic", "sampled", "relaxed"]
 Prior = Literal["uniform", "learned"]
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 class GumbelVAE(VAE):
@@ -204,13 +205,14 @@ class GumbelVAE(VAE):
         """Images (B, C, H, W) in [0, 1] of tokens (B, N), or in their grid (B, h, w).
 
         Raises:
-            ValueError: For another number of latents, and for tokens that are no integers from 0 to K - 1.
+            ValueError: For another number of latents or another grid, such as one transposed, and for tokens that are
+                no integers from 0 to K - 1.
         """
+        forms = [(self.latents,)] if self.grid is None else [(self.latents,), self.grid]
+        if tuple(tokens.shape[1:]) not in forms or tokens.dtype not in INTEGERS:
+            expected = " or ".join(f"(B, {', '.join(map(str, form))})" for form in forms)
+            raise ValueError(f"tokens are {tuple(tokens.shape)} and {tokens.dtype}: expected integers {expected}")
         flat = tokens.flatten(1)
-        if flat.shape[1] != self.latents or flat.is_floating_point():
-            raise ValueError(
-                f"tokens are {tuple(tokens.shape)} and {tokens.dtype}: expected integers (B, {self.latents})"
-            )
         if flat.numel() and not 0 <= flat.min() <= flat.max() < self.categories:
             raise ValueError(f"tokens are {flat.min()} to {flat.max()}: expected 0 to {self.categories - 1}")
         return self.likelihood.mean(self.decode(F.one_hot(flat.long(), self.categories)))
@@ -235,19 +237,27 @@ class GumbelVAE(VAE):
             distortion = self.estimator.expectation(logits, lambda z: self.distortion(z, images), temperature)
             return VAEOutput(distortion + kl_weight * kl, distortion, kl)
         if self.hparams.kl == "sampled":
-            loss = self.estimator.expectation(
-                logits, lambda z: self.distortion(z, images) - kl_weight * self.log_ratio(z, logits), temperature
-            )
-            return VAEOutput(loss, loss.detach() - kl_weight * kl.detach(), kl)
+            distortions: list[Tensor] = []  # of every time that the estimator asks; first, of its samples
+
+            def cost(z: Tensor) -> Tensor:
+                distortion = self.distortion(z, images)
+                distortions.append(distortion.detach())
+                return distortion - kl_weight * self.log_ratio(z, logits)
+
+            loss = self.estimator.expectation(logits, cost, temperature)
+            if isinstance(self.estimator, estimators.Exact):  # which weighs all states there are, with no noise in it
+                return VAEOutput(loss, loss.detach() - kl_weight * kl.detach(), kl)
+            return VAEOutput(loss, distortions[0].mean(0), kl)
         given = self.hparams.prior_temperature
-        log_z = estimators.log_gumbel_softmax(logits, temperature)
-        distortion = self.distortion(log_z.exp()[None], images)[0]
+        samples = self.hparams.estimator_samples or 1
+        log_z = estimators.log_gumbel_softmax(logits.expand(samples, *logits.shape), temperature)
+        distortion = self.distortion(log_z.exp(), images).mean(0)
         prior_temperature = temperature if given is None else temperature.new_full((), given)
         log_q = log_concrete_density(log_z, logits, temperature)
         log_p = log_concrete_density(log_z, self.log_prior(), prior_temperature)
         # What is not masked has not all of the prior: as in the closed form, this is a part of the divergence.
         log_p = log_p + self.log_prior().masked_fill(log_z == -torch.inf, -torch.inf).logsumexp(-1)
-        return VAEOutput(distortion + kl_weight * (log_q - log_p).sum(-1), distortion, kl)
+        return VAEOutput(distortion + kl_weight * (log_q - log_p).sum(-1).mean(0), distortion, kl)
 
     # Evaluation.
 

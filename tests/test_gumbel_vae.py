@@ -10,11 +10,13 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from torch.distributions.relaxed_categorical import ExpRelaxedCategorical
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 from datamodules import DigitsDataModule
 from zoo import GaussianVAE, GumbelVAE, cost, weights
 from zoo.cli import main
+from zoo.gumbel_vae import base
 from zoo.gumbel_vae.estimators import ESTIMATORS, gumbel_softmax
 from zoo.gumbel_vae.gumbel import log_concrete_density
 from zoo.gumbel_vae.networks import halvings
@@ -117,6 +119,84 @@ def test_chunks_change_nothing_and_bits_are_nats_over_log_2(kind):
         model.log_likelihood(images, 0)
     with pytest.raises(ValueError, match="samples is -1"):
         model.elbo(images, -1)
+
+
+class Allocated(TorchDispatchMode):
+    """Takes note of the largest tensor that is made, in values of float32. The weights are there already."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.known = {each.untyped_storage().data_ptr() for each in (*model.parameters(), *model.buffers())}
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        for tensor in found if isinstance(found, tuple | list) else [found]:
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()  # of what is only seen larger than it is, the original's
+                if storage.data_ptr() not in self.known:
+                    self.largest = max(self.largest, storage.nbytes() // 4)
+        return found
+
+
+@pytest.mark.parametrize(
+    ("options", "per_image"),
+    [
+        ({}, 64),
+        ({"likelihood": "categorical", "levels": 40}, 40 * 64),
+        ({"likelihood": "logistic"}, 2 * 64),
+        ({"likelihood": "logit_laplace", "in_channels": 3}, 3 * 2 * 64),
+        ({"categories": 512}, 4 * 512),
+        ({"hidden": (1200,)}, 1200),
+        ({"network": "conv", "width": 8}, 2 * 8 * 64),  # 16 channels of 4x4, enlarged to 8x8
+        ({"network": "conv", "width": 8, "latents": (2, 2)}, 2 * 8 * 64),
+        ({"network": "conv", "width": 1, "likelihood": "categorical", "levels": 50}, 50 * 64),
+        ({"kind": GaussianVAE, "likelihood": "categorical", "levels": 40}, 40 * 64),
+        ({"kind": GaussianVAE, "hidden": (1200,)}, 1200),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_memory_goes_by_what_is_allocated(options, per_image, monkeypatch):
+    limit = 2**13
+    monkeypatch.setattr(base, "VALUES_AT_A_TIME", limit)
+    options = {"kind": GumbelVAE, "latents": 4, "image_size": 8, "hidden": (8,)} | options
+    model = options.pop("kind")(**options).eval()
+    assert model.images_at_a_time() == limit // per_image
+    images, decoded = binary(2, model.input_shape), []
+    model.decoder.register_forward_hook(lambda module, inputs, output: decoded.append(len(inputs[0])))
+    for verb in (lambda: model.log_likelihood(images, 300), lambda: model.elbo(images, 300)):
+        decoded.clear()
+        with Allocated(model) as allocated:
+            assert verb().shape == (2,)
+        assert sum(decoded) == 2 * 300
+        assert limit // 3 < allocated.largest <= limit
+    many = {
+        "images in chunks": lambda: model.log_likelihood(images, 5, 1),
+        "many images": lambda: model.elbo(images.repeat(70, 1, 1, 1)),
+        "sample": lambda: model.sample(130),
+        "drawn": lambda: model.sample(130, "drawn"),
+        "reconstruct": lambda: model.reconstruct(images.repeat(70, 1, 1, 1)),
+        "interpolate": lambda: model.interpolate(images, images.flip(0), 70),
+        "pictures": lambda: model.pictures(images),
+    }
+    for name, verb in many.items():
+        decoded.clear()
+        verb()
+        assert max(decoded) <= (1 if name == "images in chunks" else limit // per_image), name
+    assert model.sample(0).shape == (0, *model.input_shape)
+
+
+@pytest.mark.parametrize("likelihood", ["bernoulli", "categorical"])
+@torch.no_grad()
+def test_bounds_of_many_images_are_theirs_in_their_order(likelihood, monkeypatch):
+    model, images = tiny(likelihood=likelihood, levels=2), all_images()
+    whole = model.log_likelihood(images, 6000), model.elbo(images, 6000)
+    monkeypatch.setattr(base, "VALUES_AT_A_TIME", 40)  # some five images at a time
+    parts = model.log_likelihood(images, 600), model.elbo(images, 600)
+    for one, other in zip(whole, parts, strict=True):
+        assert torch.allclose(one, other, atol=0.3)
+        assert not torch.allclose(one, other.flip(0), atol=0.3)
 
 
 @torch.no_grad()

@@ -215,7 +215,7 @@ class GumbelVAE(VAE):
         flat = tokens.flatten(1)
         if flat.numel() and not 0 <= flat.min() <= flat.max() < self.categories:
             raise ValueError(f"tokens are {flat.min()} to {flat.max()}: expected 0 to {self.categories - 1}")
-        return self.likelihood.mean(self.decode(F.one_hot(flat.long(), self.categories)))
+        return self._shown(F.one_hot(flat.long(), self.categories))
 
     # Training.
 

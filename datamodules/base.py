@@ -1,7 +1,8 @@
 """Seeding, loaders and the hop to the device: the one place for all three, on top of the order of ``order.py``.
 
     samples(split) -> SeededBatches, read in BatchOrder by a plain DataLoader -> uint8 on the device
-                   -> on_after_batch_transfer: float32, flip, affine, binarise, normalise, erase, per sample
+                   -> on_after_batch_transfer: float32, flip, affine, binarise, normalise, erase, per sample;
+                      at the end in the Trainer's precision
 
 A data set's own file only says what a sample is. The order is a pure function of seed and epoch, and so is every random
 choice: a sample's from (seed, epoch, index), whatever the number of workers; the device's from (seed, epoch, batch,
@@ -177,8 +178,9 @@ def default_workers(processes: int = 1) -> int:
 class ImageDataModule(LightningDataModule):
     """Loaders and the hop to the device, for every image data set here. Subclasses say what a sample is.
 
-    Images travel as uint8 and become normalised float32 on the device, in :meth:`on_after_batch_transfer`, where the
-    augmentations that need no decoding are drawn for each sample anew. Float images, from samples of another kind, are
+    Images travel as uint8 and become normalised floats on the device, in :meth:`on_after_batch_transfer`, where the
+    augmentations that need no decoding are drawn for each sample anew, in float32 whatever the precision in which the
+    model gets them. Float images, from samples of another kind, are
     passed on as they are.
 
     Args:
@@ -380,9 +382,20 @@ class ImageDataModule(LightningDataModule):
     # The hop to the device.
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """uint8 images (B, C, H, W) become augmented (in training) and normalised float32; the rest stays as it is."""
+        """uint8 images (B, C, H, W) become augmented (in training), normalised, and floats of the Trainer's precision.
+
+        All is computed in float32. The rest of the batch stays as it is.
+        """
         training = bool(self.trainer and self.trainer.training)
-        return _map_images(batch, lambda images: self._to_float(images, training))
+        return _map_images(batch, lambda images: self.in_precision(self._to_float(images, training)))
+
+    def in_precision(self, images: Tensor) -> Tensor:
+        """Float images in the default dtype, or in that of the Trainer's precision, ``bf16-true`` say.
+
+        Lightning converts a batch before it comes to the device, when images are still uint8.
+        """
+        images = images.to(torch.get_default_dtype())
+        return self.trainer.precision_plugin.convert_input(images) if self.trainer else images
 
     def _to_float(self, images: Tensor, training: bool) -> Tensor:
         images = transforms.to_float(images)

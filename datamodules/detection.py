@@ -66,6 +66,36 @@ class DetectionSamples:
         return DetectionSamples(self.raw, self.transform.at(sides[seed % len(sides)])) if sides else self
 
 
+class ExactTargets:
+    """A batch's targets on their way to the device, a sequence of dicts that the Trainer's precision passes over.
+
+    Lightning converts every float of a batch before its transfer: in ``bf16-true`` a corner at 801 pixels would come to
+    lie at 800, and an area above 65504 would be infinite in ``16-true``.
+    """
+
+    def __init__(self, targets: list[Target]) -> None:
+        self.targets = targets
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> Target:
+        return self.targets[index]
+
+    def to(self, device: torch.device) -> "ExactTargets":
+        # Lightning's own exceptions: where a copy that does not block is not safe.
+        blocks = device.type in ("cpu", "mps")
+        return self._map(lambda tensor: tensor.to(device, non_blocking=not blocks))
+
+    def pin_memory(self) -> "ExactTargets":
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "ExactTargets":
+        return ExactTargets(
+            [{k: function(v) if isinstance(v, Tensor) else v for k, v in target.items()} for target in self.targets]
+        )
+
+
 class DetectionDataModule(ImageDataModule):
     """Loaders for detection. Batches ``(images (B, 3, H, W), targets)``, see the top of this file.
 
@@ -182,13 +212,23 @@ class DetectionDataModule(ImageDataModule):
         return sizes[:, 1] > sizes[:, 0]
 
     def collate(self) -> Callable[[list[Any]], Any]:
-        return partial(pad_batch, multiple=self.pad_multiple, sizes=self.sizes)
+        collate = partial(pad_batch, multiple=self.pad_multiple, sizes=self.sizes)
+        probe = torch.zeros((), dtype=torch.float32)
+        if self.trainer is None or self.trainer.precision_plugin.convert_input(probe).dtype == torch.float32:
+            return collate
+        return partial(_with_exact_targets, collate)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """uint8 images (B, 3, H, W) become normalised float32, 0 where they are padded. Targets stay as they are."""
+        """uint8 images (B, 3, H, W) become normalised floats of the Trainer's precision, 0 where they are padded.
+
+        Targets stay as they are: boxes are float32 whatever the precision.
+        """
         if self.trainer and self.trainer.training and self.trainer.is_last_batch:
             self._report()
         images, targets = batch
+        if isinstance(targets, ExactTargets):
+            targets = targets.targets
+            batch = images, targets
         if images.dtype != torch.uint8:
             return batch
         images = transforms.normalize(transforms.to_float(images), self.mean, self.std)
@@ -196,7 +236,7 @@ class DetectionDataModule(ImageDataModule):
             height, width = target["size"]
             image[:, height:] = 0
             image[:, :height, width:] = 0
-        return images, targets
+        return self.in_precision(images), targets
 
     # What a checkpoint keeps: which label is which class.
 
@@ -233,6 +273,11 @@ class DetectionDataModule(ImageDataModule):
 
     def teardown(self, stage: str) -> None:
         self._report()
+
+
+def _with_exact_targets(collate: Callable[[list[Any]], Any], samples: list[Any]) -> tuple[Tensor, ExactTargets]:
+    images, targets = collate(samples)
+    return images, ExactTargets(targets)
 
 
 def _transformed(samples: DetectionSamples, transform: DetectionTransform) -> DetectionSamples:

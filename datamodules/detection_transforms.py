@@ -120,7 +120,7 @@ class DetectionTransform:
     def _jittered(self, image: Tensor, target: Target) -> tuple[Tensor, Target]:
         assert self.scale_jitter
         low, high = self.scale_jitter
-        factor = low + (high - low) * torch.rand(()).item()
+        factor = low + (high - low) * torch.rand((), dtype=torch.float32).item()
         size = self._size(image)
         height, width = (max(1, round(side * factor)) for side in size)
         image, target = _resize((image, target), (height, width))
@@ -181,7 +181,7 @@ def _plain(tensor: Tensor) -> Tensor:
 
 
 def _chance(probability: float) -> bool:
-    return torch.rand(()).item() < probability
+    return torch.rand((), dtype=torch.float32).item() < probability
 
 
 def _of_each_box(inputs: tuple[Tensor, Target]) -> list[Tensor]:

@@ -301,7 +301,7 @@ def warp(
 
 def _coordinates(length: int, device: torch.device) -> Tensor:
     """The pixels' centres along a side that runs from -1 to 1."""
-    return (2 * torch.arange(length, device=device) + 1) / length - 1
+    return (2 * torch.arange(length, dtype=torch.float32, device=device) + 1) / length - 1
 
 
 def binarize(images: Tensor, draw: bool = False, generator: Generator | None = None, jitter: float = 0.0) -> Tensor:
@@ -316,7 +316,7 @@ def binarize(images: Tensor, draw: bool = False, generator: Generator | None = N
     """
     if not draw and not jitter:
         return (images >= 0.5).to(images.dtype)
-    noise = torch.rand(images.shape, generator=generator, device=images.device)
+    noise = torch.rand(images.shape, dtype=torch.float32, generator=generator, device=images.device)
     above = noise < images if draw else images + jitter * (2 * noise - 1) >= 0.5
     return above.to(images.dtype)
 
@@ -368,4 +368,4 @@ def _between(length: int, start: Tensor, stop: Tensor) -> Tensor:
 
 def _uniform(count: int, images: Tensor, generator: Generator | None) -> Tensor:
     """(count, B) float32 in [0, 1)."""
-    return torch.rand((count, len(images)), generator=generator, device=images.device)
+    return torch.rand((count, len(images)), dtype=torch.float32, generator=generator, device=images.device)

@@ -255,6 +255,111 @@ def test_reinmax_can_be_worse_than_straight_through(p):
     assert of(row_gradients(create("reinmax"), logits, cost)).agrees(torch.tensor(1.5 * scale))
 
 
+# Masked categories and certain Bernoullis.
+
+
+def without(f: Callable[[Tensor], Tensor], masked: Tensor) -> Callable[[Tensor], Tensor]:
+    """The cost of samples (..., K) in a problem that has further categories, of which a hard sample costs infinity."""
+
+    def cost(z: Tensor) -> Tensor:
+        impossible = (z[..., masked] > 0).flatten(2).any(-1)
+        return torch.where(impossible, torch.inf, f(z[..., ~masked]))
+
+    return cost
+
+
+def drawn(name: str, logits: Tensor, f: Callable[[Tensor], Tensor], draws: int = 20_000) -> tuple[Found, Tensor]:
+    """Independent values beside gradients (draws, 1 + logits), and the gradients alone."""
+    estimator = create(name)
+    if name == "reinforce_baseline":
+        row_gradients(estimator, logits, f, draws=1000, seed=6)
+    rows = logits.expand(1 if name == "exact" else draws, *logits.shape).clone().requires_grad_()
+    values = estimator.expectation(rows, f, 0.7, seeded(5))
+    (gradients,) = torch.autograd.grad(values.sum(), rows)
+    found = torch.cat([values.detach()[:, None], gradients.flatten(1)], 1)
+    return Found(found.mean(0), found.var(0) if name != "exact" else torch.zeros(found.shape[1]), len(found)), gradients
+
+
+def assert_same_distribution(one: Found, other: Found) -> None:
+    error = (one.error().square() + other.error().square()).sqrt()
+    assert ((one.mean - other.mean).abs() <= 4.5 * error + 1e-12).all()
+
+
+@pytest.mark.parametrize("masked", [[3], [0], [1, 4]], ids=str)
+@pytest.mark.parametrize("name", [name for name in ESTIMATORS if name != "disarm"])
+def test_a_masked_category_is_as_if_it_were_not(name, masked):
+    left = torch.ones(3 + len(masked), dtype=torch.bool)
+    left[masked] = False
+    logits, f = normal(2, 3, seed=0), network(6)
+    full = torch.full((2, len(left)), -torch.inf, dtype=torch.float64)
+    full[:, left] = logits
+    found, gradients = drawn(name, full, without(f, ~left))
+    assert gradients.isfinite().all()
+    assert not gradients[..., ~left].any()
+    here = torch.cat([torch.ones(1, dtype=torch.bool), left.repeat(2)])
+    assert_same_distribution(Found(found.mean[here], found.variance[here], found.draws), drawn(name, logits, f)[0])
+
+
+@pytest.mark.parametrize("name", [name for name in ESTIMATORS if name != "disarm"])
+def test_latents_may_have_masks_of_their_own_and_a_single_category_left(name):
+    logits = torch.tensor([[0.3, -torch.inf, -0.2], [-torch.inf, 1.0, -torch.inf], [0.1, 0.2, 0.3]]).double()
+    f = network(9)
+    found, gradients = drawn(name, logits, f)
+    assert gradients.isfinite().all()
+    assert not gradients[:, 1].any()  # nothing to choose
+    assert not gradients[:, 0, 1].any()
+    assert found.mean.isfinite().all()
+    if name in UNBIASED and name != "vimco":
+        leaf = logits.clone().requires_grad_()
+        z = states_of(logits)
+        q = leaf.softmax(-1)
+        value = ((z * q).sum(-1).prod(-1) * f(z[:, None])[:, 0]).sum()
+        exact = torch.cat([value.detach()[None], torch.autograd.grad(value, leaf)[0].flatten()])
+        assert ((found.mean - exact).abs() <= 4.5 * found.error() + 1e-12).all()
+
+
+@pytest.mark.parametrize("form", ["log-odds", "two categories", "infinite logit"])
+@pytest.mark.parametrize("name", list(ESTIMATORS))
+def test_certain_bernoullis_are_as_if_they_were_constants(name, form):
+    logits, f = normal(2, seed=0), network(4)
+    log_odds = torch.cat([torch.tensor([torch.inf, -torch.inf], dtype=torch.float64), logits])
+
+    def constant(z: Tensor) -> Tensor:
+        return f(torch.cat([torch.ones_like(z[..., :1]), torch.zeros_like(z[..., :1]), z], -1))
+
+    given, cost = log_odds, f
+    if form != "log-odds":
+        given = torch.stack([torch.zeros_like(log_odds), log_odds], -1)
+        if form == "two categories":
+            given[0] = torch.tensor([-torch.inf, 0.0])
+        cost = lambda z: f(z[..., 1])  # noqa: E731
+    found, gradients = drawn(name, given, cost)
+    assert gradients.isfinite().all()
+    assert not gradients[:, :2].any()
+    expected, _ = drawn(name, logits if form == "log-odds" else given[2:], constant if form == "log-odds" else _second)
+    kept = [0, *range(1 + gradients[0, :2].numel(), 1 + gradients[0].numel())]
+    assert_same_distribution(Found(found.mean[kept], found.variance[kept], found.draws), expected)
+
+
+def _second(z: Tensor) -> Tensor:
+    """The cost of the test above of two Bernoullis given as two categories."""
+    odds = z[..., 1]
+    return network(4)(torch.cat([torch.ones_like(odds[..., :1]), torch.zeros_like(odds[..., :1]), odds], -1))
+
+
+def test_a_certain_bernoulli_is_certain_for_disarm_whatever_is_drawn():
+    odds = torch.tensor([[torch.inf, -torch.inf]]).expand(2**22, 2)  # float32 draws have 2**24 values
+    assert torch.equal(create("disarm").expectation(odds, lambda z: z @ torch.tensor([1.0, 5.0])), torch.ones(2**22))
+
+
+def test_noise_given_an_outcome_under_a_mask_is_gumbel_again():
+    logits = torch.tensor([0.5, -torch.inf, -0.3]).expand(DRAWS, 3)
+    noise = conditional_gumbels(logits, gumbel_max(logits, seeded()), 1, seeded(1))[0]
+    assert noise.isfinite().all()
+    for column in noise.unbind(1):
+        assert stats.kstest(column.numpy(), stats.gumbel_r.cdf).pvalue > 1e-3
+
+
 # Variance.
 
 

@@ -10,12 +10,14 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from torch.distributions.relaxed_categorical import ExpRelaxedCategorical
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 from datamodules import DigitsDataModule
 from zoo import GaussianVAE, GumbelVAE, cost, weights
 from zoo.cli import main
-from zoo.gumbel_vae.estimators import ESTIMATORS
+from zoo.gumbel_vae import base
+from zoo.gumbel_vae.estimators import ESTIMATORS, gumbel_softmax
 from zoo.gumbel_vae.gumbel import log_concrete_density
 from zoo.gumbel_vae.networks import halvings
 
@@ -119,6 +121,84 @@ def test_chunks_change_nothing_and_bits_are_nats_over_log_2(kind):
         model.elbo(images, -1)
 
 
+class Allocated(TorchDispatchMode):
+    """Takes note of the largest tensor that is made, in values of float32. The weights are there already."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.known = {each.untyped_storage().data_ptr() for each in (*model.parameters(), *model.buffers())}
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        for tensor in found if isinstance(found, tuple | list) else [found]:
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()  # of what is only seen larger than it is, the original's
+                if storage.data_ptr() not in self.known:
+                    self.largest = max(self.largest, storage.nbytes() // 4)
+        return found
+
+
+@pytest.mark.parametrize(
+    ("options", "per_image"),
+    [
+        ({}, 64),
+        ({"likelihood": "categorical", "levels": 40}, 40 * 64),
+        ({"likelihood": "logistic"}, 2 * 64),
+        ({"likelihood": "logit_laplace", "in_channels": 3}, 3 * 2 * 64),
+        ({"categories": 512}, 4 * 512),
+        ({"hidden": (1200,)}, 1200),
+        ({"network": "conv", "width": 8}, 2 * 8 * 64),  # 16 channels of 4x4, enlarged to 8x8
+        ({"network": "conv", "width": 8, "latents": (2, 2)}, 2 * 8 * 64),
+        ({"network": "conv", "width": 1, "likelihood": "categorical", "levels": 50}, 50 * 64),
+        ({"kind": GaussianVAE, "likelihood": "categorical", "levels": 40}, 40 * 64),
+        ({"kind": GaussianVAE, "hidden": (1200,)}, 1200),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_memory_goes_by_what_is_allocated(options, per_image, monkeypatch):
+    limit = 2**13
+    monkeypatch.setattr(base, "VALUES_AT_A_TIME", limit)
+    options = {"kind": GumbelVAE, "latents": 4, "image_size": 8, "hidden": (8,)} | options
+    model = options.pop("kind")(**options).eval()
+    assert model.images_at_a_time() == limit // per_image
+    images, decoded = binary(2, model.input_shape), []
+    model.decoder.register_forward_hook(lambda module, inputs, output: decoded.append(len(inputs[0])))
+    for verb in (lambda: model.log_likelihood(images, 300), lambda: model.elbo(images, 300)):
+        decoded.clear()
+        with Allocated(model) as allocated:
+            assert verb().shape == (2,)
+        assert sum(decoded) == 2 * 300
+        assert limit // 3 < allocated.largest <= limit
+    many = {
+        "images in chunks": lambda: model.log_likelihood(images, 5, 1),
+        "many images": lambda: model.elbo(images.repeat(70, 1, 1, 1)),
+        "sample": lambda: model.sample(130),
+        "drawn": lambda: model.sample(130, "drawn"),
+        "reconstruct": lambda: model.reconstruct(images.repeat(70, 1, 1, 1)),
+        "interpolate": lambda: model.interpolate(images, images.flip(0), 70),
+        "pictures": lambda: model.pictures(images),
+    }
+    for name, verb in many.items():
+        decoded.clear()
+        verb()
+        assert max(decoded) <= (1 if name == "images in chunks" else limit // per_image), name
+    assert model.sample(0).shape == (0, *model.input_shape)
+
+
+@pytest.mark.parametrize("likelihood", ["bernoulli", "categorical"])
+@torch.no_grad()
+def test_bounds_of_many_images_are_theirs_in_their_order(likelihood, monkeypatch):
+    model, images = tiny(likelihood=likelihood, levels=2), all_images()
+    whole = model.log_likelihood(images, 6000), model.elbo(images, 6000)
+    monkeypatch.setattr(base, "VALUES_AT_A_TIME", 40)  # some five images at a time
+    parts = model.log_likelihood(images, 600), model.elbo(images, 600)
+    for one, other in zip(whole, parts, strict=True):
+        assert torch.allclose(one, other, atol=0.3)
+        assert not torch.allclose(one, other.flip(0), atol=0.3)
+
+
 @torch.no_grad()
 def test_a_gaussian_models_bound_becomes_log_p():
     model, images = tiny(GaussianVAE, latents=1), all_images()
@@ -216,6 +296,111 @@ def test_every_form_of_the_kl_and_each_weight_matters():
     assert torch.allclose(one.loss, one.distortion + one.kl, atol=1e-5)
 
 
+@pytest.mark.parametrize("samples", [None, 1, 7])
+@torch.no_grad()
+def test_relaxed_objectives_are_averaged_over_their_samples(samples):
+    model, images = tiny(kl="relaxed", estimator_samples=samples), all_images()[3:4].expand(4000, -1, -1, -1)
+    asked = []
+    model.decoder.register_forward_hook(lambda module, inputs, output: asked.append(len(inputs[0])))
+    many, one = model(images), tiny_twin(model, estimator_samples=1)(images)
+    assert asked == [(samples or 1) * 4000]
+    for name in ("loss", "distortion"):
+        found, single = getattr(many, name), getattr(one, name)
+        assert found.shape == (4000,)
+        assert (found.mean() - single.mean()).abs() < 4 * (found.var() + single.var()).sqrt() / math.sqrt(4000)
+        assert found.var().item() == pytest.approx(single.var().item() / (samples or 1), rel=0.2)
+
+
+def tiny_twin(model, **options):
+    """The same weights with other options."""
+    twin = GumbelVAE(**{**model.hparams, **options}).eval()
+    twin.load_state_dict(model.state_dict())
+    return twin
+
+
+@pytest.mark.parametrize("estimator", [name for name in ESTIMATORS if name != "disarm"])
+@torch.no_grad()
+def test_the_logged_distortion_is_that_of_the_objectives_samples(estimator):
+    """With the KL inside of the objective as well; VIMCO's bound is no mean, and less its KL no distortion."""
+    hard = estimator != "gumbel_softmax"
+    model, images = tiny(estimator=estimator, kl="sampled"), all_images()[5:6].expand(20_000, -1, -1, -1)
+    found = model(images[: 1 if estimator == "exact" else 20_000]).distortion
+    z = model.draw(model.encode(images), 1)
+    if not hard:
+        z = gumbel_softmax(model.encode(images), model.temperature)[None]
+    expected = model.distortion(z, images)[0]
+    error = 4 * (expected.var() + (found.var() if len(found) > 1 else 0)).sqrt() / math.sqrt(20_000)
+    assert (found.mean() - expected.mean()).abs() < error
+
+
+class Masked(GumbelVAE):
+    """A model that never takes some categories: those of the first latent, then those of the second."""
+
+    never = torch.tensor([[False, True, False, False], [True, False, False, True]])
+
+    def encode(self, images):
+        return super().encode(images).masked_fill(self.never, -torch.inf)
+
+
+def test_the_kl_and_the_ratio_of_masked_posteriors_are_those_of_what_is_left():
+    model = tiny(Masked, categories=4, prior="learned")
+    logits = model.encode(all_images())
+    logits.retain_grad()
+    kl = model.kl(logits)
+    (gradient,) = torch.autograd.grad(kl.sum(), logits)
+    q, p = [row[~never] for row, never in zip(logits[3], Masked.never, strict=True)], model.log_prior()
+    by_hand = 0
+    for left, log_p, never in zip(q, p, Masked.never, strict=True):
+        by_hand = by_hand + (left.softmax(0) * (left.log_softmax(0) - log_p[~never])).sum()
+    assert torch.allclose(kl[3], by_hand)
+    (expected,) = torch.autograd.grad(by_hand, logits)
+    assert torch.allclose(gradient[3], expected[3], atol=1e-6)
+    assert gradient.isfinite().all()
+    z = model.draw(logits, 20_000)
+    assert not z[..., Masked.never].any()
+    ratio = model.log_ratio(z, logits)
+    assert torch.allclose(-ratio.mean(0), kl, atol=0.05)
+    assert torch.autograd.grad(ratio.sum(), logits)[0].isfinite().all()
+    impossible = torch.nn.functional.one_hot(torch.tensor([[1, 1]]), 4)[:, None].float()
+    assert model.log_ratio(impossible, logits[:1]) == torch.inf  # the prior has it
+
+
+@pytest.mark.parametrize(
+    ("estimator", "kl"),
+    [("gumbel_softmax", "relaxed"), ("vimco", "sampled")]
+    + [(name, kl) for name in ESTIMATORS if name not in ("disarm", "vimco") for kl in ("analytic", "sampled")],
+)
+def test_masked_models_train_by_every_estimator(estimator, kl):
+    model, images = tiny(Masked, categories=4, estimator=estimator, kl=kl, likelihood="logistic"), all_images()
+    output = model(images)
+    assert all(part.isfinite().all() for part in output)
+    output.loss.sum().backward()
+    gradients = [parameter.grad for parameter in model.backbone.parameters()]
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert any(gradient.any() for gradient in gradients)
+    assert model.log_likelihood(images, 5).isfinite().all()
+
+
+@pytest.mark.parametrize("kl", ["sampled", "relaxed"])
+@torch.no_grad()
+def test_the_objective_of_a_masked_model_is_that_of_the_model_without_the_category(kl):
+    """With a category less in each latent, of one that both know; the prior's share of it stays in the divergence."""
+    model, less = GumbelVAE(2, 4, 2, kl=kl, hidden=(8,)), GumbelVAE(2, 3, 2, kl=kl, hidden=(8,))
+    less.backbone.layers[0].load_state_dict(model.backbone.layers[0].state_dict())
+    outputs = torch.tensor([0, 1, 2, 4, 5, 6])
+    less.backbone.layers[2].weight.copy_(model.backbone.layers[2].weight[outputs])
+    less.decoder.layers[0].weight.copy_(model.decoder.layers[0].weight[:, outputs])
+    less.decoder.layers[2].load_state_dict(model.decoder.layers[2].state_dict())
+    encode = model.encode
+    model.encode = lambda images: encode(images).masked_fill(torch.arange(4) == 3, -torch.inf)
+    images = binary(1, (1, 2, 2)).expand(40_000, -1, -1, -1)
+    one, other = model(images), less(images)
+    share = 2 * math.log(4 / 3)
+    assert torch.allclose(one.kl, other.kl + share, atol=1e-5)
+    error = 4 * (one.loss.var() + other.loss.var()).sqrt() / math.sqrt(len(images))
+    assert (one.loss.mean() - other.loss.mean() - share).abs() < error
+
+
 @torch.no_grad()
 def test_vimco_trains_the_importance_weighted_bound():
     model, images = tiny(estimator="vimco", kl="sampled", estimator_samples=5), all_images()
@@ -268,8 +453,19 @@ def test_tokens_that_are_none_are_refused():
         model.from_tokens(torch.zeros(2, 4, dtype=torch.int64))
     with pytest.raises(ValueError, match="tokens are 0 to 4: expected 0 to 3"):
         model.from_tokens(torch.tensor([[0, 4, 1]]))
-    with pytest.raises(ValueError, match="torch.float32"):
-        model.from_tokens(torch.zeros(2, 3))
+    for wrong in (torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.bool), torch.zeros(2, 3, dtype=torch.complex64)):
+        with pytest.raises(ValueError, match=re.escape(str(wrong.dtype))):
+            model.from_tokens(wrong)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 2), (2, 8, 1), (2, 2, 2, 2), (2, 4), (8,), (), (2, 2, 4, 1)])
+def test_a_grid_of_tokens_that_is_none_of_the_models_is_refused(shape):
+    model = GumbelVAE((2, 4), 3, (4, 8), network="conv", width=4, blocks=1).eval()
+    expected = f"tokens are {shape} and torch.int64: expected integers (B, 8) or (B, 2, 4)"
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        model.from_tokens(torch.zeros(shape, dtype=torch.int64))
+    for dtype in (torch.uint8, torch.int32):
+        assert model.from_tokens(torch.zeros(3, 2, 4, dtype=dtype)).shape == (3, 1, 4, 8)
 
 
 def test_interpolation_changes_one_latent_after_the_other():

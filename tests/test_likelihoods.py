@@ -298,6 +298,36 @@ def test_samples_of_parameters_are_broadcast_against_images(name):
     assert torch.equal(results[0][0], flat.view(2, 3))
 
 
+@pytest.mark.parametrize(
+    ("of_parameters", "of_images"),
+    [
+        ((), (3,)),
+        ((1,), (3,)),
+        ((3,), ()),
+        ((3,), (1,)),
+        ((2, 1), (3,)),
+        ((3,), (2, 3)),
+        ((1, 3), (2, 1)),
+        ((), (2, 3)),
+    ],
+)
+@pytest.mark.parametrize("name", NAMES)
+def test_leading_dimensions_of_both_are_broadcast(name, of_parameters, of_images):
+    likelihood, parameters, images = problem(name, shape=(6, 2, 4, 5))
+    parameters = parameters[: math.prod(of_parameters)].view(*of_parameters, *parameters.shape[1:]).requires_grad_()
+    images = images[: math.prod(of_images)].view(*of_images, *images.shape[1:])
+    leading = torch.broadcast_shapes(of_parameters, of_images)
+    repeated = parameters.expand(*leading, *parameters.shape[-3:]), images.expand(*leading, *images.shape[-3:])
+    results = []
+    for given in ((parameters, images), [each.contiguous() for each in repeated]):
+        torch.manual_seed(1)
+        log_prob = likelihood.log_prob(*given)
+        results.append((log_prob, *torch.autograd.grad(log_prob.sum(), parameters)))
+    assert results[0][0].shape == leading
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_every_sample_has_noise_of_its_own():
     log_prob = LogitLaplace().log_prob(torch.zeros(100, 2, 1, 1), torch.zeros(1, 1, 1, 1))
     assert len(log_prob.unique()) > 90

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from timm.data import Mixup
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric, MetricCollection
+from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import (
     MulticlassAccuracy,
     MulticlassF1Score,
@@ -21,6 +21,7 @@ from zoo import norms, optim, pictures
 from zoo._lightning import LightningModule
 from zoo.checkpoints import SafeLoading
 from zoo.log import StepLog
+from zoo.precision import MeanMetric, Metrics
 from zoo.seeding import differ_between_ranks
 from zoo.sharding import Shardable
 
@@ -72,7 +73,7 @@ def classification_metrics(num_classes: int, multi_label: bool, prefix: str) -> 
             metrics["acc5"] = MulticlassAccuracy(num_classes, average="micro", top_k=5)
     # No groups: torchmetrics would take metrics for one whose counts agree after the first batch, as those of F1 and of
     # top-5 accuracy do if that batch is all right, and from then on would count for one of them only.
-    return MetricCollection(metrics, prefix=prefix, compute_groups=False)
+    return Metrics(metrics, prefix=prefix, compute_groups=False)
 
 
 def check_labels(labels: Tensor, num_classes: int, batch_idx: int) -> None:

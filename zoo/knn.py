@@ -8,8 +8,10 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from zoo.precision import FullPrecision
 
-class LeaveOneOutKNN(Metric):
+
+class LeaveOneOutKNN(FullPrecision, Metric):
     """Accuracy of the nearest neighbours' weighted vote, for each image among all the others.
 
     Neighbours are found by cosine similarity s and vote with the weight exp(s / temperature), as in Wu et al.,
@@ -48,15 +50,15 @@ class LeaveOneOutKNN(Metric):
         features, labels = dim_zero_cat(self.features), dim_zero_cat(self.labels)
         count = len(labels)
         if count < 2:
-            return torch.tensor(torch.nan, device=features.device)
+            return features.new_tensor(torch.nan)
         classes = int(labels.max()) + 1
-        right = torch.zeros((), device=features.device)
+        right = torch.zeros((), dtype=torch.int64, device=features.device)
         for start in range(0, count, self.chunk):
             rows = torch.arange(start, min(start + self.chunk, count), device=features.device)
             similarity = features[rows] @ features.T
             similarity[rows - start, rows] = -torch.inf
             nearest, indices = similarity.topk(min(self.neighbors, count - 1))
-            votes = torch.zeros(len(rows), classes, device=features.device)
+            votes = features.new_zeros(len(rows), classes)
             votes.scatter_add_(1, labels[indices], ((nearest - nearest[:, :1]) / self.temperature).exp())
             right += (votes.argmax(1) == labels[rows]).sum()
-        return right / count
+        return right.to(features.dtype) / count

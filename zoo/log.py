@@ -51,7 +51,11 @@ class StepLog:
         for name, value in values.items():
             if isinstance(value, Tensor) and value.ndim:
                 raise ValueError(f"only scalars can be logged, but {name} has the shape {tuple(value.shape)}")
-        scalars = [v if isinstance(v, Tensor) else torch.full((), v, device=module.device) for v in values.values()]
+        # Not in the default dtype, which is bfloat16 in a step in bf16-true.
+        scalars = [
+            v if isinstance(v, Tensor) else torch.full((), v, dtype=torch.float32, device=module.device)
+            for v in values.values()
+        ]
         total, count = torch.stack(scalars).detach().float(), 1
         step, every, names = trainer.global_step, trainer.log_every_n_steps, tuple(values)
         window = (id(trainer), step // every)  # the Trainer's, because a new run starts over

@@ -7,9 +7,10 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from zoo.detection.losses import LossSums
+from zoo.precision import FullPrecision
 
 
-class TotalLosses(Metric):
+class TotalLosses(FullPrecision, Metric):
     """Sums over all images, for losses as one batch of them all would have.
 
     A mean of batches' means would weigh a batch with one object as much as one with a hundred.
@@ -20,7 +21,7 @@ class TotalLosses(Metric):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.add_state("sums", torch.zeros(len(LossSums._fields)), dist_reduce_fx="sum")
+        self.add_state("sums", torch.zeros(len(LossSums._fields), dtype=torch.float32), dist_reduce_fx="sum")
 
     def update(self, sums: LossSums) -> None:
         self.sums += torch.stack(sums.total())

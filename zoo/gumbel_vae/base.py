@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import Metric
 from torchvision.utils import make_grid
 
 from zoo import batch as batches
@@ -18,12 +18,16 @@ from zoo.gumbel_vae import likelihoods
 from zoo.gumbel_vae.networks import create_networks
 from zoo.gumbel_vae.schedules import cosine
 from zoo.log import StepLog
+from zoo.precision import MeanMetric
 from zoo.seeding import differ_between_ranks
 from zoo.sharding import Shardable
 from zoo.weights import load as load_weights
 
 VALUES_AT_A_TIME = 2**23
-"""Pixel values that a decoder makes at a time where there are many samples: a few hundred megabytes on the way."""
+"""Values of the largest tensor where there are many samples, an image's parameters say: a few hundred megabytes in all.
+
+One image may have more.
+"""
 
 
 class VAEOutput(NamedTuple):
@@ -32,7 +36,7 @@ class VAEOutput(NamedTuple):
     Attributes:
         loss: What is minimised: distortion and weighted KL. It is minus a bound only where the samples of the
             objective are hard, the weight of the KL is 1 and its form is no relaxed one.
-        distortion: Minus log p(x|z), at the objective's samples.
+        distortion: Minus log p(x|z), a mean over the objective's samples.
         kl: KL of the posterior from the prior, by its closed form.
     """
 
@@ -168,8 +172,10 @@ class VAE(SafeLoading, Shardable, LightningModule):
         return self._elbo(images, self._posterior(images), samples)
 
     def _elbo(self, images: Tensor, posterior: Tensor, samples: int) -> Tensor:
-        drawn = [-self.distortion(z, images).sum(0) for z in self._draws(posterior, samples)]
-        return torch.stack(drawn).sum(0) / samples - self.kl(posterior)
+        found = []
+        for some, _, draws in self._parts(images, posterior, samples):
+            found.append(torch.stack([-self.distortion(z, some).sum(0) for z in draws]).sum(0))
+        return torch.cat(found) / samples - self.kl(posterior)
 
     @torch.no_grad()
     def log_likelihood(self, images: Tensor, samples: int = 1000, chunk: int | None = None) -> Tensor:
@@ -180,14 +186,23 @@ class VAE(SafeLoading, Shardable, LightningModule):
         Args:
             images: (B, C, H, W) in [0, 1].
             samples: How many z for each image.
-            chunk: How many images to decode at a time. None: so many that they have 8 million values.
+            chunk: How many images to decode at a time, at least one. None: :meth:`images_at_a_time`.
         """
-        posterior = self._posterior(images)
-        parts = []
-        for z in self._draws(posterior, samples, chunk):
-            weights = self.log_ratio(z, posterior) - self.distortion(z, images)
-            parts.append(weights.logsumexp(0))
-        return torch.stack(parts).logsumexp(0) - math.log(samples)
+        found = []
+        for some, posterior, draws in self._parts(images, self._posterior(images), samples, chunk):
+            weights = [(self.log_ratio(z, posterior) - self.distortion(z, some)).logsumexp(0) for z in draws]
+            found.append(torch.stack(weights).logsumexp(0))
+        return torch.cat(found) - math.log(samples)
+
+    def images_at_a_time(self) -> int:
+        """How many images to decode at a time, so that no tensor on the way has more than 8 million values.
+
+        That is a matter of the likelihood's maps, 256 for each channel of "categorical", of the decoder's layers and of
+        the codebook, each of whose categories has noise of its own for every latent.
+        """
+        maps = math.prod(self.input_shape) * self.likelihood.maps_per_channel
+        code = self.latents * getattr(self, "categories", 1)
+        return max(1, VALUES_AT_A_TIME // max(maps, code, getattr(self.decoder, "widest", 0)))
 
     def bits_per_dim(self, nats: Tensor) -> Tensor:
         """Minus nats an image as bits a pixel value: 1 for a fair coin, 8 for 256 grey levels."""
@@ -204,13 +219,14 @@ class VAE(SafeLoading, Shardable, LightningModule):
         """
         if pixels not in ("mean", "drawn"):
             raise ValueError(f"unknown pixels {pixels!r}: expected one of mean, drawn")
-        parameters = self.decode(self.draw_prior(n))
-        return self.likelihood.mean(parameters) if pixels == "mean" else self.likelihood.sample(parameters)
+        of, chunk = self.likelihood.mean if pixels == "mean" else self.likelihood.sample, self.images_at_a_time()
+        counts = [min(chunk, n - start) for start in range(0, max(n, 1), chunk)]
+        return torch.cat([of(self.decode(self.draw_prior(count))) for count in counts])
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) in [0, 1]: the likelihood's mean at the most likely z."""
-        return self.likelihood.mean(self.decode(self.codes(self._posterior(images))))
+        return self._shown(self.codes(self._posterior(images)))
 
     @torch.no_grad()
     def interpolate(self, first: Tensor, second: Tensor, steps: int = 8) -> Tensor:
@@ -224,7 +240,11 @@ class VAE(SafeLoading, Shardable, LightningModule):
             raise ValueError(f"images are {tuple(first.shape)} and {tuple(second.shape)}: expected one shape")
         ends = self.codes(self._posterior(first)), self.codes(self._posterior(second))
         z = self.between(*ends, steps)
-        return self.likelihood.mean(self.decode(z.flatten(0, 1))).unflatten(0, z.shape[:2])
+        return self._shown(z.flatten(0, 1)).unflatten(0, z.shape[:2])
+
+    def _shown(self, z: Tensor) -> Tensor:
+        """Images (B, C, H, W) in [0, 1] of z (B, N, D), the likelihood's means, few at a time."""
+        return torch.cat([self.likelihood.mean(self.decode(some)) for some in z.split(self.images_at_a_time())])
 
     def _posterior(self, images: Tensor) -> Tensor:
         self._check(images)
@@ -238,11 +258,18 @@ class VAE(SafeLoading, Shardable, LightningModule):
         if values and not (images.is_meta or torch.compiler.is_compiling()):
             self.likelihood.check(images)
 
-    def _draws(self, posterior: Tensor, samples: int, chunk: int | None = None) -> Iterator[Tensor]:
-        """z (S, B, N, D) until there are enough, few at a time."""
+    def _parts(
+        self, images: Tensor, posterior: Tensor, samples: int, chunk: int | None = None
+    ) -> Iterator[tuple[Tensor, Tensor, Iterator[Tensor]]]:
+        """Images and posteriors, few at a time where there are many, and their z (S, B, N, D), as few at a time."""
         if samples < 1 or (chunk is not None and chunk < 1):
             raise ValueError(f"samples is {samples}, chunk {chunk}: expected at least 1")
-        chunk = chunk or VALUES_AT_A_TIME // math.prod(self.input_shape)
+        chunk = chunk or self.images_at_a_time()
+        for some, of_these in zip(images.split(chunk), posterior.split(chunk), strict=True):
+            yield some, of_these, self._draws(of_these, samples, chunk)
+
+    def _draws(self, posterior: Tensor, samples: int, chunk: int) -> Iterator[Tensor]:
+        """z (S, B, N, D) until there are enough."""
         at_a_time = max(1, min(samples, chunk // max(len(posterior), 1)))
         for start in range(0, samples, at_a_time):
             yield self.draw(posterior, min(at_a_time, samples - start))
@@ -275,7 +302,8 @@ class VAE(SafeLoading, Shardable, LightningModule):
         return {"kl_weight": self._scalar(cosine(self.step, 0.0, hp.kl_weight, hp.kl_warmup_steps))}
 
     def _scalar(self, value: float) -> Tensor:
-        return torch.full((), value, device=self.device)
+        # float32, as what it is multiplied with: the default dtype is bfloat16 in a step in bf16-true.
+        return torch.full((), value, dtype=torch.float32, device=self.device)
 
     def on_fit_start(self) -> None:
         differ_between_ranks(self)
@@ -338,7 +366,7 @@ class VAE(SafeLoading, Shardable, LightningModule):
         images = batches.images(batch)
         pairs = torch.cat([images, self.reconstruct(images)], dim=3)
         z = self.variations(self.codes(self.encode(images[:1]))[0])
-        changed = self.likelihood.mean(self.decode(z.flatten(0, 1)))
+        changed = self._shown(z.flatten(0, 1))
         rows = make_grid(pictures.displayable(changed, least=32), nrow=z.shape[1], pad_value=0.5)
         return {
             "reconstructions": pictures.displayable(pairs),

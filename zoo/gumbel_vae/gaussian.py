@@ -80,7 +80,7 @@ class GaussianVAE(VAE):
         return mean + (0.5 * log_variance).exp() * noise
 
     def draw_prior(self, n: int) -> Tensor:
-        return torch.randn((n, self.latents, 1), device=self.device)
+        return torch.randn((n, self.latents, 1), dtype=torch.float32, device=self.device)
 
     def log_ratio(self, z: Tensor, posterior: Tensor) -> Tensor:
         mean, log_variance = full_precision(posterior)[..., None].unbind(2)

@@ -1,6 +1,5 @@
 """GumbelVAE: an autoencoder whose latents are categories, and the gradient estimator it learns with."""
 
-import math
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -12,6 +11,7 @@ from torchmetrics import Metric
 from zoo import batch as batches
 from zoo.gumbel_vae import estimators
 from zoo.gumbel_vae.base import VAE, VAEOutput
+from zoo.gumbel_vae.estimators.base import log_prob
 from zoo.gumbel_vae.estimators.sampling import full_precision
 from zoo.gumbel_vae.metrics import ActiveLatents, CodeUsage
 from zoo.gumbel_vae.networks import Activation, Network
@@ -19,6 +19,7 @@ from zoo.gumbel_vae.schedules import SCHEDULES, check_temperatures
 
 KL = Literal["analytic", "sampled", "relaxed"]
 Prior = Literal["uniform", "learned"]
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 class GumbelVAE(VAE):
@@ -161,12 +162,17 @@ class GumbelVAE(VAE):
         return estimators.gumbel_max(self.log_prior().expand(n, -1, -1))
 
     def log_ratio(self, z: Tensor, posterior: Tensor) -> Tensor:
-        return (z * (self.log_prior() - full_precision(posterior).log_softmax(-1))).sum((-1, -2))
+        return log_prob(self.log_prior(), z) - log_prob(full_precision(posterior), z)
 
     def kl(self, posterior: Tensor) -> Tensor:
-        """Sum over the latents of sum_k q_k (log q_k - log p_k): N log K at most under a uniform prior."""
+        """Sum over the latents of sum_k q_k (log q_k - log p_k): N log K at most under a uniform prior.
+
+        A category whose logit is -inf counts nothing, as 0 log 0 = 0.
+        """
         log_q = full_precision(posterior).log_softmax(-1)
-        return (log_q.exp() * (log_q - self.log_prior())).sum((-1, -2))
+        masked = log_q == -torch.inf
+        ratio = (log_q - self.log_prior()).masked_fill(masked, 0.0)
+        return (log_q.exp() * ratio).sum((-1, -2))
 
     def codes(self, posterior: Tensor) -> Tensor:
         return F.one_hot(posterior.argmax(-1), self.categories).to(self.dtype)
@@ -175,7 +181,7 @@ class GumbelVAE(VAE):
         """Of the latents that differ, a growing share in raster order is that of the second."""
         differ = (first != second).any(-1)  # (B, N)
         rank = differ.cumsum(1)
-        share = torch.linspace(0, 1, steps, device=first.device)[:, None]
+        share = torch.linspace(0, 1, steps, dtype=torch.float32, device=first.device)[:, None]
         changed = rank[:, None] <= (share * differ.sum(1)[:, None, None]).round()  # (B, steps, N)
         return torch.where(changed[..., None], second[:, None], first[:, None])
 
@@ -199,16 +205,17 @@ class GumbelVAE(VAE):
         """Images (B, C, H, W) in [0, 1] of tokens (B, N), or in their grid (B, h, w).
 
         Raises:
-            ValueError: For another number of latents, and for tokens that are no integers from 0 to K - 1.
+            ValueError: For another number of latents or another grid, such as one transposed, and for tokens that are
+                no integers from 0 to K - 1.
         """
+        forms = [(self.latents,)] if self.grid is None else [(self.latents,), self.grid]
+        if tuple(tokens.shape[1:]) not in forms or tokens.dtype not in INTEGERS:
+            expected = " or ".join(f"(B, {', '.join(map(str, form))})" for form in forms)
+            raise ValueError(f"tokens are {tuple(tokens.shape)} and {tokens.dtype}: expected integers {expected}")
         flat = tokens.flatten(1)
-        if flat.shape[1] != self.latents or flat.is_floating_point():
-            raise ValueError(
-                f"tokens are {tuple(tokens.shape)} and {tokens.dtype}: expected integers (B, {self.latents})"
-            )
         if flat.numel() and not 0 <= flat.min() <= flat.max() < self.categories:
             raise ValueError(f"tokens are {flat.min()} to {flat.max()}: expected 0 to {self.categories - 1}")
-        return self.likelihood.mean(self.decode(F.one_hot(flat.long(), self.categories)))
+        return self._shown(F.one_hot(flat.long(), self.categories))
 
     # Training.
 
@@ -230,17 +237,27 @@ class GumbelVAE(VAE):
             distortion = self.estimator.expectation(logits, lambda z: self.distortion(z, images), temperature)
             return VAEOutput(distortion + kl_weight * kl, distortion, kl)
         if self.hparams.kl == "sampled":
-            loss = self.estimator.expectation(
-                logits, lambda z: self.distortion(z, images) - kl_weight * self.log_ratio(z, logits), temperature
-            )
-            return VAEOutput(loss, loss.detach() - kl_weight * kl.detach(), kl)
+            distortions: list[Tensor] = []  # of every time that the estimator asks; first, of its samples
+
+            def cost(z: Tensor) -> Tensor:
+                distortion = self.distortion(z, images)
+                distortions.append(distortion.detach())
+                return distortion - kl_weight * self.log_ratio(z, logits)
+
+            loss = self.estimator.expectation(logits, cost, temperature)
+            if isinstance(self.estimator, estimators.Exact):  # which weighs all states there are, with no noise in it
+                return VAEOutput(loss, loss.detach() - kl_weight * kl.detach(), kl)
+            return VAEOutput(loss, distortions[0].mean(0), kl)
         given = self.hparams.prior_temperature
-        log_z = estimators.log_gumbel_softmax(logits, temperature)
-        distortion = self.distortion(log_z.exp()[None], images)[0]
+        samples = self.hparams.estimator_samples or 1
+        log_z = estimators.log_gumbel_softmax(logits.expand(samples, *logits.shape), temperature)
+        distortion = self.distortion(log_z.exp(), images).mean(0)
         prior_temperature = temperature if given is None else temperature.new_full((), given)
         log_q = log_concrete_density(log_z, logits, temperature)
         log_p = log_concrete_density(log_z, self.log_prior(), prior_temperature)
-        return VAEOutput(distortion + kl_weight * (log_q - log_p).sum(-1), distortion, kl)
+        # What is not masked has not all of the prior: as in the closed form, this is a part of the divergence.
+        log_p = log_p + self.log_prior().masked_fill(log_z == -torch.inf, -torch.inf).logsumexp(-1)
+        return VAEOutput(distortion + kl_weight * (log_q - log_p).sum(-1).mean(0), distortion, kl)
 
     # Evaluation.
 
@@ -266,11 +283,13 @@ def log_concrete_density(log_z: Tensor, logits: Tensor, temperature: Tensor | fl
     """Log density of the logarithm of a relaxed sample, (..., N) (ExpConcrete, Maddison et al. 2017, equation 25).
 
     Args:
-        log_z: (..., N, K), whose logsumexp is 0.
+        log_z: (..., N, K), whose logsumexp is 0. Categories where it is -inf, being masked, are as if they were not.
         logits: Log weights of the categories, (..., N, K), need not be normalised.
         temperature: Of the relaxation.
     """
-    categories = logits.shape[-1]
-    scores = logits - temperature * log_z
-    log_scale = math.lgamma(categories) + (categories - 1) * torch.as_tensor(temperature).log()
-    return log_scale + scores.sum(-1) - categories * scores.logsumexp(-1)
+    masked = log_z == -torch.inf
+    categories = (~masked).sum(-1).to(log_z.dtype)
+    # Not -inf less -inf, whose gradient would be NaN as well.
+    scores = logits.masked_fill(masked, 0.0) - temperature * log_z.masked_fill(masked, 0.0)
+    log_scale = torch.lgamma(categories) + (categories - 1) * torch.as_tensor(temperature).log()
+    return log_scale + scores.sum(-1) - categories * scores.masked_fill(masked, -torch.inf).logsumexp(-1)

@@ -187,8 +187,11 @@ class Categorical(Likelihood):
 
     def _log_prob(self, maps: Tensor, images: Tensor) -> Tensor:
         level = self._nearest(images).to(torch.int64).unsqueeze(-4)
-        level = level.expand(*maps.shape[:-4], 1, *maps.shape[-3:])
-        return maps.log_softmax(-4).gather(-4, level).squeeze(-4)
+        log_p = maps.log_softmax(-4)
+        leading = torch.broadcast_shapes(log_p.shape[:-4], level.shape[:-4])
+        # Not copied: parameters for many images at once, or an image for many parameters, are seen as many.
+        log_p, level = log_p.expand(*leading, *log_p.shape[-4:]), level.expand(*leading, *level.shape[-4:])
+        return log_p.gather(-4, level).squeeze(-4)
 
     def _mean(self, maps: Tensor) -> Tensor:
         values = torch.linspace(0, 1, self.levels, dtype=maps.dtype, device=maps.device)

@@ -96,7 +96,7 @@ def last_knobs(model: GumbelVAE) -> tuple[Tensor, Tensor]:
     hp = model.hparams
     schedule = SCHEDULES[hp.temperature_schedule]
     temperature = schedule(hp.temperature_steps, hp.temperature, hp.min_temperature, hp.temperature_steps)
-    return torch.ones((), device=model.device), torch.full((), temperature, device=model.device)
+    return model._scalar(1.0), model._scalar(temperature)
 
 
 def _wait(device: torch.device) -> None:

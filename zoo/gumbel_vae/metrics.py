@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from zoo.precision import FullPrecision
+
 Moments = tuple[Tensor, Tensor, Tensor]
 """A count (), the mean of as many values (N,), and the sum of their squared differences from it (N,)."""
 
 
-class ActiveLatents(Metric):
+class ActiveLatents(FullPrecision, Metric):
     """How many categorical latents say something about the image.
 
     A latent is active if the mutual information I(x; z_n) = H(mean of q(z_n|x) over x) - mean of H(q(z_n|x)) exceeds a
@@ -34,9 +36,9 @@ class ActiveLatents(Metric):
         super().__init__(**kwargs)
         _check_sizes(latents, categories, threshold)
         self.threshold = threshold
-        self.add_state("probabilities", torch.zeros(latents, categories), dist_reduce_fx="sum")
-        self.add_state("entropies", torch.zeros(latents), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("probabilities", torch.zeros(latents, categories, dtype=torch.float32), dist_reduce_fx="sum")
+        self.add_state("entropies", torch.zeros(latents, dtype=torch.float32), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.float32), dist_reduce_fx="sum")
 
     def update(self, logits: Tensor) -> None:
         """Takes the posterior's logits (B, N, K)."""
@@ -60,7 +62,7 @@ class ActiveLatents(Metric):
         return torch.special.entr(self.probabilities / self.count).sum(1) - self.entropies / self.count
 
 
-class CodeUsage(Metric):
+class CodeUsage(FullPrecision, Metric):
     """How evenly codes are used: exp(H) of their frequencies, which is K if all are used alike, and 1 if one is.
 
     Frequencies are those of all images since the last reset. A batch's perplexity, or its mean over batches, depends on
@@ -102,10 +104,10 @@ class CodeUsage(Metric):
     def _frequencies(self) -> Tensor:
         """(N, K), or (1, K) if shared; nan before the first image."""
         counts = self.counts.sum(0, keepdim=True) if self.shared else self.counts
-        return counts / counts.sum(1, keepdim=True)
+        return counts.float() / counts.sum(1, keepdim=True)  # of integers it would be the default dtype's
 
 
-class ActiveUnits(Metric):
+class ActiveUnits(FullPrecision, Metric):
     """How many Gaussian latents have a posterior mean that varies with the image: Var_x(E_q[z_n]) above a threshold.
 
     Burda et al. 2016, "Importance Weighted Autoencoders", arXiv 1509.00519.
@@ -127,9 +129,9 @@ class ActiveUnits(Metric):
         self.threshold = threshold
         # Moments of each process, merged as in Chan et al. 1983, "Algorithms for Computing the Sample Variance". Sums
         # of squares would lose a small variance beside a large mean, and not every device has float64.
-        self.add_state("count", torch.zeros(()), dist_reduce_fx=None)
-        self.add_state("mean", torch.zeros(latents), dist_reduce_fx=None)
-        self.add_state("squares", torch.zeros(latents), dist_reduce_fx=None)
+        self.add_state("count", torch.zeros((), dtype=torch.float32), dist_reduce_fx=None)
+        self.add_state("mean", torch.zeros(latents, dtype=torch.float32), dist_reduce_fx=None)
+        self.add_state("squares", torch.zeros(latents, dtype=torch.float32), dist_reduce_fx=None)
 
     def update(self, mean: Tensor) -> None:
         """Takes the posterior's means (B, N)."""

@@ -118,7 +118,7 @@ class MLPEncoder(nn.Module):
 
 
 class MLPDecoder(nn.Module):
-    """(B, N, D) -> (B, M, H, W)."""
+    """(B, N, D) -> (B, M, H, W). ``widest`` is how many values its largest layer has for one of B."""
 
     def __init__(
         self,
@@ -130,6 +130,7 @@ class MLPDecoder(nn.Module):
     ) -> None:
         super().__init__()
         self.shape = output_shape
+        self.widest = max(inputs, *hidden, math.prod(output_shape))
         self.layers = perceptron([inputs, *hidden, math.prod(output_shape)], activation, dropout)
 
     def forward(self, latents: Tensor) -> Tensor:
@@ -223,7 +224,7 @@ class ConvEncoder(nn.Module):
 
 
 class ConvDecoder(nn.Module):
-    """(B, N, D) -> (B, M, H, W)."""
+    """(B, N, D) -> (B, M, H, W). ``widest`` is as of :class:`MLPDecoder`."""
 
     def __init__(
         self,
@@ -238,6 +239,12 @@ class ConvDecoder(nn.Module):
         widths = [width * 2**i for i in range(len(sizes))]
         self.sizes, self.vector = list(reversed(sizes)), isinstance(latents, int)
         first = widths[-1] // 2 if len(widths) > 1 else width
+        channels = [first, *reversed(widths)]
+        self.widest = max(
+            # What comes into a stage is enlarged first, and has the channels of the stage before.
+            max(before, after) * math.prod(size)
+            for (before, after), size in zip(pairwise(channels), self.sizes, strict=True)
+        )
         if isinstance(latents, int):
             self.stem: nn.Module = nn.Linear(latents * inputs, first * math.prod(sizes[-1]))
         else:

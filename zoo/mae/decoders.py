@@ -98,7 +98,7 @@ class SelfDecoder(nn.Module):
         self.embed = nn.Linear(width, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         positions = torch.cat([torch.zeros(prefix, dim), sincos_positions(grid_size, dim)])
-        self.pos_embed = nn.Parameter(positions[None], requires_grad=False)
+        self.pos_embed = nn.Parameter(positions[None].to(self.mask_token.dtype), requires_grad=False)
         self.blocks: Any = nn.ModuleList([SelfBlock(dim, heads) for _ in range(depth)])
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, outputs)
@@ -173,7 +173,8 @@ class CrossDecoder(nn.Module):
         super().__init__()
         self.grid_size, self.prefix = grid_size, 0  # no token but the patches' has a position here
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.pos_embed = nn.Parameter(sincos_positions(grid_size, dim)[None], requires_grad=False)
+        positions = sincos_positions(grid_size, dim)[None].to(self.mask_token.dtype)
+        self.pos_embed = nn.Parameter(positions, requires_grad=False)
         self.mix = nn.Parameter(torch.randn(depth, layers) / layers**0.5)
         self.blocks = nn.ModuleList([CrossBlock(dim, heads, width) for _ in range(depth)])
         self.norm = nn.LayerNorm(dim, eps=1e-6)

@@ -5,7 +5,6 @@ from typing import Any, ClassVar, Literal, NamedTuple, get_args
 import torch
 from timm.layers import to_2tuple
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 
 from zoo import batch as batches
 from zoo import optim, pictures
@@ -25,6 +24,7 @@ from zoo.mae.patches import (
     unpatchify,
     visible_patches,
 )
+from zoo.precision import MeanMetric
 from zoo.seeding import differ_between_ranks
 from zoo.sharding import Shardable
 from zoo.weights import load as load_weights
@@ -221,7 +221,7 @@ class MAEPretrainer(SafeLoading, Shardable, LightningModule):
         ordered = self.decoder.everywhere(encode_visible(self.backbone, patches, visible), visible, removed)
         order = torch.cat([visible, removed], dim=1)
         prediction = torch.empty_like(ordered).scatter(1, order[:, :, None].expand_as(ordered), ordered)
-        mask = torch.ones(order.shape, device=order.device).scatter(1, visible, 0.0)
+        mask = torch.ones(order.shape, dtype=torch.float32, device=order.device).scatter(1, visible, 0.0)
         loss = (self._errors(prediction, patches) * mask).sum() / mask.sum()
         return MAEOutput(loss, prediction, mask)
 
@@ -260,7 +260,7 @@ class MAEPretrainer(SafeLoading, Shardable, LightningModule):
             raise ValueError(f"images are {got}, but the model was built for {'x'.join(map(str, expected))}")
         patches = patchify(images, self.patch_size)
         if noise is None:
-            noise = torch.rand(patches.shape[:2], device=images.device)
+            noise = torch.rand(patches.shape[:2], dtype=torch.float32, device=images.device)
         elif noise.shape != patches.shape[:2]:
             raise ValueError(f"noise is {tuple(noise.shape)}: expected {tuple(patches.shape[:2])}, one for each patch")
         return patches, *random_masking(noise, self.visible)
@@ -303,7 +303,8 @@ class MAEPretrainer(SafeLoading, Shardable, LightningModule):
 
     def _fixed_noise(self, images: Tensor, seed: int) -> Tensor:
         generator = torch.Generator(images.device).manual_seed(seed)
-        return torch.rand(len(images), self.backbone.patch_embed.num_patches, generator=generator, device=images.device)
+        shape = len(images), self.backbone.patch_embed.num_patches
+        return torch.rand(shape, dtype=torch.float32, generator=generator, device=images.device)
 
     def on_fit_start(self) -> None:
         differ_between_ranks(self)

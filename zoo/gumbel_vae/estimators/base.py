@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor, nn
 
-from zoo.gumbel_vae.estimators.sampling import check_temperature, full_precision, gumbel_max
+from zoo.gumbel_vae.estimators.sampling import check_temperature, full_precision, gumbel_max, resolve_infinite
 
 Cost = Callable[[Tensor], Tensor]
 """Samples z (S, B, N, K), or (S, B, N) for Bernoulli logits, to costs (S, B)."""
@@ -41,6 +41,8 @@ class Estimator(nn.Module):
 
         Args:
             logits: (B, N, K) for N categorical latents of K categories, or (B, N) for Bernoulli ones: log-odds of 1.
+                -inf masks a category: value and gradient are those of the problem without it, its own gradient is 0.
+                So are infinite log-odds: that latent is certain. Of each latent, one category has to be left.
             f: Takes z (S, B, N, K), or (S, B, N) of zeros and ones for Bernoulli latents; returns costs (S, B).
             temperature: Above 0; only some estimators use it. A 0-dimensional tensor's value is not looked at, and lets
                 a compiled step take another one without being compiled again.
@@ -60,6 +62,7 @@ class Estimator(nn.Module):
         full = full_precision(logits)
         if bernoulli:
             full = torch.stack([torch.zeros_like(full), full], -1)
+        full = resolve_infinite(full)
         K = full.shape[-1]
         if K < 2:
             raise ValueError(f"logits {tuple(logits.shape)} have {K} category: expected at least 2, or (B, N) log-odds")
@@ -103,8 +106,14 @@ def draw(logits: Tensor, samples: int, generator: Generator | None) -> Tensor:
 
 
 def log_prob(logits: Tensor, z: Tensor) -> Tensor:
-    """log q(z) in nats of hard samples z (S, B, N, K) under logits (B, N, K): (S, B)."""
-    return (z * logits.log_softmax(-1)).sum((-2, -1))
+    """log q(z) in nats of hard samples z (S, B, N, K) under logits (B, N, K), or (N, K): (S, B).
+
+    -inf where z is of a category whose logit is -inf. Relaxed samples weigh the categories' logarithms.
+    """
+    log_q = logits.log_softmax(-1)
+    masked = log_q == -torch.inf
+    found = (z * log_q.masked_fill(masked, 0.0)).sum((-2, -1))  # 0 times -inf would be NaN, and so would its gradient
+    return found.masked_fill(((z > 0) & masked).any(-1).any(-1), -torch.inf)
 
 
 def add_gradient(value: Tensor, surrogate: Tensor) -> Tensor:

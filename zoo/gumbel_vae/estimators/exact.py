@@ -34,7 +34,9 @@ class Exact(Estimator):
         place = K ** torch.arange(N, device=logits.device)
         digits = torch.arange(K**N, device=logits.device)[:, None] // place % K
         z = one_hot(digits, K, logits.dtype)[:, None].expand(-1, B, -1, -1)
-        return (log_prob(logits, z).exp() * f(z)).sum(0)
+        probability, costs = log_prob(logits, z).exp(), f(z)
+        # A state that is masked has no cost to count, not even one that is infinite.
+        return (probability * torch.where(probability > 0, costs, 0.0)).sum(0)
 
 
 class LocalExpectation(Estimator):
@@ -63,4 +65,5 @@ class LocalExpectation(Estimator):
                 states[:, :, n] = categories
                 values.append(f(states))
             v = torch.stack(values, 1).permute(2, 1, 0)  # (K, N, B) to (B, N, K)
-        return add_gradient(value, (logits.softmax(-1) * v).sum((1, 2)))
+        q = logits.softmax(-1)
+        return add_gradient(value, (q * torch.where(q > 0, v, 0.0)).sum((1, 2)))  # v of what is masked may be infinite

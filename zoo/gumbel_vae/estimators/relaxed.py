@@ -5,6 +5,7 @@ But for the Gumbel-Softmax, f sees hard samples only, exactly one-hot: the relax
 
 from typing import ClassVar
 
+import torch
 from torch import Generator, Tensor
 
 from zoo.gumbel_vae.estimators.base import Cost, Estimator, check_samples, draw
@@ -104,5 +105,6 @@ class ReinMax(Estimator):
     def estimate(self, logits: Tensor, f: Cost, temperature: float | Tensor, generator: Generator | None) -> Tensor:
         hard = draw(logits, 1, generator)
         log_pi = (((logits.detach() / temperature).softmax(-1) + hard) / 2).log()
-        moved = straight_through(log_pi, logits)  # a category that underflows stays at -inf, with a gradient of 0
+        # A category that underflows or is masked stays at -inf, with a gradient of 0.
+        moved = straight_through(log_pi, logits.masked_fill(logits == -torch.inf, 0.0))
         return f(straight_through(hard, 2 * moved.softmax(-1) - logits.softmax(-1) / 2))[0]

@@ -2,6 +2,8 @@
 
 Noise and everything computed with it is in float32 whatever the precision of the logits, or in float64 for such logits:
 in float16 exponential noise becomes 0 once in some ten million draws, and NaN what is computed with it.
+
+A logit of -inf masks its category: no sample is of it, and everything is as in the problem without it.
 """
 
 import torch
@@ -12,6 +14,13 @@ from torch import Generator, Tensor
 def full_precision(x: Tensor) -> Tensor:
     """In float32, or in float64 if it is already."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def resolve_infinite(logits: Tensor) -> Tensor:
+    """Logits (..., K) in which infinity, which softmax makes NaN of, is written as all the others masked."""
+    infinite = logits == torch.inf
+    certain = torch.zeros_like(logits).masked_fill(~infinite, -torch.inf)
+    return torch.where(infinite.any(-1, keepdim=True), certain, logits)
 
 
 def one_hot(indices: Tensor, categories: int, dtype: torch.dtype) -> Tensor:
@@ -80,7 +89,7 @@ def conditional_gumbels(logits: Tensor, hard: Tensor, samples: int = 1, generato
 
     With E exponential noise and p = softmax(logits), log p + g is -log E_i for the category i that was drawn, and
     -log(E_j / p_j + E_i), which is less, for each other j (Paulus et al. 2021, section 3). Mixed over outcomes drawn
-    from p, g is Gumbel(0, 1) again.
+    from p, g is Gumbel(0, 1) again. Of a category that is masked, p_j = 0, the outcome says nothing: g is -log E_j.
 
     Args:
         logits: (..., K), any precision.
@@ -89,9 +98,12 @@ def conditional_gumbels(logits: Tensor, hard: Tensor, samples: int = 1, generato
         generator: None: the default one of the device.
     """
     log_p = full_precision(logits.detach()).log_softmax(-1)
+    masked = log_p == -torch.inf
+    log_p = log_p.masked_fill(masked, 0.0)
     log_e = exponential_noise(log_p.expand(samples, *log_p.shape), generator).log()
     log_top = (hard * log_e).sum(-1, keepdim=True)
-    return torch.where(hard.bool(), -log_e, -torch.logaddexp(log_e - log_p, log_top)) - log_p
+    others = -torch.logaddexp(log_e - log_p, log_top)
+    return torch.where(hard.bool() | masked, -log_e, others) - log_p
 
 
 def straight_through(hard: Tensor, soft: Tensor) -> Tensor:

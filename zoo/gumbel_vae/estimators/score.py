@@ -11,6 +11,7 @@ import torch
 from torch import Generator, Tensor
 
 from zoo.gumbel_vae.estimators.base import Cost, Estimator, add_gradient, check_samples, draw, log_prob
+from zoo.precision import FullPrecision
 
 
 class Reinforce(Estimator):
@@ -25,12 +26,12 @@ class Reinforce(Estimator):
         return add_gradient(costs[0], (costs.detach() * log_prob(logits, z))[0])
 
 
-class ReinforceBaseline(Estimator):
+class ReinforceBaseline(FullPrecision, Estimator):
     """(f(z) - b) grad log q(z), with b a moving average of the mean costs of previous batches (Mnih and Gregor 2014).
 
     The average is corrected for its start at 0, and never knows the current costs, which would bias the gradient. It is
     in the state dict, so that a resumed run goes on with it, and moves only while gradients are on. Costs that are not
-    finite leave it as it is.
+    finite leave it as it is. It is float32 or wider, whatever the precision.
 
     Args:
         decay: How much of the average stays after each batch, in [0, 1).
@@ -46,8 +47,9 @@ class ReinforceBaseline(Estimator):
         if not 0 <= decay < 1:
             raise ValueError(f"decay is {decay}: expected a number from 0 to below 1, such as 0.9")
         self.decay = decay
-        self.register_buffer("average", torch.zeros(()))
-        self.register_buffer("weight", torch.zeros(()))  # of all batches so far: 0, then 1 - decay, approaching 1
+        self.register_buffer("average", torch.zeros((), dtype=torch.float32))
+        # Of all batches so far: 0, then 1 - decay, approaching 1.
+        self.register_buffer("weight", torch.zeros((), dtype=torch.float32))
 
     def estimate(self, logits: Tensor, f: Cost, temperature: float | Tensor, generator: Generator | None) -> Tensor:
         z = draw(logits, 1, generator)
@@ -99,7 +101,7 @@ class DisARM(Estimator):
     """1/2 (f(b) - f(b')) (-1)^b' 1[b != b'] sigmoid(abs(phi)) for Bernoulli latents (Dong et al. 2020).
 
     phi are log-odds, b = 1[u < sigmoid(phi)] and b' = 1[1 - u < sigmoid(phi)] antithetic samples from one uniform u.
-    Logits may come as log-odds (B, N) or for 2 categories (B, N, 2).
+    Logits may come as log-odds (B, N) or for 2 categories (B, N, 2). Where phi is infinite, b and b' are the same.
     """
 
     name: ClassVar[str] = "disarm"
@@ -112,11 +114,12 @@ class DisARM(Estimator):
     def estimate(self, logits: Tensor, f: Cost, temperature: float | Tensor, generator: Generator | None) -> Tensor:
         phi = logits[..., 1] - logits[..., 0]
         u = torch.rand(phi.shape, dtype=phi.dtype, device=phi.device, generator=generator)
-        pair = (torch.stack([u, 1 - u]) < phi.detach().sigmoid()).to(phi.dtype)
+        p = phi.detach().sigmoid()
+        pair = ((torch.stack([u, 1 - u]) < p) | (phi == torch.inf)).to(phi.dtype)  # 1 - u may be 1
         costs = f(torch.stack([1 - pair, pair], -1))
         half_difference = (costs[0] - costs[1]).detach()[:, None] / 2
         gradient = half_difference * (pair[0] - pair[1]) * phi.detach().abs().sigmoid()  # b - b' = (-1)^b' 1[b != b']
-        return add_gradient(costs.mean(0), (gradient * phi).sum(-1))
+        return add_gradient(costs.mean(0), (gradient * phi.masked_fill(phi.isinf(), 0.0)).sum(-1))
 
 
 class VIMCO(Estimator):

@@ -4,18 +4,23 @@ By pairs of place, checkpointing, logger and moment, a run is stopped and contin
 end as the run that was never stopped, bit for bit, to know the same best epoch, and to test that one.
 """
 
+import datetime
 import itertools
 import json
 import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from test_resume import assert_same
@@ -454,3 +459,72 @@ def test_forked_processes_write_to_one_directory_and_name_it(logger, capsys) -> 
         assert {path.name for path in run.iterdir()} >= {"config.yaml", "metrics.json", "checkpoints"}
         assert (run / "checkpoints/last.ckpt").exists()
     assert len(list(Path("runs").rglob("config.yaml"))) == 2
+
+
+# What is printed can be used, and what a checkpoint may not hold is said in time.
+
+
+def test_a_printed_configuration_runs_and_serves_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--model.width=16", "--model.heads=2", "--model.depth=1", "--model.warmup_epochs=0"]
+    small += [*QUIET, "--trainer.max_epochs=1", "--trainer.check_val_every_n_epoch=1"]
+    for command in ("fit", "validate", "predict"):  # by whatever command it was printed
+        capsys.readouterr()
+        with pytest.raises(SystemExit, match="0"):
+            main([command, "-c", "vit/digits", *small, "--print_config"])
+        text = capsys.readouterr().out
+        assert "num_classes" not in text  # a default, which comes from the data
+        Path("mine.yaml").write_text(text)
+        assert main(["fit", "-c", "mine.yaml"]) == 0
+        run = Path(capsys.readouterr().out.splitlines()[-1].removeprefix("run "))
+        assert yaml.safe_load((run / "config.yaml").read_text())["model"]["init_args"]["num_classes"] == 10
+    for command in ("validate", "test", "predict"):
+        assert main([command, "-c", "mine.yaml", f"--ckpt_path={run}"]) == 0
+    with pytest.raises(SystemExit, match="0"):  # what somebody has set stays
+        main(["fit", "-c", "vit/digits", "--model.num_classes=10", "--print_config"])
+    assert "num_classes: 10" in capsys.readouterr().out
+
+
+class KeepsState(Callback):
+    """State with a NumPy scalar and a date, as people write it."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": np.float64(0.5), "when": datetime.datetime(2024, 1, 1)}
+
+
+class Number(Callback):
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        trainer.callback_metrics["my/score"] = 0.5
+
+
+def test_state_that_a_checkpoint_may_not_hold_is_said_when_it_is_saved_first(capsys) -> None:
+    options = [*LOGGERS["none"], f"--trainer.callbacks=[{saver()},{logger(f'{__name__}.KeepsState')}]"]
+    fit(*options, status=1)
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith(
+        "zoo: error: the checkpoint was not saved: callback KeepsState: state['best'] is a numpy.float64, which cannot be read"
+    )
+    assert "float(...)" in told
+    assert not any(Path("runs").rglob("*.ckpt"))
+    fit(*options, "--weights_only=false")  # which the test after the fit knows of as well
+    out = capsys.readouterr().out
+    assert "test epoch 0.0000" in out
+    assert out.splitlines()[-1] == "run runs/Scripted/version_1"
+
+
+def test_a_plain_number_among_the_metrics_is_saved_and_comes_back(caplog) -> None:
+    options = [*LOGGERS["none"], f"--trainer.callbacks=[{saver()},{logger(f'{__name__}.Number')}]"]
+    fit(*options)
+    fit(*options, "--trainer.max_epochs=2", "--ckpt_path=last")
+    assert json.loads(Path("runs/Scripted/version_1/metrics.json").read_text())["my/score"] == 0.5
+
+
+@pytest.mark.slow
+def test_spawned_processes_write_to_one_directory_and_name_it() -> None:
+    options = ["-c", "vit/digits", "--model.width=16", "--model.heads=2", "--model.depth=1", "--trainer.max_epochs=1"]
+    options += [*QUIET, "--trainer.strategy=ddp_spawn", "--trainer.devices=2", "--trainer.check_val_every_n_epoch=1"]
+    done = subprocess.run([sys.executable, "-m", "zoo", "fit", *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    run = Path(done.stdout.splitlines()[-1].removeprefix("run "))
+    assert run == Path("runs/vit/digits/version_0")
+    assert {path.name for path in run.iterdir()} >= {"config.yaml", "metrics.json", "checkpoints"}
+    assert [path.name for path in run.parent.iterdir()] == ["version_0"]

@@ -344,6 +344,7 @@ def test_evaluation_draws_each_sample_by_seed_and_index_alone(binarize):
         for rank in range(world_size):
             data = RampDataModule(binarize, batch_size=batch_size, num_workers=workers, seed=seed)
             data.trainer = SimpleNamespace(training=False, global_rank=rank, world_size=world_size, num_devices=1)
+            data.trainer.precision_plugin = Trainer(accelerator="cpu", logger=False).precision_plugin
             found |= by_index(data, data.test_dataloader())
         return found
 

@@ -163,6 +163,10 @@ class Classifier(SafeLoading, Shardable, LightningModule):
             ]
         return {"predictions": pictures.captioned(images, captions, right)}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is not compiled: what was compiled here would run on the weights here."""
+        return {name: value for name, value in super().__getstate__().items() if name != "_compiled_call_impl"}
+
     def add_module(self, name: str, module: nn.Module | None) -> None:
         """As ``nn.Module.add_module``. Conversions of BatchNorm, and back, end in it: they put each child in anew."""
         super().add_module(name, module)

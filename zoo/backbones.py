@@ -4,23 +4,26 @@ from difflib import get_close_matches
 from typing import Any
 
 import timm
+from timm.layers import PatchEmbed, SpaceToDepth, to_2tuple
 from torch import nn
 
 
 def create_backbone(backbone: str | nn.Module, **options: Any) -> Any:
     """A timm model without its head, or the module that was given. Options that are None are left to the backbone.
 
+    Of a network whose layers fit images of every size, ``img_size`` changes nothing.
+
     Raises:
-        ValueError: For a name that timm does not know, an option that the model cannot take, or options for a module.
+        ValueError: For a name that timm does not know, a name with the tag of weights, an option that the model cannot
+            take, options for a module, or a module that does not state its width.
     """
     options = {name: value for name, value in options.items() if value is not None}
     model: Any
     if isinstance(backbone, nn.Module):
         if options:
             raise ValueError(f"{', '.join(options)} cannot be set on a backbone that is given as a module: build it so")
-        if not isinstance(getattr(backbone, "num_features", None), int):
-            raise ValueError(f"{type(backbone).__name__} does not state how many features it gives: set num_features")
         model = backbone
+        feature_width(model)
         if hasattr(model, "reset_classifier"):
             model.reset_classifier(0)
         return model
@@ -30,17 +33,26 @@ def create_backbone(backbone: str | nn.Module, **options: Any) -> Any:
         near = get_close_matches(backbone, known, n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else "a module of your own is passed as an object"
         raise ValueError(f"timm has no model {backbone!r}: {hint}")
-    size, patch = options.get("img_size"), options.get("patch_size")
+    current = timm.models.get_deprecated_models().get(architecture) or backbone  # older names stand for weights, too
+    if "." in current:
+        raise ValueError(
+            f"backbone {backbone!r} names weights as well, which are not loaded by it: set "
+            f"backbone={current.partition('.')[0]!r} and weights={current!r}"
+        )
     try:
         model = timm.create_model(backbone, pretrained=False, num_classes=0, **options)
     except TypeError as error:
-        raise ValueError(f"{backbone} cannot take one of {', '.join(sorted(options))}: {error}") from error
-    except AssertionError as error:
-        raise ValueError(
-            f"{backbone} cannot be built with image_size {size} and patch_size {patch}: {error}"
-        ) from error
-    if hasattr(getattr(model, "patch_embed", None), "img_size"):  # PVT's and Hiera's do not say
-        (height, width), (patch_h, patch_w) = model.patch_embed.img_size, model.patch_embed.patch_size
+        if "'img_size'" not in str(error):
+            raise ValueError(f"{backbone} cannot take one of {', '.join(sorted(options))}: {error}") from error
+        return create_backbone(backbone, **{name: value for name, value in options.items() if name != "img_size"})
+    except Exception as error:  # a size that does not go into its parts ends in whatever these raise
+        asked = {{"img_size": "image_size", "in_chans": "in_channels"}.get(k, k): v for k, v in options.items()}
+        given = ", ".join(f"{name} {value}" for name, value in asked.items())
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise ValueError(f"{backbone} cannot be built with {given or 'its own sizes'}: {reason}") from error
+    embed = getattr(model, "patch_embed", None)
+    if isinstance(embed, PatchEmbed) and embed.img_size is not None:
+        (height, width), (patch_h, patch_w) = embed.img_size, embed.patch_size
         if height % patch_h or width % patch_w:
             raise ValueError(f"image_size {height}x{width} is not divisible by the patch size {patch_h}x{patch_w}")
     return model
@@ -51,3 +63,51 @@ def name_of(backbone: str | nn.Module) -> str:
     if isinstance(backbone, str):
         return backbone
     return f"{type(backbone).__module__}.{type(backbone).__qualname__}"
+
+
+def feature_width(backbone: nn.Module) -> int:
+    """D of the features (B, D) that a backbone without a classifier returns.
+
+    Of timm's networks it is ``head_hidden_size``: several widen their last map, of ``num_features`` channels, behind
+    the pooling. A module of one's own states ``num_features``.
+
+    Raises:
+        ValueError: If it states neither.
+    """
+    for name in ("head_hidden_size", "num_features"):
+        if isinstance(width := getattr(backbone, name, None), int):
+            return width
+    raise ValueError(f"{type(backbone).__name__} does not state how many features it gives: set num_features")
+
+
+def own_image_shape(backbone: nn.Module) -> tuple[int | None, tuple[int, int] | None]:
+    """Channels and (height, width) of the images that a backbone was built for, as far as it says so; else None.
+
+    Of networks for images of one size timm keeps the size in ``patch_embed``. For all others it names the size that
+    they were trained with, ``pretrained_cfg["input_size"]``; and it names the layer that reads the image.
+    """
+    config = getattr(backbone, "pretrained_cfg", None) or {}
+    embed = getattr(backbone, "patch_embed", None)
+    size = getattr(embed, "img_size", None) or (config.get("input_size") or (None, None))[-2:]
+    layer: Any = config.get("first_conv")
+    layer = layer[0] if isinstance(layer, tuple | list) and layer else layer
+    parts: dict[str, Any] = dict(backbone.named_modules())
+    first = parts.get(layer or "patch_embed.proj")
+    channels = first.in_channels if isinstance(first, nn.Conv2d) else None
+    if channels is not None:
+        for part in parts.values():
+            if isinstance(part, SpaceToDepth):  # before the first convolution, as in TResNet
+                channels //= part.bs**2
+    return channels, None if None in size else to_2tuple(size)
+
+
+def recompute_activations(backbone: nn.Module) -> None:
+    """Has the backward pass recompute activations, as timm's ``set_grad_checkpointing`` does.
+
+    Raises:
+        ValueError: If the backbone cannot.
+    """
+    try:
+        backbone.set_grad_checkpointing(True)  # type: ignore[operator]
+    except (AttributeError, AssertionError) as error:
+        raise ValueError(f"grad_checkpointing: {type(backbone).__name__} cannot recompute, leave it out") from error

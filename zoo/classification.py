@@ -1,5 +1,6 @@
 """What classifiers share: losses, metrics, pictures, and the steps between a network and a Trainer."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -90,6 +91,21 @@ def check_labels(labels: Tensor, num_classes: int, batch_idx: int) -> None:
             raise ValueError(f"label {wrong} is out of range: num_classes is {num_classes}, labels run from 0")
 
 
+def check_ranges(**options: tuple[Any, float, float | None]) -> None:
+    """Raises ValueError for an option out of its range.
+
+    Args:
+        options: By name: the value, or several, or None for one that is left to somebody else; the least that is
+            allowed; and what it has to stay below, or None.
+    """
+    for name, (value, least, below) in options.items():
+        for number in value if isinstance(value, tuple | list) else (value,):
+            if number is None or (number >= least and (below is None or number < below) and not math.isinf(number)):
+                continue
+            expected = f"at least {least:g}" if below is None else f"a number in [{least:g}, {below:g})"
+            raise ValueError(f"{name} is {value}: expected {expected}")
+
+
 class Classifier(SafeLoading, Shardable, LightningModule):
     """The steps of an image classifier. It has no constructor: a technique builds ``backbone`` and ``head`` itself.
 
@@ -109,8 +125,16 @@ class Classifier(SafeLoading, Shardable, LightningModule):
         least = 1 if hp.multi_label else 2
         if hp.num_classes < least:
             raise ValueError(f"num_classes is {hp.num_classes}: expected at least {least}")
-        if not 0 <= hp.label_smoothing < 1:
-            raise ValueError(f"label_smoothing is {hp.label_smoothing}: expected a number in [0, 1)")
+        check_ranges(
+            label_smoothing=(hp.label_smoothing, 0, 1),
+            mixup=(hp.mixup, 0, None),
+            cutmix=(hp.cutmix, 0, None),
+            lr=(hp.lr, 0, None),
+            weight_decay=(hp.weight_decay, 0, None),
+            warmup_epochs=(hp.warmup_epochs, 0, None),
+            min_lr=(hp.min_lr, 0, None),
+            betas=(hp.betas, 0, 1),
+        )
         if hp.loss not in get_args(Loss):
             raise ValueError(f"unknown loss {hp.loss!r}: expected one of {', '.join(get_args(Loss))}")
         if hp.multi_label and hp.loss == "cross_entropy":
@@ -163,6 +187,10 @@ class Classifier(SafeLoading, Shardable, LightningModule):
                 for text, is_right, label in zip(captions, right, labels.tolist(), strict=True)
             ]
         return {"predictions": pictures.captioned(images, captions, right)}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is not compiled: what was compiled here would run on the weights here."""
+        return {name: value for name, value in super().__getstate__().items() if name != "_compiled_call_impl"}
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
         """As ``nn.Module.add_module``. Conversions of BatchNorm, and back, end in it: they put each child in anew."""

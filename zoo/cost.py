@@ -48,8 +48,11 @@ def count(module: nn.Module, input_shape: Sequence[int]) -> Cost:
     like = parameters[0] if parameters else torch.zeros(())
     images = torch.zeros((1, *input_shape), dtype=like.dtype, device=like.device)
     training, fast_path = {each: each.training for each in module.modules()}, mha.get_fastpath_enabled()
+    learned = [parameter for parameter in parameters if parameter.requires_grad]
     module.eval()  # batch norm cannot train on a single value a channel
     mha.set_fastpath_enabled(False)  # of nn.TransformerEncoderLayer: torch does not look into it
+    for parameter in learned:  # torch's counter follows gradients of what enters a layer, and fails for a class token
+        parameter.requires_grad_(False)
     try:
         macs = training_macs = _macs(module, images)
         if trains := getattr(module, "training_forward", None):
@@ -57,6 +60,8 @@ def count(module: nn.Module, input_shape: Sequence[int]) -> Cost:
         return Cost(sum(p.numel() for p in parameters), macs, training_macs)
     finally:
         mha.set_fastpath_enabled(fast_path)
+        for parameter in learned:
+            parameter.requires_grad_(True)
         for each, mode in training.items():
             each.training = mode
 

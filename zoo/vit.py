@@ -10,18 +10,28 @@ without class token is shown as the mean over its queries, which neither paper o
 from typing import Any, Literal, get_args
 
 import torch
-from timm.layers import DropPath, to_2tuple
+from timm.layers import Attention, AttentionRope, DropPath, PatchEmbed, to_2tuple
+from timm.models.beit import Attention as BeitAttention
+from timm.models.beit import Beit
+from timm.models.eva import Eva, EvaAttention
+from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer_relpos import RelPosAttention, VisionTransformerRelPos
 from torch import Tensor, nn
 
 from zoo import batch as batches
 from zoo import pictures
 from zoo._lightning import rank_zero_info
-from zoo.backbones import create_backbone, name_of
-from zoo.classification import Classifier, Loss
+from zoo.backbones import create_backbone, feature_width, name_of, own_image_shape, recompute_activations
+from zoo.classification import Classifier, Loss, check_ranges
 from zoo.weights import load as load_weights
 
 Pool = Literal["token", "avg", "map"]
 Schedule = Literal["linear", "uniform"]
+
+# Networks of tokens that keep their number, and the attention in them whose weights, between all tokens, are what its
+# output is made of. Others weigh channels, windows or pooled tokens, mix their heads, or subtract two attentions.
+TRANSFORMERS = (VisionTransformer, Eva, Beit, VisionTransformerRelPos)
+ATTENTIONS = (Attention, AttentionRope, EvaAttention, BeitAttention, RelPosAttention)
 
 
 class ViTClassifier(Classifier):
@@ -32,12 +42,14 @@ class ViTClassifier(Classifier):
     class probabilities (B, classes).
 
     Args:
-        backbone: A timm ViT by name, or an ``nn.Module`` from images (B, C, H, W) to features (B, D) that states D as
-            ``num_features`` (any timm model made with ``num_classes=0``).
+        backbone: A timm network by name, without the tag of weights; or an ``nn.Module`` from images (B, C, H, W) to
+            features (B, D): any timm model, or one that states D as ``num_features``.
         num_classes: Number of classes.
-        image_size: Side in pixels, or (height, width). None: the backbone's own.
+        image_size: Side in pixels, or (height, width). None: the backbone's own. A network whose layers fit images of
+            every size, as most convolutional ones, and one that is given as a module, are not changed by it: it states
+            what :attr:`input_shape` is.
         patch_size: Side of a patch in pixels. None: the backbone's own.
-        in_channels: Channels of the images.
+        in_channels: Channels of the images. Of a module, its own.
         weights: Weights to start from: see :func:`zoo.weights.load`.
         width, depth, heads: Size of the transformer, if not the backbone's own.
         pool: What the head reads: the class "token", the "avg" of the patch tokens, or attention pooling ("map").
@@ -110,11 +122,25 @@ class ViTClassifier(Classifier):
         self.save_hyperparameters(ignore=["backbone", "weights"])
         self.hparams["backbone"] = name_of(backbone)
         self.make_metrics()
+        check_ranges(
+            image_size=(image_size, 1, None),
+            patch_size=(patch_size, 1, None),
+            in_channels=(in_channels, 1, None),
+            width=(width, 1, None),
+            depth=(depth, 1, None),
+            heads=(heads, 1, None),
+            reg_tokens=(reg_tokens, 0, None),
+            drop_path=(drop_path, 0, 1),
+            dropout=(dropout, 0, 1),
+            patch_drop=(patch_drop, 0, 1),
+            head_std=(head_std, 0, None),
+        )
+        given = isinstance(backbone, nn.Module)
         self.backbone = create_backbone(
             backbone,
-            img_size=image_size,
+            img_size=None if given else image_size,
             patch_size=patch_size,
-            in_chans=None if isinstance(backbone, nn.Module) and in_channels == 3 else in_channels,
+            in_chans=None if given else in_channels,
             embed_dim=width,
             depth=depth,
             num_heads=heads,
@@ -127,16 +153,19 @@ class ViTClassifier(Classifier):
         )
         if drop_path_schedule not in get_args(Schedule):
             raise ValueError(f"unknown drop_path_schedule {drop_path_schedule!r}: expected linear or uniform")
+        if given:
+            self._check_given(image_size, in_channels)
         if drop_path_schedule == "uniform":
             drop_uniformly(self.backbone, drop_path)
         if grad_checkpointing:
-            self.backbone.set_grad_checkpointing(True)
-        self.head = nn.Linear(self.backbone.num_features, num_classes)
+            recompute_activations(self.backbone)
+        width = feature_width(self.backbone)
+        self.head = nn.Linear(width, num_classes)
         nn.init.trunc_normal_(self.head.weight, std=head_std) if head_std else nn.init.zeros_(self.head.weight)
         nn.init.constant_(self.head.bias, head_bias)
         if linear_probe:
             self.backbone.requires_grad_(False)
-            self.head = nn.Sequential(nn.BatchNorm1d(self.backbone.num_features, eps=1e-6, affine=False), self.head)
+            self.head = nn.Sequential(nn.BatchNorm1d(width, eps=1e-6, affine=False), self.head)
         if weights is not None:
             rank_zero_info(str(load_weights(self, weights)))
         if compile:
@@ -144,14 +173,50 @@ class ViTClassifier(Classifier):
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the images it takes."""
-        size = self.hparams.image_size
-        embed = getattr(self.backbone, "patch_embed", None)
-        if embed is not None:
-            return embed.proj.in_channels, *embed.img_size
+        """(C, H, W) of the images it takes.
+
+        Raises:
+            ValueError: If neither ``image_size`` nor the backbone says so.
+        """
+        channels, size = own_image_shape(self.backbone)
+        size = size if self.hparams.image_size is None else to_2tuple(self.hparams.image_size)
         if size is None:
             raise ValueError(f"{type(self.backbone).__name__} does not say what images it takes: set image_size")
-        return self.hparams.in_channels, *to_2tuple(size)
+        return channels or self.hparams.in_channels, *size
+
+    def _check_given(self, image_size: int | tuple[int, int] | None, in_channels: int) -> None:
+        """A module was built for the images it takes: what is said of them may not differ, where it tells."""
+        channels, _ = own_image_shape(self.backbone)
+        if channels is not None and in_channels not in (3, channels):
+            raise ValueError(f"in_channels is {in_channels}, but the backbone given is for {channels}: leave it out")
+        size = strict_size(self.backbone)
+        if size is not None and image_size is not None and to_2tuple(image_size) != size:
+            raise ValueError(f"image_size is {image_size}, but the backbone given is for {size}: leave it out")
+
+    def features(self, images: Tensor) -> Tensor:
+        """Pooled embeddings (B, D) of images (B, C, H, W).
+
+        Raises:
+            ValueError: For images that the backbone was not built for; for a backbone that returns something else.
+        """
+        if torch.compiler.is_compiling():
+            return self.backbone(images)
+        try:
+            features = self.backbone(images)
+        except (AssertionError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError) or tuple(images.shape[1:]) == self.input_shape:
+                raise
+            got, expected = ("x".join(map(str, shape)) for shape in (images.shape[1:], self.input_shape))
+            reason = str(error).strip().split("\n")[0]
+            raise ValueError(f"images are {got}, but the model was built for {expected}: {reason}") from error
+        width = feature_width(self.backbone)
+        if not isinstance(features, Tensor) or features.shape != (len(images), width):
+            got = str(tuple(features.shape)) if isinstance(features, Tensor) else type(features).__name__
+            raise ValueError(
+                f"{type(self.backbone).__name__} returns {got} for {len(images)} images: expected pooled features "
+                f"({len(images)}, {width})"
+            )
+        return features
 
     def train(self, mode: bool = True) -> "ViTClassifier":
         super().train(mode)
@@ -163,8 +228,13 @@ class ViTClassifier(Classifier):
     def attention_maps(self, images: Tensor) -> dict[str, Tensor]:
         """Where the network looks, for each patch: non-negative maps (B, h, w) that sum to 1.
 
+        These are the weights that the network computes, relative and rotary positions included.
+
         "last" is the last block's attention from the class token, the mean over heads. "rollout" follows it through all
         blocks: heads averaged, half of it the residual branch's identity, multiplied up (Abnar and Zuidema 2020).
+
+        Raises:
+            ValueError: For a backbone without such attention: see :func:`shows_attention`.
         """
         attentions = [attention.mean(1) for attention in block_attentions(self.backbone, images)]
         rollout = torch.eye(attentions[0].shape[-1], device=images.device)
@@ -181,41 +251,71 @@ class ViTClassifier(Classifier):
         return {"last": on_patches(attentions[-1]), "rollout": on_patches(rollout)}
 
     def pictures(self, batch: Any) -> dict[str, Tensor]:
-        """Predictions, and attention maps where the backbone has them: images (B, 3, h, w) in [0, 1]."""
+        """Predictions, and attention maps if :func:`shows_attention`: images (B, 3, h, w) in [0, 1]."""
         drawn = super().pictures(batch)
-        if hasattr(self.backbone, "blocks"):
+        if shows_attention(self.backbone):
             images = batches.images(batch)
             for name, heat in self.attention_maps(images).items():
                 drawn[f"attention_{name}"] = pictures.heated(images, heat)
         return drawn
 
 
+def strict_size(backbone: Any) -> tuple[int, int] | None:
+    """(height, width) of the only images that a backbone takes; None if it takes others, or does not tell."""
+    embed = getattr(backbone, "patch_embed", None)
+    return embed.img_size if isinstance(embed, PatchEmbed) and embed.strict_img_size else None
+
+
 def drop_uniformly(backbone: Any, rate: float) -> None:
-    """Gives every block the same drop path probability (DeiT III); timm's own rises linearly with depth."""
-    for block in backbone.blocks:
+    """Gives every block the same drop path probability (DeiT III); timm's own rises linearly with depth.
+
+    Raises:
+        ValueError: For a network whose blocks do not have two branches each, as a ViT's have.
+    """
+    blocks = list(backbone.blocks) if isinstance(backbone, TRANSFORMERS) else []
+    if not blocks or not all(hasattr(block, "drop_path1") and hasattr(block, "drop_path2") for block in blocks):
+        raise ValueError(
+            f"drop_path_schedule 'uniform' is for a ViT's blocks of two branches: {type(backbone).__name__} has none, "
+            "take 'linear'"
+        )
+    for block in blocks:
         for name in ("drop_path1", "drop_path2"):
             setattr(block, name, DropPath(rate) if rate else nn.Identity())
 
 
+def shows_attention(backbone: Any) -> bool:
+    """Whether each block of a backbone computes one attention between all tokens, which can be seen."""
+    if not isinstance(backbone, TRANSFORMERS):
+        return False
+    # A class of one's own that is derived from these may compute something else.
+    return all(type(getattr(block, "attn", None)) in ATTENTIONS for block in backbone.blocks)
+
+
 def block_attentions(backbone: Any, images: Tensor) -> list[Tensor]:
-    """The attention weights (B, heads, N, N) of every block, for N tokens.
+    """The attention weights (B, heads, N, N) of every block, for N tokens, float32.
 
-    Fused attention never forms them, so they are computed once more from each block's input.
+    Fused attention never forms them. For once each block computes them apart, and passes them to its dropout.
+
+    Raises:
+        ValueError: For a backbone that has none: see :func:`shows_attention`.
     """
+    if not shows_attention(backbone):
+        raise ValueError(f"{type(backbone).__name__} has no attention between all tokens in each block to show")
     attentions: list[Tensor] = []
-
-    def compute(attention: Any, args: tuple[Tensor, ...]) -> None:
-        tokens = args[0]
-        qkv = attention.qkv(tokens).unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        query, key = attention.q_norm(qkv[0]), attention.k_norm(qkv[1])
-        attentions.append((query @ key.transpose(-2, -1) * attention.scale).float().softmax(-1))
-
-    hooks = [block.attn.register_forward_pre_hook(compute) for block in backbone.blocks]
-    training = backbone.training
+    parts = [block.attn for block in backbone.blocks]
+    fused = [part.fused_attn for part in parts]
+    hooks = [
+        part.attn_drop.register_forward_pre_hook(lambda _, args: attentions.append(args[0].float())) for part in parts
+    ]
+    modes = {part: part.training for part in backbone.modules()}
     try:
+        for part in parts:
+            part.fused_attn = False
         backbone.eval().forward_features(images)  # not __call__: a compiled network would be compiled again
     finally:
-        backbone.train(training)
-        for hook in hooks:
+        for part, mode in modes.items():
+            part.training = mode
+        for part, was_fused, hook in zip(parts, fused, hooks, strict=True):
+            part.fused_attn = was_fused
             hook.remove()
     return attentions

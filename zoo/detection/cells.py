@@ -48,7 +48,7 @@ class Cells(NamedTuple):
 def make_cells(
     head: Head,
     shapes: Sequence[tuple[int, int]],
-    strides: Sequence[int],
+    strides: Sequence[float],
     image_size: tuple[int, int],
     anchors: Anchors = "centered",
     device: torch.device | str | None = None,
@@ -100,7 +100,7 @@ def anchors_per_cell(head: Head) -> int:
     return 9 if head == "retinanet" else 1
 
 
-def _base_anchors(head: Head, stride: int, anchors: Anchors) -> Tensor:
+def _base_anchors(head: Head, stride: float, anchors: Anchors) -> Tensor:
     """(A, 4) around the origin."""
     if head != "retinanet":
         half = stride / 2 if head == "fcos" else 4.0 * stride

@@ -20,7 +20,7 @@ from zoo import batch as batches
 from zoo import norms, optim, pictures
 from zoo._lightning import LightningModule, rank_zero_info
 from zoo.average_precision import CocoAveragePrecision
-from zoo.backbones import name_of
+from zoo.backbones import name_of, recompute_activations
 from zoo.checkpoints import SafeLoading
 from zoo.detection.assign import assign
 from zoo.detection.cells import Anchors, Cells, Head, Targets, anchors_per_cell, make_cells, pad_targets
@@ -231,9 +231,10 @@ class FPNDetector(SafeLoading, Shardable, LightningModule):
             raise ValueError(f"levels are {list(levels)}: the one map of {name_of(backbone)} is level 4, take [4, 4]")
         else:
             self.neck = SingleLevel(self.maps.channels[0], channels)
-        # A vision transformer with patches of 14 pixels has levels 7, 14, 28 pixels apart.
+        # A vision transformer with patches of 14 pixels has levels 3.5, 7, 14, 28 pixels apart.
         unit = self.maps.strides[0] / 2 ** self.maps.levels[0]
-        self.strides = tuple(round(unit * 2**level) for level in range(first, last + 1))
+        strides = [unit * 2**level for level in range(first, last + 1)]
+        self.strides = tuple(int(stride) if stride == int(stride) else stride for stride in strides)
         self.head = DenseHead(
             channels,
             num_classes,
@@ -252,7 +253,7 @@ class FPNDetector(SafeLoading, Shardable, LightningModule):
                 module.requires_grad_(False)
         self.train()  # but for what is frozen: Lightning trains in the mode that it finds
         if grad_checkpointing:
-            self.backbone.set_grad_checkpointing(True)
+            recompute_activations(self.backbone)
         self._cells: dict[tuple[Any, ...], Cells] = {}
         self.step_log = StepLog()
         self.val_losses, self.test_losses = TotalLosses(), TotalLosses()

@@ -7,9 +7,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import LayerNorm2d
+from timm.layers import Format, LayerNorm2d, to_2tuple
 from timm.models import group_parameters, is_model_in_modules
 from torch import Tensor, nn
 
@@ -17,6 +18,7 @@ from zoo.backbones import create_backbone
 
 # timm's files whose vision transformers take images of every size, if they are told to.
 DYNAMIC = ("vision_transformer", "vision_transformer_hybrid", "deit", "eva")
+SWIN = ("swin_transformer", "swin_transformer_v2", "swin_transformer_v2_cr")
 
 
 class Maps:
@@ -24,7 +26,7 @@ class Maps:
 
     Attributes:
         levels: Level of each map, ascending.
-        strides: Pixels between the cells of each.
+        strides: Pixels between the cells of each, whole numbers.
         channels: Of each.
         plain: Whether the backbone is a plain vision transformer: one map, whatever the depth.
         pruned: Names of what the backbone had behind the last of these maps, and no longer has: weights have it.
@@ -57,13 +59,48 @@ class Maps:
         self.pruned = frozenset(whole - set(backbone.state_dict()))
 
     def __call__(self, backbone: Any, images: Tensor) -> list[Tensor]:
-        """The maps (B, C, H / stride, W / stride) of images (B, C, H, W), finest first."""
+        """The maps (B, C, H / stride, W / stride) of images (B, C, H, W), finest first.
+
+        Raises:
+            ValueError: For images of a size that the backbone does not take, and for maps that are not what it states.
+        """
+        if torch.compiler.is_compiling():
+            return self._compute(backbone, images)
+        name, (height, width) = type(backbone).__name__, images.shape[2:]
+        try:
+            maps = self._compute(backbone, images)
+        except (AssertionError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            reason = str(error).strip().split("\n")[0] or type(error).__name__
+            raise ValueError(
+                f"{name} gives no maps of images of {height}x{width}: {reason} (some networks take one image_size "
+                "alone, or sides that are multiples of 32; resnet50 takes all)"
+            ) from error
+        for each, stride, channels in zip(maps, self.strides, self.channels, strict=True):
+            if each.ndim != 4 or each.shape[1] != channels:
+                raise ValueError(
+                    f"{name} gives a map of {tuple(each.shape)}: expected (B, {channels}, H / {stride}, W / {stride})"
+                )
+            if any(
+                not side // stride <= cells <= -(-side // stride)
+                for side, cells in zip((height, width), each.shape[2:], strict=True)
+            ):
+                raise ValueError(
+                    f"{name} gives a map of {each.shape[2]}x{each.shape[3]} cells of images of {height}x{width}, which "
+                    f"its stride of {stride} does not explain: where its cells lie is not known"
+                )
+        return maps
+
+    def _compute(self, backbone: Any, images: Tensor) -> list[Tensor]:
         if hasattr(backbone, "forward_intermediates"):
             options = {"stop_early": True, "intermediates_only": True}
             return backbone.forward_intermediates(images, indices=list(self.indices), **options)
         maps = backbone(images)
         maps = list(maps.values()) if isinstance(maps, Mapping) else maps
-        return [maps[index] for index in self.indices]
+        chosen = [maps[index] for index in self.indices]
+        # timm's features_only leaves the maps of Swin and its kin with channels last.
+        return [each.permute(0, 3, 1, 2) for each in chosen] if _is_channels_last(backbone) else chosen
 
 
 def create_pyramid_backbone(backbone: str | nn.Module, in_channels: int, image_size: Any) -> Any:
@@ -77,14 +114,36 @@ def create_pyramid_backbone(backbone: str | nn.Module, in_channels: int, image_s
     options: dict[str, Any] = {"in_chans": None if in_channels == 3 else in_channels}
     if is_model_in_modules(backbone.partition(".")[0], DYNAMIC):
         options |= {"img_size": image_size, "dynamic_img_size": True, "dynamic_img_pad": True}
-    elif backbone.startswith("swin"):
+    elif is_model_in_modules(backbone.partition(".")[0], SWIN):
         options |= {"strict_img_size": False}
     model = create_backbone(backbone, **options)
+    if "img_size" not in options and _is_for_another_size(model, backbone, in_channels, image_size):
+        model = create_backbone(backbone, img_size=image_size, **options)
     if not hasattr(model, "forward_intermediates"):
         raise ValueError(
             f"timm's {backbone} gives no maps: take a network with forward_intermediates, such as resnet50"
         )
     return model
+
+
+def _is_for_another_size(model: Any, name: str, in_channels: int, image_size: Any) -> bool:
+    """Whether a timm network takes images of ``image_size`` only if it is built for them.
+
+    timm says of many that their size is fixed, also of some that adapt to every one: tried out, without memory.
+    """
+    if not model.pretrained_cfg.get("fixed_input_size"):
+        return False
+    with torch.device("meta"), torch.no_grad():
+        network = timm.create_model(name, num_classes=0, in_chans=in_channels).eval()
+        try:
+            network(torch.zeros(1, in_channels, *to_2tuple(image_size)))
+        except (AssertionError, RuntimeError):
+            return True
+    return False
+
+
+def _is_channels_last(backbone: Any) -> bool:
+    return getattr(backbone, "output_fmt", None) == Format.NHWC
 
 
 def freeze_stages(backbone: Any, count: int) -> None:
@@ -310,7 +369,7 @@ class DenseHead(nn.Module):
 
 def _by_anchor(output: Tensor, width: int) -> Tensor:
     """(B, A * width, h, w) as (B, h * w * A, width). In channels-last memory this is a view."""
-    return output.permute(0, 2, 3, 1).reshape(len(output), -1, width)
+    return output.permute(0, 2, 3, 1).reshape(output.shape[0], -1, width)  # len() would fix the batch for an export
 
 
 def _bias(module: nn.Module) -> Tensor:

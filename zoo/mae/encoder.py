@@ -23,7 +23,7 @@ def plain_vit(backbone: str | nn.Module, **options: Any) -> Any:
     try:
         vit = create_backbone(backbone, **options)
     except ValueError as error:
-        if isinstance(error.__cause__, TypeError | AssertionError):
+        if error.__cause__ is not None:  # what timm's own constructor says
             raise ValueError(f"{backbone} is no plain ViT, or cannot take its options: {hint} ({error})") from error
         raise
     name = name_of(backbone)
@@ -48,7 +48,8 @@ def initialize(module: nn.Module) -> None:
     for name, part in module.named_modules():
         if isinstance(part, nn.Linear):
             nn.init.xavier_uniform_(part.weight)
-            nn.init.zeros_(part.bias)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
         elif name == "patch_embed":
             nn.init.xavier_uniform_(part.proj.weight.view(len(part.proj.weight), -1))
     for name, parameter in module.named_parameters():

@@ -289,7 +289,8 @@ class MAEPretrainer(SafeLoading, Shardable, LightningModule):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy compiles for itself: what was compiled here would run on the weights here."""
-        return {name: value for name, value in super().__getstate__().items() if name != "masked_loss"}
+        state = super().__getstate__().items()  # Lightning's, which forgets to leave out what torch's leaves out
+        return {name: value for name, value in state if name not in ("masked_loss", "_compiled_call_impl")}
 
     @torch.no_grad()
     def pictures(self, batch: Any) -> dict[str, Tensor]:

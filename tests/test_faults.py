@@ -45,6 +45,24 @@ def test_faults_are_done_to_both_and_told(table):
     assert list(Path().iterdir()) == [], "runs leave nothing behind"
 
 
+@pytest.mark.slow
+def test_faults_of_continuing_are_done_to_both_and_told(table):
+    import faults
+
+    names = ["plateau", "best_new_folder", "best_moved", "settings_lr", "settings_groups", "state"]
+    found = table(faults, "--only", *names)
+    assert [cells[0] for cells in found] == [faults.FAULTS[name][0] for name in names]
+    plateau, folder, moved, rate, groups, state = (cells[1:] for cells in found)
+    assert plateau == ["goes on with epoch 2 of 4 that were done", "goes on with epoch 4 of 4 that were done"]
+    assert folder == ["the best is epoch 2", "the best is epoch 1"]
+    assert moved[1] == "the best is epoch 1"
+    assert rate == ["learning rate 0.001 (decay 0.01)", "learning rate 0.002 (decay 0.01)"]
+    assert groups[0].startswith("status 1, ValueError: loaded state dict has a different number of parameter groups")
+    assert groups[1] == "learning rate 0.001 (decay 0.01), 0.001 (decay 0)"
+    assert state[0].startswith("nothing is said; continued: ")
+    assert state[1].startswith("at the first save: callback Dated: state['when'] is a datetime.datetime")
+
+
 def test_signals_are_sent_and_counted(table):
     import faults
 

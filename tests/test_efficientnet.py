@@ -247,6 +247,15 @@ def test_timms_weights_give_timms_logits(tmp_path, name, options):
     assert (other(images) - expected).abs().max() > 1e-2  # the padding is part of what was trained
 
 
+@pytest.mark.slow
+def test_timms_own_weights_of_v2_have_timms_epsilon(tmp_path):
+    """Not TensorFlow's, which V2 is trained with here: logits were wrong by 0.69 of their norm."""
+    theirs = lived_in(timm.create_model("efficientnetv2_s"))
+    ours = EfficientNetClassifier("v2_s", weights=file_of(theirs, tmp_path / "a.pth")).eval()
+    images = batch(2, side=64)[0].double()
+    torch.testing.assert_close(ours.double()(images), theirs.double()(images))
+
+
 @pytest.mark.parametrize(
     "variant",
     ["b0", *(pytest.param(name, marks=pytest.mark.slow) for name in ("b1", "b4", "b5", "b7", "v2_s", "v2_m"))],
@@ -258,6 +267,28 @@ def test_torchvisions_weights_give_torchvisions_logits(tmp_path, variant):
     assert {norm.eps for norm in norms(ours)} == {norm.eps for norm in norms(theirs)}
     images = batch(2, side=64)[0].double()
     torch.testing.assert_close(ours.double()(images), theirs.double()(images))
+
+
+@pytest.mark.parametrize("variant", ["b0", "b3", "v2_s", "v2_m"])
+@pytest.mark.parametrize("source", ["", "tf_", "torchvision"])
+def test_epsilon_is_that_of_the_weights_source(tmp_path, variant, source):
+    """Statistics far from 1 make it felt: logits of V2 were wrong by 0.69 of their norm with the other epsilon."""
+    options = {"padding": "same"} if source == "tf_" else {}
+    if variant.startswith("v2") and not source:  # of timm's own training: those of a file, see above; without any
+        assert {norm.eps for norm in norms(EfficientNetClassifier("v2_s"))} == {1e-3}
+        return
+    if source == "torchvision":
+        named = {"features.0.0.weight": torch.zeros(1), "features.1.0.block.0.0.weight": torch.zeros(1)}
+        torch.save(named, tmp_path / "a.pth")
+        padding, eps = trained_with(str(tmp_path / "a.pth"), variant)
+        options = {"padding": padding, "norm_eps": eps}
+    with torch.device("meta"):
+        if source == "torchvision":
+            theirs = getattr(torchvision.models, f"efficientnet_{variant}")(weights=None)
+        else:
+            theirs = timm.create_model(f"{source}efficientnet{'' if 'v2' in variant else '_'}{variant}")
+        ours = EfficientNetClassifier(variant, **options)
+    assert {norm.eps for norm in norms(ours)} == {norm.eps for norm in norms(theirs)}
 
 
 def test_weights_say_what_they_were_trained_with(tmp_path):

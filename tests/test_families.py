@@ -132,28 +132,20 @@ SMALLER = {"sequencer": 64}  # its LSTMs take a step a row and column
 # A few of each kind in the quick tests: convolutions, widened features, fixed sizes, other tokens, no attention of all.
 QUICK = (
     "beit",
-    "cait",
     "convnext",
-    "deit",
     "efficientnet",
     "ghostnet",
     "hgnet",
-    "hiera",
-    "inception_v3",
     "levit",
     "mambaout",
     "maxxvit",
-    "mlp_mixer",
     "mobilenetv3",
     "pit",
     "resnet",
-    "swin_transformer",
-    "tresnet",
     "vgg",
     "vision_transformer",
     "vision_transformer_hybrid",
     "vision_transformer_relpos",
-    "xcit",
 )
 ALL = [pytest.param(family, marks=() if family in QUICK else pytest.mark.slow) for family in FAMILIES]
 
@@ -421,3 +413,116 @@ def test_pictures_on_any_family(family):
     twin.load_state_dict(state)
     images = torch.randn(1, *module.input_shape)
     torch.testing.assert_close(twin.eval()(images), module(images))
+
+
+# Masked autoencoders.
+
+
+def plain(name, **options):
+    with torch.device("meta"):
+        return MAEPretrainer(name, decoder_dim=16, decoder_depth=1, decoder_heads=2, **options)
+
+
+# Those of the smallest names, and of each kind of projection, norm, token and position that plain ViTs of timm have.
+PLAIN = (
+    "vit_tiny_patch16_224",
+    "vit_base_patch16_clip_224",
+    "vit_base_patch16_gap_224",
+    "vit_base_patch16_plus_240",
+    "vit_base_patch16_rpn_224",
+    "vit_base_patch16_siglip_224",
+    "vit_base_patch16_xp_224",
+    "vit_dlittle_patch16_reg1_gap_256",
+    "vit_dpwee_patch16_reg1_gap_256",
+    "vit_little_patch16_reg1_gap_256",
+    "vit_medium_patch16_gap_256",
+    "vit_small_patch14_reg4_dinov2",
+    "vit_small_patch16_18x2_224",
+    "vit_small_patch32_224",
+    "vit_wee_patch16_reg1_gap_256",
+    "flexivit_small",
+    "deit3_small_patch16_224",
+)
+MASKED = timm.list_models(module="vision_transformer") + timm.list_models(module="deit")
+
+
+def masked(name):
+    config = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    size = config.input_size[-1] // 14 * 14 if "patch14" in name else config.input_size[-1]
+    module = plain(name, image_size=size, depth=2)
+    assert module.input_shape == (3, size, size)
+    images = torch.zeros(2, *module.input_shape, device="meta")
+    loss = module.masked_loss(images)
+    assert (loss.shape, module.features(images).shape) == ((), (2, module.backbone.embed_dim))
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_masked_autoencoder_on_every_kind_of_plain_vit(name):
+    if not timm.is_model(name):
+        pytest.skip(f"timm {timm.__version__} has no {name}")
+    masked(name)
+
+
+@pytest.mark.slow
+def test_a_masked_autoencoder_on_every_vit_of_timm():
+    """Those that are refused see more than a patch before their blocks, or have a second class token."""
+    refused = {}
+    for name in MASKED:
+        try:
+            masked(name)
+        except ValueError as error:
+            refused[name] = str(error)
+    assert all("\n" not in line and line.startswith(name) for name, line in refused.items())
+    assert all(
+        "a masked autoencoder needs a plain ViT such as vit_base_patch16_224" in line for line in refused.values()
+    )
+    kinds = r"test_vit\d?|vit_intern300m_patch14_448|vit_base_mci_224|deit_\w+_distilled_\w+"
+    assert [name for name in refused if not re.fullmatch(kinds, name)] == []
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family in QUICK])
+def test_a_masked_autoencoder_refuses_other_families_by_name(family):
+    with pytest.raises(ValueError, match=f"^{FAMILIES[family]} .*a masked autoencoder needs a plain ViT") as error:
+        plain(FAMILIES[family])
+    assert "\n" not in str(error.value)
+
+
+def test_a_vit_without_bias_learns():
+    module = MAEPretrainer(
+        "vit_medium_patch16_gap_256",
+        image_size=32,
+        width=24,
+        heads=3,
+        depth=1,
+        decoder_dim=16,
+        decoder_depth=1,
+        decoder_heads=2,
+    )
+    assert module.backbone.blocks[0].attn.qkv.bias is None
+    module.masked_loss(torch.randn(2, 3, 32, 32)).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters() if p.requires_grad)
+
+
+# Exports.
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: ViTClassifier("vit_tiny_patch16_224", num_classes=3, image_size=32, width=12, depth=1, heads=2),
+        lambda: ViTClassifier("test_resnet", num_classes=3),
+        lambda: FPNDetector("test_resnet", num_classes=3, channels=8, head_depth=1),
+        lambda: FPNDetector("test_vit", num_classes=3, channels=8, head_depth=1, image_size=32, head="atss"),
+    ],
+)
+def test_an_export_leaves_the_size_of_the_batch_free(make):
+    module = make().eval()
+    images = torch.randn(2, 3, 32, 32)
+    batch = torch.export.Dim("batch", min=1, max=16)
+    program = torch.export.export(module, (images,), dynamic_shapes=({0: batch},)).module()
+    for size in (1, 5):
+        images = torch.randn(size, 3, 32, 32)
+        found, expected = program(images), module(images)
+        pairs = [(found, expected)] if isinstance(expected, torch.Tensor) else zip(found[:2], expected[:2], strict=True)
+        for one, other in pairs:
+            torch.testing.assert_close(one, other)

@@ -1,5 +1,6 @@
 """ViTClassifier against timm, closed forms and worked answers; every argument matters."""
 
+import inspect
 import math
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from zoo import ViTClassifier
+from zoo import EfficientNetClassifier, ViTClassifier
 from zoo._lightning import Trainer
 from zoo.classification import check_labels, classification_loss, classification_metrics
 from zoo.vit import block_attentions
@@ -274,6 +275,91 @@ def test_wrong_arguments_are_refused_in_one_line(options, message):
     with pytest.raises(ValueError, match=message) as error:
         tiny(**options)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"mixup": -1.0},
+        {"cutmix": -0.1},
+        {"label_smoothing": 1.0},
+        {"lr": -1.0},
+        {"lr": float("nan")},
+        {"lr": float("inf")},
+        {"weight_decay": -0.1},
+        {"warmup_epochs": -1},
+        {"min_lr": -1e-3},
+        {"betas": (0.9, 1.0)},
+        {"layer_decay": 0.0},
+        {"layer_decay": 1.5},
+        {"num_classes": -3},
+        {"in_channels": 0},
+        {"image_size": 0},
+        {"image_size": (32, -1)},
+    ],
+)
+@pytest.mark.parametrize("technique", [ViTClassifier, EfficientNetClassifier])
+def test_options_out_of_range_are_refused_by_name_when_the_model_is_built(technique, option):
+    (name,) = option
+    options = TINY if technique is ViTClassifier else {"phi": -6.0}
+    if name not in inspect.signature(technique).parameters:
+        pytest.skip(f"{technique.__name__} has no {name}")
+    with pytest.raises(ValueError, match=name if name != "image_size" else "image_size|images of") as error:
+        technique(**options | option)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"depth": 0},
+        {"heads": 0},
+        {"width": 0},
+        {"patch_size": 0},
+        {"reg_tokens": -1},
+        {"drop_path": 1.0},
+        {"dropout": -0.1},
+        {"patch_drop": 1.5},
+        {"head_std": -1.0},
+    ],
+)
+def test_sizes_and_rates_out_of_range_are_refused_by_name(option):
+    (name,) = option
+    with pytest.raises(ValueError, match=f"^{name} is .*: expected ") as error:
+        tiny(**option)
+    assert "\n" not in str(error.value)
+
+
+def test_images_of_another_size_and_features_of_another_shape_are_refused_in_one_line():
+    with pytest.raises(ValueError, match="images are 3x64x64, but the model was built for 3x32x32: Input height"):
+        tiny()(batch(2, side=64)[0])
+    with pytest.raises(ValueError, match="images are 1x32x32, but the model was built for 3x32x32"):
+        tiny()(batch(2, channels=1)[0])
+    unpooled = ViTClassifier(timm.create_model("test_resnet", global_pool=""), num_classes=2)
+    with pytest.raises(ValueError, match=r"ResNet returns \(2, 96, 1, 1\) for 2 images: expected pooled features"):
+        unpooled(batch(2)[0])
+
+
+def test_a_backbone_given_states_its_images_and_what_is_said_of_them_may_not_differ():
+    given = timm.create_model("vit_tiny_patch16_224", img_size=(32, 48), in_chans=2, depth=1)
+    assert ViTClassifier(given, num_classes=2).input_shape == (2, 32, 48)
+    with pytest.raises(ValueError, match=r"image_size is 32, but the backbone given is for \(32, 48\): leave it out"):
+        ViTClassifier(given, num_classes=2, image_size=32)
+    with pytest.raises(ValueError, match="in_channels is 1, but the backbone given is for 2: leave it out"):
+        ViTClassifier(given, num_classes=2, in_channels=1)
+    assert ViTClassifier(timm.create_model("tresnet_m", in_chans=1), num_classes=2).input_shape == (1, 224, 224)
+    assert ViTClassifier(timm.create_model("vit_tiny_r_s16_p8_224"), num_classes=2).input_shape == (3, 224, 224)
+    assert ViTClassifier("resnet10t", num_classes=2, image_size=(40, 48)).input_shape == (3, 40, 48)
+    assert ViTClassifier(OwnBackbone(), num_classes=2, image_size=24).input_shape == (3, 24, 24)
+    with pytest.raises(ValueError, match="OwnBackbone does not say what images it takes: set image_size"):
+        _ = ViTClassifier(OwnBackbone(), num_classes=2).input_shape
+
+
+def test_choices_that_a_network_does_not_have_are_refused_by_name():
+    with pytest.raises(ValueError, match="drop_path_schedule 'uniform' is for a ViT's blocks of .*: ResNet has none"):
+        ViTClassifier("resnet10t", num_classes=2, drop_path_schedule="uniform")
+    with pytest.raises(ValueError, match="grad_checkpointing: OwnBackbone cannot recompute, leave it out"):
+        ViTClassifier(OwnBackbone(), num_classes=2, grad_checkpointing=True)
 
 
 def test_a_module_that_hides_its_width_is_refused():

@@ -135,6 +135,8 @@ class ViTClassifier(Classifier):
             patch_drop=(patch_drop, 0, 1),
             head_std=(head_std, 0, None),
         )
+        if not 0 < layer_decay <= 1:
+            raise ValueError(f"layer_decay is {layer_decay}: expected a number above 0 and at most 1")
         given = isinstance(backbone, nn.Module)
         self.backbone = create_backbone(
             backbone,

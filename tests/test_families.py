@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from packaging.version import Version
 from timm.models import _registry
 from torch.overrides import TorchFunctionMode
 
@@ -118,6 +119,9 @@ FAMILIES = {
     "xcit": "xcit_nano_12_p8_224",
 }
 FAMILIES = {family: name for family, name in FAMILIES.items() if timm.is_model(name)}  # an older timm has fewer
+# What of single networks is stated here is so from this timm on: older ones give no maps of some, or others.
+STATED = Version(timm.__version__) >= Version("1.0.31")
+older = pytest.mark.skipif(not STATED, reason=f"timm {timm.__version__} has another such network")
 # Of whose attention there are pictures; the others' is of channels, windows, pooled tokens, or mixed after the softmax.
 SHOWN = {
     "beit",
@@ -151,7 +155,7 @@ ALL = [pytest.param(family, marks=() if family in QUICK else pytest.mark.slow) f
 
 
 def test_no_family_of_timm_is_left_out():
-    assert set(FAMILIES) >= set(_registry._module_to_models) or timm.__version__ != "1.0.31"
+    assert set(FAMILIES) >= set(_registry._module_to_models) or timm.__version__ != "1.0.31"  # newer ones: add theirs
 
 
 @pytest.mark.parametrize("family", ALL)
@@ -221,6 +225,14 @@ REFUSED = {
 def test_a_detector_on_any_family(family):
     name, side = FAMILIES[family], 224
     images = torch.zeros(2, 3, side, side, device="meta")
+    if not STATED:
+        line = ""
+        try:
+            on_meta(name, image_size=side)(images)
+        except ValueError as error:
+            line = str(error)
+        assert "\n" not in line
+        return
     if family in REFUSED:
         with pytest.raises(ValueError, match=REFUSED[family]) as error:
             on_meta(name, image_size=side)(images)
@@ -241,14 +253,15 @@ def test_a_detector_on_any_family(family):
     [
         ("cait_xxs24_224", {"image_size": 64}, (64, 96), "Cait gives no maps of images of 64x96: Input width"),
         ("hiera_tiny_224", {"image_size": 64}, (96, 96), "Hiera gives no maps of images of 96x96: .*resnet50 takes"),
-        ("dla46x_c", {}, (75, 101), "DLA gives no maps of images of 75x101: "),
+        pytest.param("dla46x_c", {}, (75, 101), "DLA gives no maps of images of 75x101: ", marks=older),
         ("tresnet_m", {}, (75, 101), "TResNet gives no maps of images of 75x101: "),
         ("swin_tiny_patch4_window7_224", {}, (75, 101), "SwinTransformer gives no maps .*divisible by patch size"),
-        (
+        pytest.param(
             "inception_v3",
             {},
             (128, 128),
             "InceptionV3 gives a map of 13x13 cells of images of 128x128, which its strid",
+            marks=older,
         ),
         ("resnet18", {"grad_checkpointing": True}, (64, 64), ""),
         ("xcit_nano_12_p16_224", {"image_size": 64, "levels": (2, 6)}, (64, 64), ""),
@@ -325,7 +338,7 @@ ATTENDING = {
     "vit_small_patch16_dinov3": {},
     "vit_small_patch16_dinov3_qkvb": {},
     "vit_base_patch16_rope_224": {},
-    "vit_base_patch16_rope_mixed_224": {},
+    **({"vit_base_patch16_rope_mixed_224": {}} if STATED else {}),  # in float32 alone before
     "vit_relpos_small_patch16_224": {},
     "vit_relpos_base_patch16_cls_224": {},
     "vit_relpos_base_patch16_clsgap_224": {},

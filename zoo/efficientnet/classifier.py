@@ -48,8 +48,7 @@ class EfficientNetClassifier(Classifier):
         dropout: Before the head. None: the published one; by phi 0.2 + 0.3 phi / 7, in [0, 0.5].
         drop_path: Stochastic depth (Huang et al. 2016): rises from 0 in the first block; 0.2 is published for all.
         padding: "symmetric", or TensorFlow's "same". None: as ``weights`` were trained, or symmetric.
-        norm_eps: Epsilon of BatchNorm. None: as ``weights`` were trained; without them 1e-3 for "same" and for V2, as
-            TensorFlow has it, else 1e-5.
+        norm_eps: Epsilon of BatchNorm. None: as ``weights`` were trained, or TensorFlow's 1e-3 for "same", else 1e-5.
         norm_momentum: The share of each batch in BatchNorm's running statistics.
         channels_last: Keep images and weights with channels last in memory, which convolutions are faster on.
         grad_checkpointing: Recompute blocks in the backward pass: less memory, about a third more time.
@@ -147,8 +146,7 @@ class EfficientNetClassifier(Classifier):
         trained_padding, trained_eps = (None, None) if weights is None else trained_with(weights, variant)
         padding = padding or trained_padding or "symmetric"
         if norm_eps is None:
-            as_published = variant in V2 and weights is None  # timm's own weights of V2 have its 1e-5
-            norm_eps = trained_eps or (1e-3 if padding == "same" or as_published else 1e-5)
+            norm_eps = trained_eps or (1e-3 if padding == "same" else 1e-5)
         dropout = own_dropout if dropout is None else dropout
         image_size = own_size if image_size is None else image_size
         check_resolution(image_size, stem_stride)

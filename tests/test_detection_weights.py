@@ -180,7 +180,10 @@ def assert_parity(ours: FPNDetector, theirs: Any, labels: list[int]) -> None:
             assert (sides.amin(1) > 1).sum() >= least
             assert (mine["scores"][:-1] >= mine["scores"][1:]).all()
             mine["labels"] = torch.tensor(labels)[mine["labels"]]
-            assert_the_same_detections(mine, reference)
+            # torchvision's also has the lines that boxes in the padding end as, and counts them among its best.
+            area = (reference["boxes"][:, 2:] > reference["boxes"][:, :2]).all(1)
+            reference = {name: values[area] for name, values in reference.items()}
+            assert_the_same_detections({k: v[: int(area.sum())] for k, v in mine.items()}, reference)
         # Once more where it is the threshold and the number of candidates that decide.
         ours.hparams.score_threshold = theirs.score_thresh = min(float(each["scores"][:20][-1]) for each in expected)
         ours.hparams.top_candidates = theirs.topk_candidates = 40

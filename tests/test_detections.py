@@ -520,7 +520,7 @@ def test_some_images_of_a_batch_with_targets_are_drawn(tmp_path, collated):
 
 def test_images_to_predict_need_no_boxes_for_the_detector_to_know_the_original_ones_pixels():
     sizes = {"channels": 16, "head_depth": 1, "levels": (3, 5), "image_size": 64}
-    module = FPNDetector("test_resnet.r160_in1k", num_classes=2, score_threshold=0.0, **sizes).eval()
+    module = FPNDetector("test_resnet", num_classes=2, score_threshold=0.0, **sizes).eval()
     images = torch.rand(2, 3, 64, 64)
     about = [{"size": (64, 64), "orig_size": (128, 320), "image_id": 9}, {"size": (64, 64), "orig_size": (64, 64)}]
     with torch.no_grad():
@@ -559,7 +559,7 @@ def test_a_classifiers_figures_stay():
 
 
 def test_a_detector_predicts_through_the_command_line(capsys):
-    detector = ["--model=FPNDetector", "--model.backbone=test_resnet.r160_in1k", "--model.channels=16"]
+    detector = ["--model=FPNDetector", "--model.backbone=test_resnet", "--model.channels=16"]
     detector += ["--model.head_depth=1", "--model.levels=[3,5]", "--model.image_size=64", "--model.score_threshold=0"]
     data = ["--data=datamodules.shapes.ShapesDetectionDataModule", "--data.image_size=64", "--data.num_workers=0"]
     data += ["--data.train_size=8", "--data.val_size=4", "--data.test_size=5", "--data.batch_size=4"]

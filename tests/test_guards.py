@@ -322,7 +322,7 @@ class Manual(Net):
         return [first, second], [torch.optim.lr_scheduler.StepLR(second, 2, 0.5)]
 
 
-class Plain(Net):
+class Sgd(Net):
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
 
@@ -337,8 +337,8 @@ def stopping() -> list[Callback]:
 
 TOOLS: dict[str, tuple[type, Any, dict[str, Any]]] = {
     "manual optimization": (Manual, list, {"every_n_train_steps": 1}),
-    "StochasticWeightAveraging": (Plain, swa, {"every_n_epochs": 1}),  # it begins and averages where epochs start
-    "EarlyStopping": (Plain, stopping, {"every_n_epochs": 1}),
+    "StochasticWeightAveraging": (Sgd, swa, {"every_n_epochs": 1}),  # it begins and averages where epochs start
+    "EarlyStopping": (Sgd, stopping, {"every_n_epochs": 1}),
 }
 
 

@@ -478,10 +478,10 @@ def test_a_fault_of_somebody_elses_class_keeps_its_traceback() -> None:
         main(["fit", *SHORT, "--model", f"{__name__}.Lacks"])
 
 
-def test_a_librarys_word_about_its_arguments_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_image_size_of_nothing_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     digits = ["--data=DigitsDataModule", "--data.image_size=16", *QUIET]
     told = refused(capsys, "fit", *VIT[:-1], *digits, "--model.image_size=0")
-    assert told == "Expected a positive image size (H, W), got (0, 0)."
+    assert told == "image_size is 0: expected at least 1"
 
 
 def test_nothing_is_advertised(caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]) -> None:

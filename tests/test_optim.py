@@ -435,7 +435,7 @@ def test_a_stream_without_length():
     stream = DataLoader(Stream(), batch_size=1)
     with pytest.raises(ValueError, match="warmup_epochs=1 needs epochs of known length"):
         fit(Tiny(warmup_epochs=1), stream, max_steps=5)
-    with pytest.raises(ValueError, match="set the Trainer's max_epochs or max_steps"):
+    with pytest.raises(ValueError, match="set the Trainer's max_steps, or limit_train_batches"):
         fit(Tiny(warmup_epochs=1), stream, max_epochs=2)
 
 

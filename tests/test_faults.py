@@ -25,6 +25,7 @@ def table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)  # so that it comes first: a process in which autograd has threads cannot be forked
 def test_faults_are_done_to_both_and_told(table):
     import faults
 
@@ -46,6 +47,7 @@ def test_faults_are_done_to_both_and_told(table):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)  # so that it comes first: a process in which autograd has threads cannot be forked
 def test_faults_of_continuing_are_done_to_both_and_told(table):
     import faults
 

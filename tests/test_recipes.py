@@ -121,7 +121,7 @@ QUICK = (
 SIZES = re.compile("efficientnet/b[1-7]_imagenet|mae/(large|huge)_imagenet")
 
 
-@pytest.mark.filterwarnings("ignore:warmup_epochs")
+@pytest.mark.filterwarnings("ignore:warmup_epochs", "ignore:the best checkpoint before")  # a better one replaced it
 @pytest.mark.parametrize(
     "name",
     [

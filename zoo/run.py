@@ -174,7 +174,8 @@ def _reusable(config: Namespace) -> Namespace:
         config.pop(key, None)
     model = config.get("model")
     if isinstance(model, Namespace) and "num_classes" in model.get("init_args", {}):
-        known = signature(continuing.class_of(model.class_path)).parameters.get("num_classes")
+        kind = continuing.class_of(model.class_path)
+        known = None if kind is None else signature(kind).parameters.get("num_classes")
         if known is not None and model.init_args.num_classes == known.default:  # else somebody has set it
             del model.init_args["num_classes"]
     return config

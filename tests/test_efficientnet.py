@@ -16,7 +16,7 @@ from timm.models._registry import generate_default_cfgs
 from torch import nn
 from torch.utils.data import DataLoader
 
-from zoo import EfficientNetClassifier, weights
+from zoo import EfficientNetClassifier, layouts, weights
 from zoo._lightning import Callback, Trainer
 from zoo.callbacks import EMA
 from zoo.efficientnet import PUBLISHED, create_network
@@ -259,6 +259,35 @@ def test_torchvisions_weights_give_torchvisions_logits(tmp_path, variant):
     assert {norm.eps for norm in norms(ours)} == {norm.eps for norm in norms(theirs)}
     images = batch(2, side=64)[0].double()
     torch.testing.assert_close(ours.double()(images), theirs.double()(images))
+
+
+@pytest.mark.parametrize("variant", ["b0", pytest.param("b3", marks=pytest.mark.slow)])
+def test_the_files_of_efficientnet_pytorch_give_its_logits(tmp_path, variant):
+    """Padding and epsilon, which the file does not hold, follow from whose names they are."""
+    package = pytest.importorskip("efficientnet_pytorch")
+    theirs = lived_in(package.EfficientNet.from_name(f"efficientnet-{variant}", num_classes=7, image_size=64))
+    path = file_of(theirs, tmp_path / "a.pth")
+    ours = EfficientNetClassifier(variant, num_classes=7, weights=path).eval()
+    assert (ours.hparams.padding, ours.hparams.norm_eps) == ("same", 1e-3)
+    images = batch(2, side=64)[0].double()
+    torch.testing.assert_close(ours.double()(images), theirs.double()(images))
+    # As a wrapped module was saved, into a classifier of other classes.
+    torch.save({"state_dict": {f"module.{name}": value for name, value in torch.load(path).items()}}, path)
+    other = EfficientNetClassifier(variant, num_classes=3, weights=path).eval().double()
+    torch.testing.assert_close(other.features(images), ours.features(images))
+
+
+@pytest.mark.parametrize("variant", [f"b{number}" for number in range(8)])
+def test_all_names_of_efficientnet_pytorch_are_known(variant):
+    package = pytest.importorskip("efficientnet_pytorch")
+    with torch.device("meta"):
+        theirs = package.EfficientNet.from_name(f"efficientnet-{variant}").state_dict()
+        ours = EfficientNetClassifier(variant).state_dict()
+    kind, state = layouts.translate(theirs)
+    assert kind == "efficientnet_pytorch"
+    own = {name.removeprefix("backbone."): tuple(value.shape) for name, value in ours.items()}
+    own |= {f"classifier.{name}": own.pop(f"head.{name}") for name in ("weight", "bias")}
+    assert {name: tuple(value.shape) for name, value in state.items()} == own
 
 
 @pytest.mark.parametrize("variant", ["b0", "b3", "v2_s", "v2_m"])

@@ -52,6 +52,26 @@ TORCHVISION_LAYERS = {
     3: ("conv_dw", "se", "conv_pw"),
     4: ("conv_pw", "conv_dw", "se", "conv_pwl"),
 }
+# The package efficientnet_pytorch: blocks are numbered through, with a norm 0 only behind an expansion.
+EFFICIENTNET_PYTORCH = (
+    (r"(^|\.)_conv_(stem|head)\.", r"\1conv_\2."),
+    (r"(^|\.)_bn0\.", r"\1bn1."),
+    (r"(^|\.)_bn1\.", r"\1bn2."),
+    (r"(^|\.)_fc\.", r"\1classifier."),
+)
+EFFICIENTNET_PYTORCH_BLOCK = re.compile(r"(?P<before>(?:.*\.)?)_blocks\.(?P<block>\d+)\.(?P<layer>\w+)\.(?P<rest>\w+)")
+EFFICIENTNET_PYTORCH_LAYERS = {
+    "_expand_conv": "conv_pw",
+    "_bn0": "bn1",
+    "_depthwise_conv": "conv_dw",
+    "_bn1": "bn2",
+    "_se_reduce": "se.conv_reduce",
+    "_se_expand": "se.conv_expand",
+    "_project_conv": "conv_pwl",
+    "_bn2": "bn3",
+}
+# A block without an expansion, timm's depthwise separable one.
+EFFICIENTNET_PYTORCH_SEPARABLE = {"_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
 # torchvision's RetinaNet and FCOS, but for the towers. In its older files convolutions of the pyramid have no ".0".
 TORCHVISION_DETECTOR = (
     (r"(^|\.)backbone\.body\.", r"\1backbone."),
@@ -93,6 +113,9 @@ def translate(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
     elif any(TORCHVISION_BLOCK.fullmatch(key) for key in state):
         kinds.append("torchvision")
         state = _renamed(_named_blocks(state), TORCHVISION)
+    elif any(EFFICIENTNET_PYTORCH_BLOCK.fullmatch(key) for key in state):
+        kinds.append("efficientnet_pytorch")
+        state = _renamed(_staged_blocks(state), EFFICIENTNET_PYTORCH)
     elif any(key.endswith("head.regression_head.bbox_reg.weight") for key in state):
         is_fcos = any(".bbox_ctrness." in key for key in state)
         kinds += ["torchvision", "FCOS" if is_fcos else "RetinaNet"]
@@ -195,6 +218,33 @@ def _named_blocks(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 name = f"bn{index + 1 - layers[:index].count('se')}"  # behind each convolution, counted from 1
             stage = int(match["stage"]) - 1
             key = f"{match['before']}blocks.{stage}.{match['block'].rpartition('.')[2]}.{name}.{match['rest']}"
+        named[key] = value
+    return named
+
+
+def _staged_blocks(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The blocks of efficientnet_pytorch, by the names that their layers have here.
+
+    They are numbered through all stages. In each published size every stage has another number of channels than the one
+    before it, which is where it begins.
+    """
+    matches = {key: EFFICIENTNET_PYTORCH_BLOCK.fullmatch(key) for key in state}
+    of_blocks = [(int(found["block"]), found["layer"], key) for key, found in matches.items() if found]
+    expanded = {block for block, layer, _ in of_blocks if layer == "_expand_conv"}
+    widths = {block: len(state[key]) for block, layer, key in of_blocks if layer == "_project_conv"}
+    places: dict[int, tuple[int, int]] = {}
+    stage, index, before = -1, 0, -1
+    for block, width in sorted(widths.items()):
+        stage, index = (stage, index + 1) if width == before else (stage + 1, 0)
+        places[block], before = (stage, index), width
+    named = {}
+    for key, value in state.items():
+        match = matches[key]
+        if match and (block := int(match["block"])) in places:
+            own = {} if block in expanded else EFFICIENTNET_PYTORCH_SEPARABLE
+            layer = (EFFICIENTNET_PYTORCH_LAYERS | own).get(match["layer"], match["layer"])
+            stage, index = places[block]
+            key = f"{match['before']}blocks.{stage}.{index}.{layer}.{match['rest']}"
         named[key] = value
     return named
 

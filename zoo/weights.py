@@ -85,8 +85,8 @@ def load(module: nn.Module, source: str | Path) -> Report:
         module: Any module. The encoder has timm's parameter names.
         source: A file, ``.ckpt``, ``.pth``, ``.pt`` or ``.safetensors``; or a name that timm has pretrained weights
             for, such as "vit_base_patch16_224.mae", which timm fetches. An average of the weights is preferred. Names
-            are ours, timm's, those of the MAE releases, torchvision's for EfficientNet, ResNet, RetinaNet and FCOS, or
-            Hugging Face's for ViT and ViTMAE.
+            are ours, timm's, those of the MAE releases, torchvision's for EfficientNet, ResNet, RetinaNet and FCOS,
+            Hugging Face's for ViT and ViTMAE, or those of the package efficientnet_pytorch.
 
     Raises:
         FileNotFoundError: If there is no such file or name.

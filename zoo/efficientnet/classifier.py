@@ -37,10 +37,10 @@ class EfficientNetClassifier(Classifier):
             of phi. The data's own ``image_size`` is set there.
         in_channels: Channels of the images.
         weights: Weights to start from: see :func:`zoo.weights.load`. What padding and epsilon they were trained with is
-            known of timm's names, both ``efficientnet_*`` and ``tf_efficientnet_*`` (and of files so called), of
-            torchvision's files and of Lightning checkpoints. Any other file does not say: of a ``tf_efficientnet_*``
-            network it needs ``padding="same"``, or every output is a little wrong. :func:`zoo.weights.load` alone, on a
-            module that is there, changes neither.
+            known of timm's names, both ``efficientnet_*`` and ``tf_efficientnet_*`` (and of files so called), of files
+            of torchvision's and of the package efficientnet_pytorch's, and of Lightning checkpoints. Any other file
+            does not say: of a ``tf_efficientnet_*`` network it needs ``padding="same"``, or every output is a little
+            wrong. :func:`zoo.weights.load` alone, on a module that is there, changes neither.
         family: What phi scales: "efficientnet", "mobilenetv2" or "resnet50".
         depth, width: Multipliers of the family's own, which phi starts from.
         alpha, beta, gamma: Of the rule: depth, width and resolution at phi 1.
@@ -216,14 +216,16 @@ def trained_with(weights: str, variant: Variant | None) -> tuple[Padding | None,
     """Padding and BatchNorm's epsilon that weights were trained with; None for what they do not say.
 
     timm's names say which of its two conventions they follow. torchvision pads symmetrically; its B5 to B7, as they
-    came from TensorFlow, and its V2 have TensorFlow's epsilon. A checkpoint of :class:`EfficientNetClassifier` has
-    both.
+    came from TensorFlow, and its V2 have TensorFlow's epsilon. The package efficientnet_pytorch does as TensorFlow does
+    throughout. A checkpoint of :class:`EfficientNetClassifier` has both.
     """
     path = Path(weights)
     if path.is_file():
         kind, hyperparameters = describe(path)
         if kind == "torchvision":
             return "symmetric", 1e-3 if variant in ("b5", "b6", "b7", *V2) else None
+        if kind == "efficientnet_pytorch":
+            return "same", 1e-3
         if hyperparameters.get("padding") in get_args(Padding):
             return hyperparameters["padding"], hyperparameters.get("norm_eps")
     return ("same", 1e-3) if path.name.startswith("tf_efficientnet") else (None, None)

@@ -332,7 +332,7 @@ def test_retinanets_assignment_is_identical_to_torchvisions(seed, whole):
 
 def test_retinanets_assignment_by_hand():
     anchors = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 4.5], [0, 0, 10, 3], [50, 50, 60, 60], [0, 0, 10, 5]])
-    cells = Cells(anchors, torch.zeros(5, 2), (5,))
+    cells = Cells(anchors, torch.zeros(5, 2), (anchors,))
     boxes = torch.tensor([[[0.0, 0, 10, 10], [55, 55, 90, 90], [0, 0, 0, 0]]])
     match = assign_retinanet(cells, boxes, torch.tensor([[True, True, False]]))
     assert match.tolist() == [[0, IGNORE, BACKGROUND, 1, 0]]  # IoU 1, .45, .3, the second box's best, .5
@@ -443,7 +443,7 @@ def test_atss_by_hand():
     Of two, 1/4 and 1/9, neither reaches the mean plus the unbiased deviation: .181 and .098. The other would let one.
     """
     anchors = torch.tensor([[0.0, 0, 4, 4], [2, 0, 6, 4], [4, 0, 8, 4], [9, 0, 13, 4]])
-    cells = Cells(anchors, torch.zeros(4, 2), (4,))
+    cells = Cells(anchors, torch.zeros(4, 2), (anchors,))
     valid = torch.ones(1, 1, dtype=torch.bool)
     box = torch.tensor([[[3.0, 1, 5, 3]]])
     assert assign_atss(cells, box, valid, 3).tolist() == [[BACKGROUND, 0, BACKGROUND, BACKGROUND]]
@@ -453,7 +453,8 @@ def test_atss_by_hand():
 def test_an_anchor_of_atss_has_its_centre_inside_of_its_object():
     """Nine anchors in a row; the object overlaps the first two by about .2 each, far above the threshold."""
     corner = torch.arange(9.0)[:, None] * torch.tensor([4.0, 0, 4, 0])
-    cells = Cells(corner + torch.tensor([0.0, 0, 4, 4]), torch.zeros(9, 2), (9,))
+    anchors = corner + torch.tensor([0.0, 0, 4, 4])
+    cells = Cells(anchors, torch.zeros(9, 2), (anchors,))
     valid = torch.ones(1, 1, dtype=torch.bool)
     for left, right, expected in ((2.0, 6.0, []), (1.9, 6.0, [0]), (2.0, 6.1, [1]), (1.9, 6.1, [0, 1])):
         match = assign_atss(cells, torch.tensor([[[left, 1.0, right, 3.0]]]), valid)

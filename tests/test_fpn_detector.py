@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.plugins import TorchSyncBatchNorm
 from test_detection_parts import NeverWaits
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.data import DataLoader
 from torchvision import ops
 
@@ -715,6 +716,27 @@ def test_a_compiled_detector_is_one_graph_and_trains_the_same(head):
     expected, found = gradients(plain), gradients(module.train())
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "head", ["fcos", *(pytest.param(name, marks=pytest.mark.slow) for name in ("atss", "retinanet"))]
+)
+def test_a_compiled_loss_is_one_graph_for_all_sizes(head):
+    """Of images, of batches and of their numbers of objects; and it is as many times right."""
+    torch._dynamo.reset()
+    plain, module = (small(head=head, backbone=Pyramid(), levels=(3, 5)) for _ in range(2))
+    module.load_state_dict(plain.state_dict())
+    counter = CompileCounterWithBackend("eager")
+    module.compile(fullgraph=True, backend=counter)
+    sizes = ((2, 64, 96, 3), (3, 96, 64, 9), (2, 128, 64, 0), (4, 160, 192, 40), (2, 64, 64, 17), (3, 64, 96, 1))
+    for images, height, width, most in sizes:
+        maps = plain(torch.rand(images, 3, height, width, generator=torch.Generator().manual_seed(height)))
+        true = targets([most, *[1] * (images - 1)], min(height, width))
+        expected = plain.loss(maps, true)
+        for name, loss in module.loss(maps, true).items():
+            torch.testing.assert_close(loss, expected[name], rtol=1e-5, atol=1e-6)
+    assert counter.frame_count == 1
 
 
 def test_a_copy_of_a_compiled_detector_runs_on_its_own_weights():

@@ -19,7 +19,12 @@ MAX_PAIRS = 64_000_000
 
 @torch.no_grad()
 def assign(
-    head: Head, cells: Cells, targets: Targets, anchors: Anchors = "centered", center_radius: float = 1.5
+    head: Head,
+    cells: Cells,
+    targets: Targets,
+    anchors: Anchors = "centered",
+    center_radius: float = 1.5,
+    parts: int | None = None,
 ) -> Tensor:
     """Matches the cells of a batch, by the rule of a head. Cells mostly inside a crowd region are not background.
 
@@ -29,6 +34,8 @@ def assign(
         targets: The objects.
         anchors: "torchvision" breaks FCOS's ties as torchvision does: see :func:`assign_fcos`.
         center_radius: For "fcos".
+        parts: In how many parts the batch is looked at, which is what the memory goes with. None:
+            :func:`parts_of_a_batch`, which a compiled caller has to ask for outside of its graph.
 
     Returns:
         ``match`` (B, N).
@@ -38,19 +45,28 @@ def assign(
         "atss": partial(assign_atss, cells),
         "retinanet": partial(assign_retinanet, cells),
     }
+    parts = parts_of_a_batch(cells, targets) if parts is None else parts
+
+    def matched(boxes: Tensor, valid: Tensor, crowd: Tensor | None) -> Tensor:
+        match = rules[head](boxes, valid)
+        if crowd is None:
+            return match
+        hidden = _inside_share(cells.anchors, torch.where(crowd[..., None], boxes, 0.0)).amax(1) > 0.5
+        return torch.where((match == BACKGROUND) & hidden, IGNORE, match)
+
+    with torch.autocast(cells.anchors.device.type, enabled=False):
+        if parts == 1:
+            return matched(targets.boxes, targets.valid, targets.crowd)
+        crowds = [None] * parts if targets.crowd is None else targets.crowd.tensor_split(parts)
+        split = zip(targets.boxes.tensor_split(parts), targets.valid.tensor_split(parts), crowds, strict=True)
+        return torch.cat([matched(*part) for part in split])
+
+
+def parts_of_a_batch(cells: Cells, targets: Targets) -> int:
+    """In how many parts a batch is looked at such that none has over MAX_PAIRS pairs, or is of one image: mostly 1."""
     images, slots = targets.valid.shape
     at_once = max(1, MAX_PAIRS // (slots * len(cells.anchors)))
-    with torch.autocast(cells.anchors.device.type, enabled=False):
-        matches = []
-        for start in range(0, images, at_once):  # once around, but for the largest batches
-            part = slice(start, start + at_once)
-            match = rules[head](targets.boxes[part], targets.valid[part])
-            if targets.crowd is not None:
-                crowds = torch.where(targets.crowd[part, :, None], targets.boxes[part], 0.0)
-                hidden = _inside_share(cells.anchors, crowds).amax(1) > 0.5
-                match = torch.where((match == BACKGROUND) & hidden, IGNORE, match)
-            matches.append(match)
-        return matches[0] if len(matches) == 1 else torch.cat(matches)
+    return max(1, -(-images // at_once))
 
 
 def assign_fcos(

@@ -27,12 +27,17 @@ class Cells(NamedTuple):
     Attributes:
         anchors: (N, 4) xyxy in pixels, float32. FCOS has points, not anchors: squares of one stride around them.
         ranges: (N, 2): the least and the greatest distance to a box's side that FCOS's point may have, in pixels.
-        counts: How many anchors each level has.
+        levels: The anchors of each level, parts of ``anchors``.
     """
 
     anchors: Tensor
     ranges: Tensor
-    counts: tuple[int, ...]
+    levels: tuple[Tensor, ...]
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """How many anchors each level has. Sizes of tensors: a compiled loss takes them as sizes, not as constants."""
+        return tuple(len(level) for level in self.levels)
 
     @property
     def centers(self) -> Tensor:
@@ -86,7 +91,8 @@ def make_cells(
         low = 0.0 if level == 0 else 4.0 * stride
         high = 8.0 * stride if level < len(shapes) - 1 else math.inf
         ranges.append(torch.tensor([[low, high]], dtype=torch.float32).expand(counts[-1], 2))
-    return Cells(torch.cat(placed).to(device), torch.cat(ranges).to(device), tuple(counts))
+    all_anchors = torch.cat(placed).to(device)
+    return Cells(all_anchors, torch.cat(ranges).to(device), all_anchors.split(counts))
 
 
 def anchors_per_cell(head: Head) -> int:

@@ -22,10 +22,10 @@ from zoo._lightning import LightningModule, rank_zero_info
 from zoo.average_precision import CocoAveragePrecision
 from zoo.backbones import name_of, recompute_activations
 from zoo.checkpoints import SafeLoading
-from zoo.detection.assign import assign
+from zoo.detection.assign import assign, parts_of_a_batch
 from zoo.detection.cells import Anchors, Cells, Head, Targets, anchors_per_cell, make_cells, pad_targets
 from zoo.detection.detections import best_candidates, suppressed, to_original
-from zoo.detection.losses import BoxLoss, LossSums, dense_loss
+from zoo.detection.losses import BoxLoss, LossSums, dense_loss, mark_sizes
 from zoo.detection.metrics import TotalLosses
 from zoo.detection.pyramid import (
     FPN,
@@ -46,6 +46,8 @@ HeadNorm = Literal["group", "none"]
 ExtraFrom = Literal["output", "backbone"]
 Normalizer = Literal["batch", "image"]
 Schedule = Literal["cosine", "steps"]
+
+Outputs = tuple[Tensor, Tensor, Tensor | None]  # logits, boxes and centerness of all cells
 
 _COMPILED = ("_local_loss", "_dense_loss")  # methods that compile() compiles, besides the call; in this order
 
@@ -308,20 +310,22 @@ class FPNDetector(SafeLoading, Shardable, LightningModule):
         """What :meth:`loss` divides: the sums of each image."""
         return self._dense_loss(*self._inputs(maps, targets))
 
-    def _inputs(self, maps: DenseMaps, targets: Sequence[Mapping[str, Any]]) -> tuple[Any, Cells, Targets]:
+    def _inputs(self, maps: DenseMaps, targets: Sequence[Mapping[str, Any]]) -> tuple[Outputs, Cells, Targets, int]:
+        """The arguments of the loss, and in how many parts its batch is matched."""
         outputs = (maps.logits, maps.boxes, maps.centerness)
-        return outputs, self.cells(maps), pad_targets(targets, maps.logits.device)
+        cells, padded = self.cells(maps), pad_targets(targets, maps.logits.device)
+        if _COMPILED[0] in self.__dict__:
+            mark_sizes(outputs, cells, padded)
+        return outputs, cells, padded, parts_of_a_batch(cells, padded)
 
-    def _dense_loss(self, outputs: tuple[Tensor, Tensor, Tensor | None], cells: Cells, targets: Targets) -> LossSums:
+    def _dense_loss(self, outputs: Outputs, cells: Cells, targets: Targets, parts: int) -> LossSums:
         hp = self.hparams
-        match = assign(hp.head, cells, targets, hp.anchors, hp.center_radius)
+        match = assign(hp.head, cells, targets, hp.anchors, hp.center_radius, parts)
         return dense_loss(hp.head, *outputs, match, cells, targets, self.box_loss, hp.weighted)
 
-    def _local_loss(
-        self, outputs: tuple[Tensor, Tensor, Tensor | None], cells: Cells, targets: Targets
-    ) -> dict[str, Tensor]:
+    def _local_loss(self, outputs: Outputs, cells: Cells, targets: Targets, parts: int) -> dict[str, Tensor]:
         """The loss of one process: nobody else's objects count."""
-        sums, head = self._dense_loss(outputs, cells, targets), self.hparams.head
+        sums, head = self._dense_loss(outputs, cells, targets, parts), self.hparams.head
         if self.hparams.normalizer == "image":
             return {name: of_images.mean() for name, of_images in sums.mean(head).items()}
         return sums.total().mean(head)
@@ -379,10 +383,10 @@ class FPNDetector(SafeLoading, Shardable, LightningModule):
         return self.hparams.in_channels, *to_2tuple(self.hparams.image_size)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """As ``nn.Module.compile``, and the assignment and loss as one graph."""
+        """As ``nn.Module.compile``, and the assignment and loss as one graph, which is the same for all sizes."""
         super().compile(*args, **kwargs)
         for name in _COMPILED:
-            self.__dict__[name] = torch.compile(getattr(self, name), *args, **{"fullgraph": True, **kwargs})
+            self.__dict__[name] = torch.compile(getattr(self, name), *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is not compiled: what was compiled here would run on the weights here."""

@@ -4,6 +4,7 @@ A cell that is not matched gets values that every root, logarithm and quotient c
 times 0 would be NaN in the backward pass.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -107,6 +108,19 @@ def dense_loss(
         else:
             box_errors = giou_loss(decode(head, boxes.float(), cells.anchors), matched)
         return LossSums(classification, (box_errors * weight).sum(1), center_sum, positives, weight.sum(1))
+
+
+def mark_sizes(outputs: Sequence[Tensor | None], cells: Cells, targets: Targets) -> None:
+    """Has a compiled loss take the number of images, cells and slots as sizes that change: one graph for all of them.
+
+    Left to itself it compiles anew for each, since which of the sizes vary together shows only one by one. A batch of
+    one image, and a level of one anchor, have a graph of their own.
+    """
+    for each in (*outputs, *targets):
+        if each is not None:
+            torch._dynamo.maybe_mark_dynamic(each, [0, 1])
+    for each in (cells.anchors, cells.ranges, *cells.levels):
+        torch._dynamo.maybe_mark_dynamic(each, 0)
 
 
 def decode(head: Head, boxes: Tensor, anchors: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ def heated(images: Tensor, heat: Tensor) -> Tensor:
 
     Args:
         images: Normalised, (B, C, H, W).
-        heat: Non-negative, (B, h, w), of any scale; resized to the images.
+        heat: Non-negative, (B, h, w); relative to an image's largest, and resized to the images.
     """
     images = displayable(images)
     heat = heat.detach().float().cpu()[:, None]

@@ -206,8 +206,8 @@ class Classifier(SafeLoading, Shardable, LightningModule):
         check_labels(labels, self.hparams.num_classes, batch_idx)
         if self.mix is not None:
             if len(images) % 2:
-                raise ValueError(f"mixup pairs images: a batch of {len(images)} is odd, set an even batch_size")
-            images, labels = self.mix(images, labels)
+                raise ValueError(f"mixup pairs images: {_odd(self._trainer, len(images), batch_idx)}")
+            images, labels = self.mix(images.clone(), labels)  # timm mixes in place, and the batch is its owner's
         loss = classification_loss(self(images), labels, self.hparams.loss, self.hparams.label_smoothing)
         self.step_log(self, {"train/loss": loss.detach()}, prog_bar=("train/loss",))
         return loss
@@ -248,6 +248,14 @@ class Classifier(SafeLoading, Shardable, LightningModule):
             self, hp.optimizer, hp.lr, hp.weight_decay, layer_decay=hp.layer_decay, betas=hp.betas
         )
         return optim.lightning_schedule(self, optimizer, hp.warmup_epochs, hp.min_lr)
+
+
+def _odd(trainer: Any, count: int, batch_idx: int) -> str:
+    """What to do about a batch that cannot be cut into pairs."""
+    size = getattr(trainer.train_dataloader, "batch_size", None) if trainer is not None and trainer.training else None
+    if batch_idx and trainer is not None and trainer.is_last_batch and (size is None or size % 2 == 0):
+        return f"the last batch of the epoch has {count}, an odd number, set drop_last to true for the training data"
+    return f"a batch of {count} is odd, set an even batch_size"
 
 
 def _class_name(classes: Sequence[str] | None, index: int) -> str:

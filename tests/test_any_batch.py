@@ -1,6 +1,7 @@
 """Any batch: steps leave it as it was, read every form of it, from any number of loaders, and refuse by name."""
 
 import copy
+import re
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,11 @@ def detector(**options: Any) -> FPNDetector:
     )
 
 
+def efficientnet(**options: Any) -> EfficientNetClassifier:
+    size: dict[str, Any] = {"depth": 0.1, "width": 0.25, "image_size": 16, "stem_stride": 1}
+    return EfficientNetClassifier(num_classes=3, **size, **options)
+
+
 CLASSIFIERS = {
     "vit": vit,
     "vit_mixup": lambda: vit(mixup=0.8),
@@ -42,9 +48,7 @@ CLASSIFIERS = {
     "vit_bce": lambda: vit(mixup=0.8, loss="bce"),
     "vit_several": lambda: vit(multi_label=True, loss="sigmoid"),
     "vit_convolutional": lambda: ViTClassifier("test_resnet", num_classes=3, image_size=16, mixup=0.8),
-    "efficientnet": lambda: EfficientNetClassifier(
-        depth=0.1, width=0.25, num_classes=3, image_size=16, stem_stride=1, mixup=0.8, cutmix=1.0
-    ),
+    "efficientnet": lambda: efficientnet(mixup=0.8, cutmix=1.0),
 }
 UNLABELLED = {
     "mae": lambda: MAEPretrainer(
@@ -173,3 +177,78 @@ def test_what_leaves_an_odd_batch_is_named(make, count, size, message):
     data = TensorDataset(torch.rand(count, 3, 16, 16), labels_for("vit", count))
     with pytest.raises(ValueError, match=f"mixup pairs images: {message}$"):
         trainer().fit(make(), DataLoader(data, size))
+
+
+# Labels of another form are refused where training begins, and say what would work.
+
+ONE = torch.arange(4) % 3
+BEFORE = "labels are {} for 3 classes, of which an image has"
+
+
+@pytest.mark.parametrize("make", [vit, lambda **options: vit(mixup=0.8, **options), efficientnet])
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (
+            torch.eye(3)[ONE],
+            BEFORE.format("(4, 3)") + " one: expected (B,), integers from 0, labels.argmax(1) of one-hot",
+        ),
+        (torch.eye(3)[ONE].long(), BEFORE.format("(4, 3)") + " one: expected (B,), integers from 0, labels.argmax(1)"),
+        (torch.eye(3)[ONE] * 0.7 + 0.1, "mixup and cutmix are the module's own, several labels multi_label"),
+        (ONE[:, None], BEFORE.format("(4, 1)") + " one: expected (B,), integers from 0, labels.squeeze(1)"),
+        (torch.rand(4, 2), BEFORE.format("(4, 2)") + " one: expected (B,), integers from 0"),
+        (torch.rand(4, 3, 2), BEFORE.format("(4, 3, 2)") + " one: expected (B,), integers from 0"),
+        (ONE.float(), "labels are torch.float32 (4,): expected classes, integers from 0"),
+        (torch.rand(4).double(), "labels are torch.float64 (4,): expected classes, integers from 0"),
+        (torch.tensor([0, 1, 2, 3]), "label 3 is out of range: num_classes is 3, labels run from 0"),
+        (torch.tensor([0, 1, 255, 2], dtype=torch.uint8), "label 255 is out of range"),
+        (torch.tensor([0, 1, -100, 2]), "label -100 is out of range"),
+        (torch.tensor([0, 5_000_000_000, 1, 2]), "label 5000000000 is out of range"),
+        (["a.png", "b.png", "c.png", "d.png"], "expected (images, labels), got a tuple of 4 beside the images"),
+        ([{"lat": 1.0}] * 4, "expected (images, labels), got dict beside the images"),
+    ],
+)
+def test_labels_of_another_form_are_refused_by_the_first_training_step(make, labels, message):
+    loader = DataLoader(list(zip(torch.rand(4, 3, 16, 16), labels, strict=True)), 4)
+    runs = trainer(num_sanity_val_steps=0)
+    with pytest.raises(ValueError, match=re.escape(message)) as raised:
+        runs.fit(make(), loader, loader)
+    assert runs.global_step == 0
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (ONE, r"labels are \(4,\) for 3 classes, of which an image has several: expected \(B, 3\) of 0 and 1$"),
+        (torch.ones(4, 2), r"labels are \(4, 2\) for 3 classes, of which an image has several"),
+        (torch.tensor([[0, 1, -1]] * 4), "labels run from -1 to 1: with multi_label each is 0 or 1"),
+        (torch.tensor([[0.0, 1.0, 0.3]] * 4), "labels run from 0 to 1: with multi_label each is 0 or 1, and nothing"),
+        (torch.tensor([[0, 1, 2]] * 4), "labels run from 0 to 2: with multi_label"),
+        (torch.full((4, 3), torch.nan), "labels run from nan to nan: with multi_label"),
+    ],
+)
+@pytest.mark.parametrize("make", [vit, efficientnet])
+def test_several_labels_of_another_form_are_refused_too(make, labels, message):
+    loader = DataLoader(TensorDataset(torch.rand(4, 3, 16, 16), labels), 4)
+    runs = trainer(num_sanity_val_steps=0)
+    with pytest.raises(ValueError, match=message):
+        runs.fit(make(multi_label=True, loss="sigmoid"), loader, loader)
+    assert runs.global_step == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool])
+def test_classes_of_every_whole_dtype_are_read(dtype):
+    """And several labels an image of these and of floating dtypes: one loss, and one accuracy, whatever the dtype."""
+    images, labels, several = torch.rand(4, 3, 16, 16), torch.tensor([0, 1, 1, 0]), torch.eye(3)[ONE]
+    one, many = vit(), vit(multi_label=True, loss="sigmoid")
+    expected = one.training_step((images, labels), 0), many.training_step((images, several), 0)
+    found = one.training_step((images, labels.to(dtype)), 0), many.training_step((images, several.to(dtype)), 0)
+    assert torch.equal(torch.stack(found), torch.stack(expected))
+
+
+def test_as_many_labels_as_images():
+    with pytest.raises(ValueError, match=r"labels are \(3,\) for 4 images: expected one for each"):
+        vit().training_step((torch.rand(4, 3, 16, 16), ONE[:3]), 0)
+    with pytest.raises(ValueError, match=r"labels are \(\) for 4 images: expected one for each"):
+        vit().training_step((torch.rand(4, 3, 16, 16), torch.tensor(1)), 0)

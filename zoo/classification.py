@@ -77,14 +77,40 @@ def classification_metrics(num_classes: int, multi_label: bool, prefix: str) -> 
     return Metrics(metrics, prefix=prefix, compute_groups=False)
 
 
-def check_labels(labels: Tensor, num_classes: int, batch_idx: int) -> None:
-    """Raises ValueError for a label that the head has no output for, or of a shape that means something else.
+def check_labels(labels: Tensor, num_classes: int, batch_idx: int, multi_label: bool = False) -> None:
+    """Raises ValueError for labels that the head has no output for, or of a form that means something else.
 
     The values are read on the CPU, and on an accelerator in the first batch only: each look makes the host wait.
+
+    Args:
+        labels: Classes (B,), integers from 0; with ``multi_label`` (B, num_classes) of 0 and 1, of any dtype.
+        num_classes: Number of classes.
+        batch_idx: Of the batch that they are of. 0: look at the values, wherever they are.
+        multi_label: Several labels an image.
     """
-    if labels.ndim == 2 and labels.shape[1] != num_classes:
-        raise ValueError(f"labels are {tuple(labels.shape)} for {num_classes} classes: expected (B, {num_classes})")
-    if labels.ndim == 1 and (labels.device.type == "cpu" or batch_idx == 0) and labels.numel():
+    seen = f"labels are {tuple(labels.shape)} for {num_classes} classes"
+    look = labels.numel() and (labels.device.type == "cpu" or batch_idx == 0)
+    if multi_label:
+        if labels.ndim != 2 or labels.shape[1] != num_classes:
+            raise ValueError(f"{seen}, of which an image has several: expected (B, {num_classes}) of 0 and 1")
+        if look and not ((labels == 0) | (labels == 1)).all():
+            low, high = labels.min().item(), labels.max().item()
+            raise ValueError(
+                f"labels run from {low:g} to {high:g}: with multi_label each is 0 or 1, and nothing between"
+            )
+        return
+    if labels.ndim != 1:
+        hint = ""
+        if labels.ndim == 2 and labels.shape[1] == 1:
+            hint = ", labels.squeeze(1)"
+        elif labels.ndim == 2 and labels.shape[1] == num_classes:
+            hint = (
+                ", labels.argmax(1) of one-hot ones (mixup and cutmix are the module's own, several labels multi_label)"
+            )
+        raise ValueError(f"{seen}, of which an image has one: expected (B,), integers from 0{hint}")
+    if labels.is_floating_point():
+        raise ValueError(f"{seen} and {labels.dtype}: expected integers from 0")
+    if look:
         low, high = labels.min().item(), labels.max().item()
         if low < 0 or high >= num_classes:
             wrong = low if low < 0 else high
@@ -203,7 +229,7 @@ class Classifier(SafeLoading, Shardable, LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         images, labels = batches.images_and_labels(batch)
-        check_labels(labels, self.hparams.num_classes, batch_idx)
+        check_labels(labels, self.hparams.num_classes, batch_idx, self.hparams.multi_label)
         if self.mix is not None:
             if len(images) % 2:
                 raise ValueError(f"mixup pairs images: {_odd(self._trainer, len(images), batch_idx)}")
@@ -232,7 +258,7 @@ class Classifier(SafeLoading, Shardable, LightningModule):
         if (batch := batches.once(self, batch, batch_idx)) is None:
             return
         images, labels = batches.images_and_labels(batch)
-        check_labels(labels, self.hparams.num_classes, batch_idx)
+        check_labels(labels, self.hparams.num_classes, 0, self.hparams.multi_label)  # metrics look at all values, too
         logits = self(images).float()
         mean_loss.update(classification_loss(logits, labels, self.hparams.loss), weight=len(images))
         metrics.update(logits, labels.int() if self.hparams.multi_label else labels)

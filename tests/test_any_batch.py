@@ -2,6 +2,7 @@
 
 import copy
 import re
+from collections import UserDict, namedtuple
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from zoo import EfficientNetClassifier, FPNDetector, GaussianVAE, GumbelVAE, MAEPretrainer, ViTClassifier
 from zoo._lightning import Trainer
+from zoo.callbacks import SavePictures
+from zoo.knn import LeaveOneOutKNN
 
 QUIET = {
     "accelerator": "cpu",
@@ -68,6 +71,7 @@ DETECTORS = {
     "retinanet_image": lambda: detector(head="retinanet", normalizer="image"),
 }
 TECHNIQUES = CLASSIFIERS | UNLABELLED | DETECTORS
+EACH = ("vit", "vit_several", "efficientnet", "mae", "gumbel", "gaussian", "fcos")  # one of each kind
 
 
 def trainer(**options: Any) -> Trainer:
@@ -138,7 +142,7 @@ def test_steps_through_a_trainer_leave_a_data_set_in_memory_as_it_was(name):
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "expanded", "strided"])
-@pytest.mark.parametrize("name", TECHNIQUES)
+@pytest.mark.parametrize("name", [*EACH, "vit_mixup", "vit_cutmix", "atss", "retinanet"])
 def test_steps_leave_images_of_any_memory_layout_as_they_were(name, layout):
     storage = torch.rand(8, 3, 16, 32)
     images = {
@@ -252,3 +256,124 @@ def test_as_many_labels_as_images():
         vit().training_step((torch.rand(4, 3, 16, 16), ONE[:3]), 0)
     with pytest.raises(ValueError, match=r"labels are \(\) for 4 images: expected one for each"):
         vit().training_step((torch.rand(4, 3, 16, 16), torch.tensor(1)), 0)
+
+
+# A technique without labels takes whatever lies beside the images.
+
+Pair = namedtuple("Pair", ["pixels", "rest"])
+BOXES = {"boxes": torch.rand(1, 4), "labels": torch.ones(1, dtype=torch.int64)}
+BESIDE: dict[str, tuple[Any, bool]] = {  # by form: what lies beside eight images, and whether some are of one class
+    "classes": ([0, 1, 2, 0, 1, 2, 0, 1], True),
+    "classes of any number": ([5_000_000_000 + i % 2 for i in range(8)], True),
+    "booleans": ([torch.tensor(i % 2 == 0) for i in range(8)], True),
+    "bytes": ([torch.tensor(i % 2, dtype=torch.uint8) for i in range(8)], True),
+    "half of them unknown": ([i % 4 - 2 for i in range(8)], True),
+    "unknown": ([-1] * 8, False),
+    "numbers of images": (list(range(8)), False),
+    "ids": ([5_000_000_000 + i for i in range(8)], False),
+    "temperatures": ([-1.5 * i for i in range(8)], False),
+    "not a number": ([float("nan")] * 8, False),
+    "one-hot": ([torch.eye(3)[i % 3] for i in range(8)], False),
+    "one-hot, integers": ([torch.eye(3)[i % 3].long() for i in range(8)], False),
+    "columns": ([torch.tensor([i % 3]) for i in range(8)], False),
+    "masks": ([torch.zeros(16, 16, dtype=torch.int64)] * 8, False),
+    "pictures": ([torch.rand(3, 16, 16) for _ in range(8)], False),
+    "paths": ([f"{i}.png" for i in range(8)], False),
+    "metadata": ([{"lat": 1.0, "name": "a", "label": i} for i in range(8)], False),
+    "nothing": ([None] * 8, False),
+    "boxes": ([BOXES] * 8, False),
+    "no boxes": ([{**BOXES, "boxes": torch.zeros(0, 4)}, {}] * 4, False),
+}
+
+
+def as_they_are(samples: list[Any]) -> tuple[Tensor, list[Any]]:
+    return torch.stack([image for image, _ in samples]), [rest for _, rest in samples]
+
+
+def beside(form: str) -> DataLoader[Any]:
+    torch.manual_seed(1)
+    samples = [(torch.rand(3, 16, 16), rest) for rest in BESIDE[form][0]]
+    own = form in ("nothing", "boxes", "no boxes")  # which torch does not collate
+    return DataLoader(samples, 4, collate_fn=as_they_are if own else None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("form", BESIDE)
+def test_a_technique_without_labels_takes_anything_beside_the_images(form):
+    for make in UNLABELLED.values():
+        module, runs = make(), trainer(limit_train_batches=1, num_sanity_val_steps=0)
+        runs.fit(module, beside(form), beside(form))
+        found = runs.callback_metrics
+        assert found["val/loss"].isfinite()
+        assert ("val/acc_knn" in found) == (BESIDE[form][1] and isinstance(module, MAEPretrainer))
+        if form in ("half of them unknown", "paths", "boxes", "nothing"):
+            assert runs.test(module, beside(form), verbose=False)[0]["test/loss"] > 0
+            assert sum(map(len, runs.predict(module, beside(form)))) == 8  # type: ignore[arg-type]
+        with torch.no_grad():
+            assert module.pictures(next(iter(beside(form))))
+
+
+def test_neighbours_are_those_of_known_class_and_their_numbers_do_not_matter():
+    """Of 60 images 20 are of no known class; the others' accuracy is what it is without them, whatever the labels."""
+    labels = torch.arange(60) % 3
+    features = torch.randn(60, 6) + 1.2 * torch.eye(3, 6)[labels]
+    known = labels > 0
+    alone, together, far = LeaveOneOutKNN(5), LeaveOneOutKNN(5), LeaveOneOutKNN(5)
+    alone.update(features[known], labels[known] - 1)
+    for rows in (slice(0, 25), slice(25, 60)):
+        together.update(features[rows], labels[rows] - 1)
+        far.update(features[rows], (labels[rows] - 1) * 4_000_000_000_000_000_000)
+    assert 0.4 < alone.compute() < 1
+    assert alone.compute() == together.compute() == far.compute()
+    assert alone.has_classes
+    together.reset()
+    together.update(features, -torch.ones(60, dtype=torch.int64))
+    assert together.compute().isnan()
+    assert not together.has_classes
+
+
+# Every form of a batch.
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_every_form_of_a_batch_gives_one_loss(name):
+    module, images, rest = TECHNIQUES[name](), torch.rand(4, 3, 16, 16), labels_for(name, 4)
+    key = "target" if name in DETECTORS else "label"
+    forms: list[Any] = [
+        (images, rest),
+        [images, rest],
+        (list(images), rest),
+        {"image": images, key: rest, "path": ["a", "b", "c", "d"]},
+        {f"{key}s": rest, 7: None, "pixel_values": list(images)},
+        UserDict({"images": images, f"{key}s": rest}),  # as transformers' BatchFeature is
+        Pair(images, rest),
+        namedtuple("Named", ["pixel_values", f"{key}s", "path"])(images, rest, "abcd"),
+        namedtuple("Swapped", [key, "image"])(rest, images),
+    ]
+    if name in UNLABELLED:
+        forms += [images, list(images), [images], {"image": images}, (images, rest, "abcd", None)]
+    module.eval()
+    losses, predicted = [], []
+    for form in forms:
+        torch.manual_seed(0)
+        np.random.seed(0)
+        losses.append(module.training_step(form, 0).item())
+        predicted.append(module.predict_step(form, 0))
+    assert losses == [losses[0]] * len(forms)
+    assert all(same(one, predicted[0]) for one in predicted)
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_named_tuples_of_a_loader_are_trained_on_evaluated_and_drawn(name):
+    """All the way: collated and moved by torch and Lightning, cut by the callback that draws."""
+    key = "target" if name in DETECTORS else "label"
+    sample, samples = namedtuple("Sample", ["image", key]), []
+    for image, rest in zip(torch.rand(4, 3, 16, 16), labels_for(name, 4), strict=True):
+        samples.append(sample(image, rest))
+    collate = (lambda found: sample(*map(list, zip(*found, strict=True)))) if name in DETECTORS else None
+    loader, drawing = DataLoader(samples, 2, collate_fn=collate), SavePictures(max_images=1)
+    runs, module = trainer(callbacks=[drawing]), TECHNIQUES[name]()
+    runs.fit(module, loader, loader)
+    assert runs.callback_metrics["val/loss"].isfinite()
+    assert drawing.last_path is not None
+    runs.predict(module, loader)
+    assert drawing.last_path.name.startswith("predict_")

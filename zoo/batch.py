@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
+from zoo import loaders
+
 IMAGE_KEYS = ("image", "images", "pixel_values")
 LABEL_KEYS = ("label", "labels")
 TARGET_KEYS = ("target", "targets")
@@ -220,12 +222,10 @@ def once(module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> An
     trainer = module._trainer
     if trainer is None:
         return batch
-    loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
-    loader = loaders[dataloader_idx] if isinstance(loaders, list | tuple) else loaders
+    loader = loaders.nth(trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders, dataloader_idx)
     if readable(loader, batch_idx) == []:
-        counts = trainer.num_test_batches if trainer.testing else trainer.num_val_batches
-        counts = trainer.num_sanity_val_batches if trainer.sanity_checking else counts
-        last = batch_idx + 1 == counts[dataloader_idx] and not any(readable(loader, i) for i in range(batch_idx))
+        count = loaders.counts(trainer)[dataloader_idx]
+        last = batch_idx + 1 == count and not any(readable(loader, i) for i in range(batch_idx))
         return batch if last else None
     if trainer.world_size == 1:
         return batch

@@ -18,7 +18,7 @@ from torchmetrics.classification import (
 )
 
 from zoo import batch as batches
-from zoo import norms, optim, pictures
+from zoo import loaders, norms, optim, pictures
 from zoo._lightning import LightningModule
 from zoo.checkpoints import SafeLoading
 from zoo.log import StepLog
@@ -239,33 +239,30 @@ class Classifier(SafeLoading, Shardable, LightningModule):
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        self.val_loss.reset()  # an interrupted epoch leaves counts behind
-        self.val_metrics.reset()
+        loaders.start(self, "val_loss", "val_metrics")
 
     def on_test_epoch_start(self) -> None:
-        self.test_loss.reset()
-        self.test_metrics.reset()
+        loaders.start(self, "test_loss", "test_metrics")
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self._evaluate(batch, batch_idx, "val", self.val_loss, self.val_metrics)
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._evaluate(batch, batch_idx, dataloader_idx, "val")
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        self._evaluate(batch, batch_idx, "test", self.test_loss, self.test_metrics)
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._evaluate(batch, batch_idx, dataloader_idx, "test")
 
-    def _evaluate(
-        self, batch: Any, batch_idx: int, stage: str, mean_loss: MeanMetric, metrics: MetricCollection
-    ) -> None:
-        if (batch := batches.once(self, batch, batch_idx)) is None:
+    def _evaluate(self, batch: Any, batch_idx: int, dataloader_idx: int, stage: str) -> None:
+        if (batch := batches.once(self, batch, batch_idx, dataloader_idx)) is None:
             return
         images, labels = batches.images_and_labels(batch)
         check_labels(labels, self.hparams.num_classes, 0, self.hparams.multi_label)  # metrics look at all values, too
         logits = self(images).float()
+        mean_loss = loaders.metric(self, f"{stage}_loss", dataloader_idx)
+        metrics = loaders.metric(self, f"{stage}_metrics", dataloader_idx)
         mean_loss.update(classification_loss(logits, labels, self.hparams.loss), weight=len(images))
         metrics.update(logits, labels.int() if self.hparams.multi_label else labels)
-        self.log(f"{stage}/loss", mean_loss, on_step=False, on_epoch=True)
-        self.log_dict(metrics, on_step=False, on_epoch=True)
+        loaders.log(self, {f"{stage}/loss": mean_loss, **metrics}, dataloader_idx)
 
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         return self.probabilities(batches.images(batch))
 
     def configure_optimizers(self) -> Any:

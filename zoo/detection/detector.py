@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from zoo import batch as batches
-from zoo import norms, optim, pictures
+from zoo import loaders, norms, optim, pictures
 from zoo._lightning import LightningModule, rank_zero_info
 from zoo.average_precision import CocoAveragePrecision
 from zoo.backbones import name_of, recompute_activations
@@ -429,24 +429,24 @@ class FPNDetector(SafeLoading, Shardable, LightningModule):
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        self.val_losses.reset()  # an interrupted epoch leaves counts behind
-        self.val_ap = self._new_metric()
+        loaders.start(self, "val_losses")
+        loaders.start(self, "val_ap", new=self._new_metric)
 
     def on_test_epoch_start(self) -> None:
-        self.test_losses.reset()
-        self.test_ap = self._new_metric()
+        loaders.start(self, "test_losses")
+        loaders.start(self, "test_ap", new=self._new_metric)
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self._evaluate(batch, batch_idx, self.val_losses, self.val_ap)
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._evaluate(batch, batch_idx, dataloader_idx, "val")
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        self._evaluate(batch, batch_idx, self.test_losses, self.test_ap)
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._evaluate(batch, batch_idx, dataloader_idx, "test")
 
     def on_validation_epoch_end(self) -> None:
-        self._report("val", self.val_losses, self.val_ap)
+        self._report("val")
 
     def on_test_epoch_end(self) -> None:
-        self._report("test", self.test_losses, self.test_ap)
+        self._report("test")
 
     def _new_metric(self) -> CocoAveragePrecision:
         """What counts an evaluation's detections, by the sizes and classes that the data names."""
@@ -455,27 +455,35 @@ class FPNDetector(SafeLoading, Shardable, LightningModule):
         metric = CocoAveragePrecision(getattr(data, "size_ranges", None), getattr(data, "classes", None), counted)
         return metric.to(self.device)  # where Lightning gathers what is logged
 
-    def _evaluate(self, batch: Any, batch_idx: int, losses: TotalLosses, ap: CocoAveragePrecision) -> None:
-        if (batch := batches.once(self, batch, batch_idx)) is None:
+    def _evaluate(self, batch: Any, batch_idx: int, dataloader_idx: int, stage: str) -> None:
+        if (batch := batches.once(self, batch, batch_idx, dataloader_idx)) is None:
             return
         images, targets = self._checked(batch, batch_idx)
         _, sizes, originals = _images_and_sizes(batch)
         maps = self(images)
-        losses.update(self.loss_sums(maps, targets))
+        loaders.metric(self, f"{stage}_losses", dataloader_idx).update(self.loss_sums(maps, targets))
         true = [
             {**target, "boxes": to_original(target["boxes"].float(), size, original)}
             for target, size, original in zip(targets, sizes, originals, strict=True)
         ]
+        ap = loaders.metric(self, f"{stage}_ap", dataloader_idx)
         ap.update(self.detect(maps, sizes, originals), true)
 
-    def _report(self, stage: str, losses: TotalLosses, ap: CocoAveragePrecision) -> None:
+    def _report(self, stage: str) -> None:
+        """Logs what was counted of each loader."""
+        for index in loaders.numbers(self._trainer):
+            losses, ap = (loaders.metric(self, f"{stage}_{name}", index) for name in ("losses", "ap"))
+            loaders.report(self, self._scores(stage, losses, ap), index)
+
+    def _scores(self, stage: str, losses: TotalLosses, ap: CocoAveragePrecision) -> dict[str, Tensor | float]:
+        """Losses and average precision by the names they are logged by."""
         parts = losses.compute().mean(self.hparams.head)
         found: dict[str, Any] = {"loss": torch.stack(list(parts.values())).sum(), "loss_class": parts["classification"]}
         found |= {f"loss_{name}": parts[name] for name in ("box", "centerness") if name in parts}
         found |= {name: value for name, value in ap.compute().items() if stage == "test" or not name.startswith("ar")}
         if stage == "test":
             found |= {f"ap_by_class/{name}": value for name, value in ap.per_class().items()}
-        self.log_dict({f"{stage}/{name}": value for name, value in found.items()}, sync_dist=True)
+        return {f"{stage}/{name}": value for name, value in found.items()}
 
     def _checked(self, batch: Any, batch_idx: int) -> tuple[Tensor, list[dict[str, Any]]]:
         """Images and targets; labels are looked at on the CPU, on an accelerator in the first batch only."""
@@ -492,7 +500,7 @@ class FPNDetector(SafeLoading, Shardable, LightningModule):
                     )
         return images, targets
 
-    def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         images, sizes, originals = _images_and_sizes(batch)
         found: list[dict[str, Any]] = list(self.detect(images, sizes, originals))
         for detection, about in zip(found, batches.about_images(batch), strict=True):

@@ -7,7 +7,7 @@ from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from zoo import batch as batches
-from zoo import optim, pictures
+from zoo import loaders, optim, pictures
 from zoo._lightning import LightningModule, rank_zero_info
 from zoo.backbones import name_of
 from zoo.checkpoints import SafeLoading
@@ -316,37 +316,47 @@ class MAEPretrainer(SafeLoading, Shardable, LightningModule):
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        for metric in self.val_metrics.values():  # an interrupted epoch leaves counts behind
-            metric.reset()
+        loaders.start(self, "val_metrics")
 
     def on_test_epoch_start(self) -> None:
-        for metric in self.test_metrics.values():
-            metric.reset()
+        loaders.start(self, "test_metrics")
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self._evaluate(batch, batch_idx, "val", self.val_metrics)
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._evaluate(batch, batch_idx, dataloader_idx, "val")
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        self._evaluate(batch, batch_idx, "test", self.test_metrics)
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._evaluate(batch, batch_idx, dataloader_idx, "test")
 
-    def _evaluate(self, batch: Any, batch_idx: int, stage: str, metrics: Any) -> None:
-        if (batch := batches.once(self, batch, batch_idx)) is None:
+    def on_validation_epoch_end(self) -> None:
+        self._report("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._report("test")
+
+    def _evaluate(self, batch: Any, batch_idx: int, dataloader_idx: int, stage: str) -> None:
+        if (batch := batches.once(self, batch, batch_idx, dataloader_idx)) is None:
             return
         images = batches.images(batch)
         _, prediction, mask = self(images, self._fixed_noise(images, batch_idx))
         errors = self._errors(prediction, patchify(images, self.patch_size))
+        metrics = loaders.metric(self, f"{stage}_metrics", dataloader_idx)
         metrics["loss"].update(errors, mask)
         metrics["loss_visible"].update(errors, 1 - mask)
-        known = ["loss", "loss_visible"]
         if batches.has_labels(batch):
-            labels = batches.images_and_labels(batch)[1]
-            if labels.ndim == 1:
-                metrics["acc_knn"].update(self.features(images), labels)
-                known += ["acc_knn"]
-        for name in known:
-            self.log(f"{stage}/{name}", metrics[name], on_step=False, on_epoch=True)
+            metrics["acc_knn"].update(self.features(images), batches.images_and_labels(batch)[1])
+        loaders.log(self, {f"{stage}/{name}": metrics[name] for name in ("loss", "loss_visible")}, dataloader_idx)
 
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+    def _report(self, stage: str) -> None:
+        """Logs how far the features tell classes apart, of each loader that has classes."""
+        for index in loaders.numbers(self._trainer):
+            metric = loaders.metric(self, f"{stage}_metrics", index)["acc_knn"]
+            if metric.update_called:
+                accuracy = metric.compute()
+                if metric.has_classes:
+                    loaders.report(self, {f"{stage}/acc_knn": accuracy}, index)
+                metric.reset()  # it holds the features of all images
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         return self.features(batches.images(batch))
 
     def prediction_rows(self, outputs: Tensor) -> list[dict[str, Any]]:

@@ -260,7 +260,13 @@ class Classifier(SafeLoading, Shardable, LightningModule):
         metrics = loaders.metric(self, f"{stage}_metrics", dataloader_idx)
         mean_loss.update(classification_loss(logits, labels, self.hparams.loss), weight=len(images))
         metrics.update(logits, labels.int() if self.hparams.multi_label else labels)
-        loaders.log(self, {f"{stage}/loss": mean_loss, **metrics}, dataloader_idx)
+        loaders.log(self, {f"{stage}/loss": mean_loss, **metrics})
+
+    def on_validation_epoch_end(self) -> None:
+        loaders.finish(self)
+
+    def on_test_epoch_end(self) -> None:
+        loaders.finish(self)
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         return self.probabilities(batches.images(batch))

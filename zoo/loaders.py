@@ -82,21 +82,28 @@ def _reset(counter: Any) -> None:
         part.reset()
 
 
-def log(module: Any, found: Mapping[str, Metric], dataloader_idx: int) -> None:
+def log(module: Any, found: Mapping[str, Metric]) -> None:
     """Logs metrics that a step of an evaluation has updated: Lightning computes them at the loader's end.
 
     Args:
-        module: The LightningModule, in its ``validation_step`` or ``test_step``.
-        found: Metrics by the name of a single loader's, ``val/acc``.
-        dataloader_idx: The loader's number.
+        module: The LightningModule, in its ``validation_step`` or ``test_step``; at the epoch's end it has to call
+            :func:`finish`.
+        found: The loader's metrics by the name of a single one's, ``val/acc``.
     """
-    several = len(counts(module._trainer)) > 1
     for name, each in found.items():
         # The attribute is named, lest Lightning look for it in a list that it has made before this metric was.
         module.log(name, each, on_step=False, on_epoch=True, metric_attribute=name)
-        if several and not dataloader_idx:
-            options = {"logger": False, "add_dataloader_idx": False}
-            module.log(name, each, on_step=False, on_epoch=True, metric_attribute=name, **options)
+
+
+def finish(module: Any) -> None:
+    """Lets callbacks find the first of several loaders by the names of a single one.
+
+    To be called in ``on_validation_epoch_end`` and ``on_test_epoch_end``, after what is logged there.
+    """
+    trainer = module._trainer
+    if len(counts(trainer)) > 1:
+        seen, first = trainer.callback_metrics, f"{SUFFIX}0"
+        seen.update({name.removesuffix(first): value for name, value in seen.items() if name.endswith(first)})
 
 
 def report(module: Any, found: Mapping[str, Tensor | float], dataloader_idx: int) -> None:
@@ -125,4 +132,4 @@ def report(module: Any, found: Mapping[str, Tensor | float], dataloader_idx: int
     named = {f"{name}{SUFFIX}{dataloader_idx}": value for name, value in values.items()}
     outputs[place].update(named)
     trainer.logged_metrics.update(named)
-    trainer.callback_metrics.update(named if dataloader_idx else named | values)
+    trainer.callback_metrics.update(named)

@@ -474,6 +474,7 @@ class FPNDetector(SafeLoading, Shardable, LightningModule):
         for index in loaders.numbers(self._trainer):
             losses, ap = (loaders.metric(self, f"{stage}_{name}", index) for name in ("losses", "ap"))
             loaders.report(self, self._scores(stage, losses, ap), index)
+        loaders.finish(self)
 
     def _scores(self, stage: str, losses: TotalLosses, ap: CocoAveragePrecision) -> dict[str, Tensor | float]:
         """Losses and average precision by the names they are logged by."""

@@ -351,7 +351,13 @@ class VAE(SafeLoading, Shardable, LightningModule):
         metrics = loaders.metric(self, f"{stage}_metrics", dataloader_idx)
         for name, value in found.items():
             metrics[name].update(value)
-        loaders.log(self, {f"{stage}/{name}": metrics[name] for name in found}, dataloader_idx)
+        loaders.log(self, {f"{stage}/{name}": metrics[name] for name in found})
+
+    def on_validation_epoch_end(self) -> None:
+        loaders.finish(self)
+
+    def on_test_epoch_end(self) -> None:
+        loaders.finish(self)
 
     @torch.no_grad()
     def pictures(self, batch: Any) -> dict[str, Tensor]:

@@ -344,7 +344,7 @@ class MAEPretrainer(SafeLoading, Shardable, LightningModule):
         metrics["loss_visible"].update(errors, 1 - mask)
         if batches.has_labels(batch):
             metrics["acc_knn"].update(self.features(images), batches.images_and_labels(batch)[1])
-        loaders.log(self, {f"{stage}/{name}": metrics[name] for name in ("loss", "loss_visible")}, dataloader_idx)
+        loaders.log(self, {f"{stage}/{name}": metrics[name] for name in ("loss", "loss_visible")})
 
     def _report(self, stage: str) -> None:
         """Logs how far the features tell classes apart, of each loader that has classes."""
@@ -355,6 +355,7 @@ class MAEPretrainer(SafeLoading, Shardable, LightningModule):
                 if metric.has_classes:
                     loaders.report(self, {f"{stage}/acc_knn": accuracy}, index)
                 metric.reset()  # it holds the features of all images
+        loaders.finish(self)
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         return self.features(batches.images(batch))

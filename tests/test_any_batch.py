@@ -499,3 +499,57 @@ def test_predictions_of_several_loaders_are_all_written_in_their_order(name):
     flat = torch.cat([part for each in outputs for part in each])  # type: ignore[union-attr]
     if name == "vit":
         assert [row[1] for row in rows[1:]] == [str(int(index)) for index in flat.argmax(1)]
+
+
+# Whatever images of targets are called.
+
+IDS: dict[str, list[Any]] = {
+    "texts": ["b.png", "a.png", "7", "ä"],
+    "numbers": [7, 139, 2**40, 0],
+    "tensors": [torch.tensor([7]), torch.tensor(139), torch.tensor([[1]]), torch.tensor([0], dtype=torch.int32)],
+    "arrays": [np.int64(7), np.array([139]), np.array(3), np.str_("b.png")],
+    "texts and numbers": ["7", 7, "a.png", 8],
+    "some missing": ["a.png", None, 7, ...],
+    "missing": [...] * 4,
+}
+
+
+def with_ids(form: str) -> tuple[Tensor, list[Any]]:
+    """Images with their targets, which have these ids; ... is none at all."""
+    torch.manual_seed(3)
+    images, targets = torch.rand(4, 3, 16, 16), labels_for("fcos", 4)
+    bare = [{key: value for key, value in target.items() if key != "image_id"} for target in targets]
+    named = zip(bare, IDS[form], strict=True)
+    return images, [target if name is ... else {**target, "image_id": name} for target, name in named]
+
+
+@pytest.mark.parametrize("form", IDS)
+def test_images_are_called_by_numbers_by_texts_or_not_at_all(form):
+    module = detector(head="retinanet")
+    evaluated, runs = [], trainer()
+    for some in ("numbers", form):
+        batches = DataLoader(list(zip(*with_ids(some), strict=True)), 2, collate_fn=as_they_are)  # type: ignore[arg-type]
+        evaluated += runs.validate(module, batches, verbose=False)
+    assert evaluated[0]["val/ap"] == pytest.approx(evaluated[1]["val/ap"], abs=1e-6)
+    found = module.eval().predict_step(with_ids(form), 0)
+    expected = [name.item() if hasattr(name, "item") else name for name in IDS[form]]
+    assert [each.get("image_id", ...) for each in found] == [... if name is None else name for name in expected]
+
+
+@pytest.mark.parametrize("name", ["a.png", 7])
+def test_one_id_of_two_images_is_refused_in_evaluation(name):
+    module, (images, targets) = detector(), with_ids("missing")
+    targets = [{**target, "image_id": name} for target in targets]
+    loader = DataLoader(list(zip(images, targets, strict=True)), 2, collate_fn=as_they_are)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=f"image_id {name} stands for images of different ground truth"):
+        trainer().validate(module, loader, verbose=False)
+
+
+def test_other_ids_are_named():
+    images, targets = with_ids("missing")
+    loader = DataLoader([(images[1], {**targets[1], "image_id": 1.5})], collate_fn=as_they_are)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"\['image_id'\] is 1.5: expected a whole number or a text"):
+        trainer().validate(detector(), loader, verbose=False)
+    wrong = {**targets[1], "labels": torch.tensor([3]), "image_id": torch.tensor([7])}
+    with pytest.raises(ValueError, match="label 3 of sample 7 is out of range: num_classes is 3, labels run from 0"):
+        detector().training_step((images[:2], [targets[0], wrong]), 0)

@@ -8,6 +8,7 @@ RetinaNet (Lin et al. 2017): matches of low quality and L1 in place of smooth L1
 ``freeze_norm``.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
@@ -496,8 +497,8 @@ class FPNDetector(SafeLoading, Shardable, LightningModule):
                 low, high = labels.min().item(), labels.max().item()
                 if low < 0 or high >= classes:
                     raise ValueError(
-                        f"label {low if low < 0 else high} of sample {target.get('image_id', i)} is out of range: "
-                        f"num_classes is {classes}, labels run from 0"
+                        f"label {low if low < 0 else high} of sample {_own_id(target, i)} is out of range: num_classes "
+                        f"is {classes}, labels run from 0"
                     )
         return images, targets
 
@@ -505,9 +506,8 @@ class FPNDetector(SafeLoading, Shardable, LightningModule):
         images, sizes, originals = _images_and_sizes(batch)
         found: list[dict[str, Any]] = list(self.detect(images, sizes, originals))
         for detection, about in zip(found, batches.about_images(batch), strict=True):
-            if about.get("image_id") is not None:  # a number, or a text
-                image_id = about["image_id"]
-                detection["image_id"] = image_id.item() if hasattr(image_id, "item") else image_id
+            if (image_id := _own_id(about)) is not None:  # a number, or a text
+                detection["image_id"] = image_id
         return found
 
     def configure_optimizers(self) -> Any:
@@ -525,6 +525,14 @@ def _images_and_sizes(batch: Any) -> tuple[Tensor, list[tuple[int, int]], list[t
     whole = (images.shape[2], images.shape[3])
     sizes = [_pair(each.get("size", whole)) for each in about]
     return images, sizes, [_pair(each.get("orig_size", size)) for each, size in zip(about, sizes, strict=True)]
+
+
+def _own_id(about: Mapping[str, Any], otherwise: int | None = None) -> Any:
+    """An image's ``image_id``, out of a tensor or an array of one; its number where it has none."""
+    image_id = about.get("image_id")
+    if image_id is None:
+        return otherwise
+    return image_id.item() if hasattr(image_id, "item") and math.prod(image_id.shape) == 1 else image_id
 
 
 def _pair(size: Any) -> tuple[int, int]:

@@ -1,24 +1,27 @@
 """Any batch: steps leave it as it was, read every form of it, from any number of loaders, and refuse by name."""
 
 import copy
-import csv
+import math
 import re
-from collections import ChainMap, UserDict, namedtuple
-from pathlib import Path
+from collections import UserDict, namedtuple
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
+from test_detection_parts import NeverWaits
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
+import zoo.classification
+import zoo.detection.detector
+import zoo.labels
 from zoo import EfficientNetClassifier, FPNDetector, GaussianVAE, GumbelVAE, MAEPretrainer, ViTClassifier
-from zoo._lightning import Trainer
-from zoo.callbacks import SavePictures, WritePredictions
+from zoo._lightning import Callback, Trainer
+from zoo.callbacks import SavePictures
 from zoo.knn import LeaveOneOutKNN
+from zoo.labels import LabelWatch
 
 QUIET = {
     "accelerator": "cpu",
@@ -52,7 +55,6 @@ CLASSIFIERS = {
     "vit_mixup": lambda: vit(mixup=0.8),
     "vit_cutmix": lambda: vit(cutmix=1.0),
     "vit_both": lambda: vit(mixup=0.8, cutmix=1.0, label_smoothing=0.1),
-    "vit_bce": lambda: vit(mixup=0.8, loss="bce"),
     "vit_several": lambda: vit(multi_label=True, loss="sigmoid"),
     "vit_convolutional": lambda: ViTClassifier("test_resnet", num_classes=3, image_size=16, mixup=0.8),
     "efficientnet": lambda: efficientnet(mixup=0.8, cutmix=1.0),
@@ -71,8 +73,7 @@ DETECTORS = {
     "fcos": lambda: detector(head="fcos"),
     "fcos_contiguous": lambda: detector(head="fcos", channels_last=False),
     "atss": lambda: detector(head="atss"),
-    "retinanet": lambda: detector(head="retinanet"),
-    "retinanet_image": lambda: detector(head="retinanet", normalizer="image"),
+    "retinanet": lambda: detector(head="retinanet", normalizer="image"),
 }
 TECHNIQUES = CLASSIFIERS | UNLABELLED | DETECTORS
 EACH = ("vit", "vit_several", "efficientnet", "mae", "gumbel", "gaussian", "fcos")  # one of each kind
@@ -138,7 +139,7 @@ def same(one: Any, other: Any) -> bool:
 def test_steps_through_a_trainer_leave_a_data_set_in_memory_as_it_was(name):
     module, images, labels = TECHNIQUES[name](), torch.rand(8, 3, 16, 16), labels_for(name, 8)
     before, loader = copy.deepcopy((images, labels)), Views(images, labels)
-    runs = trainer(max_epochs=2)
+    runs = trainer()
     runs.fit(module, loader, loader)
     runs.test(module, loader, verbose=False)
     runs.predict(module, loader)
@@ -193,7 +194,7 @@ ONE = torch.arange(4) % 3
 BEFORE = "labels are {} for 3 classes, of which an image has"
 
 
-@pytest.mark.parametrize("make", [vit, lambda **options: vit(mixup=0.8, **options), efficientnet])
+@pytest.mark.parametrize("make", [lambda: vit(mixup=0.8), efficientnet])
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
@@ -304,10 +305,10 @@ def beside(form: str) -> DataLoader[Any]:
 @pytest.mark.parametrize("form", BESIDE)
 def test_a_technique_without_labels_takes_anything_beside_the_images(form):
     for make in UNLABELLED.values():
-        module, runs = make(), trainer(limit_train_batches=1, num_sanity_val_steps=0)
-        runs.fit(module, beside(form), beside(form))
-        found = runs.callback_metrics
-        assert found["val/loss"].isfinite()
+        module, runs = make(), trainer()
+        assert module.training_step(next(iter(beside(form))), 0).isfinite()
+        (found,) = runs.validate(module, beside(form), verbose=False)
+        assert math.isfinite(found["val/loss"])
         assert ("val/acc_knn" in found) == (BESIDE[form][1] and isinstance(module, MAEPretrainer))
         if form in ("half of them unknown", "paths", "boxes", "nothing"):
             assert runs.test(module, beside(form), verbose=False)[0]["test/loss"] > 0
@@ -383,124 +384,6 @@ def test_named_tuples_of_a_loader_are_trained_on_evaluated_and_drawn(name):
     assert drawing.last_path.name.startswith("predict_")
 
 
-# Several loaders.
-
-
-def loader(name: str, seed: int, count: int) -> DataLoader[Any]:
-    torch.manual_seed(seed)
-    samples = list(zip(torch.rand(count, 3, 16, 16), labels_for(name, count), strict=True))
-    return DataLoader(samples, 4, collate_fn=as_they_are if name in DETECTORS else None)  # type: ignore[arg-type]
-
-
-def settled(found: dict[str, Any]) -> dict[str, float]:
-    """Without what is drawn anew in each evaluation."""
-    drawn = ("elbo", "loss", "bits_per_dim", "log_likelihood") if any("elbo" in name for name in found) else ()
-    return {name: float(value) for name, value in found.items() if name.split("/")[1] not in drawn}
-
-
-@pytest.mark.parametrize("form", [list, lambda loaders: dict(zip("cab", loaders, strict=True))])
-@pytest.mark.parametrize("name", EACH)
-def test_each_loader_is_counted_apart(name, form):
-    """Lightning's names and results, and the values of evaluations one by one; also once there were fewer loaders."""
-    module, given = TECHNIQUES[name](), [loader(name, seed, count) for seed, count in ((1, 8), (2, 6), (3, 4))]
-    for stage in ("val", "test"):
-        runs = trainer()
-        run = runs.validate if stage == "val" else runs.test
-        alone = [run(module, each, verbose=False)[0] for each in given]
-        together = run(module, form(given), verbose=False)
-        assert len(together) == 3
-        for index, found in enumerate(together):
-            suffix = f"/dataloader_idx_{index}"
-            assert all(key.endswith(suffix) for key in found)
-            own = {key.removesuffix(suffix): value for key, value in found.items()}
-            assert own.keys() == alone[index].keys()
-            assert settled(own) == pytest.approx(settled(alone[index]), rel=1e-5)
-        assert len({str(settled(found)) for found in alone}) == 3
-        # What callbacks look for: Lightning's names, and the first loader's as if it were the only one.
-        seen = {key: float(value) for key, value in runs.callback_metrics.items()}
-        assert seen == pytest.approx(
-            dict(ChainMap(*together))
-            | {key.removesuffix("/dataloader_idx_0"): value for key, value in together[0].items()}
-        )
-    assert len(trainer().predict(module, form(given))) == 3  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("name", ["vit", "mae", "fcos", "gumbel"])
-def test_a_run_with_several_loaders_monitors_the_first_or_any(name, tmp_path):
-    given = [loader(name, seed, 8) for seed in (1, 2)]
-    savers = [
-        ModelCheckpoint(tmp_path, "first{val/loss:.6f}", monitor="val/loss", auto_insert_metric_name=False),
-        ModelCheckpoint(tmp_path, "second", monitor="val/loss/dataloader_idx_1"),
-    ]
-    logger = CSVLogger(tmp_path, version=0)
-    runs = trainer(
-        max_epochs=2, callbacks=[*savers, EarlyStopping("val/loss")], logger=logger, enable_checkpointing=True
-    )
-    runs.fit(TECHNIQUES[name](), loader(name, 0, 8), given)
-    assert runs.current_epoch == 2
-    for index, saver in enumerate(savers):
-        rows = [row for row in logger_rows(tmp_path) if row.get(f"val/loss/dataloader_idx_{index}")]
-        losses = [float(row[f"val/loss/dataloader_idx_{index}"]) for row in rows]
-        assert len(losses) == 2
-        assert saver.best_model_score.item() == pytest.approx(min(losses), rel=1e-5)
-        assert "val/loss" not in rows[0]  # Lightning's names alone
-
-
-def logger_rows(folder: Path) -> list[dict[str, str]]:
-    (file,) = folder.glob("lightning_logs/version_0/metrics.csv")
-    return list(csv.DictReader(file.open()))
-
-
-@pytest.mark.parametrize("name", ["vit", "mae", "fcos"])
-def test_an_empty_loader_among_others_shifts_nothing(name):
-    module, given = TECHNIQUES[name](), [loader(name, 1, 8), DataLoader([], 4), loader(name, 2, 6)]
-    runs = trainer()
-    expected = settled(runs.validate(module, given[2], verbose=False)[0])
-    together = runs.validate(module, given, verbose=False)
-    found = {key.removesuffix("/dataloader_idx_2"): value for key, value in together[-1].items()}
-    assert settled(found) == pytest.approx(expected, rel=1e-5)
-    assert not any("idx_1" in key for key in runs.callback_metrics)
-
-
-def test_lightnings_table_has_a_column_for_each_loader(capsys):
-    module, given = detector(head="fcos"), [loader("fcos", seed, 8) for seed in (1, 2)]
-    found = trainer().validate(module, given)
-    row = next(line for line in capsys.readouterr().out.splitlines() if "val/loss_class" in line)
-    shown = [float(value) for value in re.findall(r"\d+\.\d+", row)]
-    assert shown == pytest.approx([each[f"val/loss_class/dataloader_idx_{i}"] for i, each in enumerate(found)])
-    assert shown[0] != shown[1]
-
-
-def test_what_lightning_keeps_of_each_loader_is_where_it_is_written_to():
-    """It has no public way to log a loader's results at the end of all."""
-    from zoo._lightning import LightningModule
-
-    class Looking(LightningModule):
-        def validation_step(self, batch, batch_idx, dataloader_idx=0):
-            self.log("seen", float(dataloader_idx))
-
-        def on_validation_epoch_end(self):
-            self.found = copy.deepcopy(self.trainer._evaluation_loop._logged_outputs)
-
-    module = Looking()
-    trainer().validate(module, [DataLoader([1]), DataLoader([1])], verbose=False)
-    assert module.found == [{"seen/dataloader_idx_0": 0.0}, {"seen/dataloader_idx_1": 1.0}]
-
-
-@pytest.mark.parametrize("name", ["vit", "mae", "gumbel"])
-def test_predictions_of_several_loaders_are_all_written_in_their_order(name):
-    module, writer = TECHNIQUES[name](), WritePredictions()
-    runs = trainer(callbacks=[writer])
-    outputs = runs.predict(module, [loader(name, 1, 8), loader(name, 2, 6)])
-    assert writer.last_path is not None
-    rows = list(csv.reader(writer.last_path.open()))
-    assert len(rows) == 1 + 8 + 6
-    assert [row[0] for row in rows[1:]] == [str(i) for i in range(14)]
-    flat = torch.cat([part for each in outputs for part in each])  # type: ignore[union-attr]
-    if name == "vit":
-        assert [row[1] for row in rows[1:]] == [str(int(index)) for index in flat.argmax(1)]
-
-
 # Whatever images of targets are called.
 
 IDS: dict[str, list[Any]] = {
@@ -553,3 +436,62 @@ def test_other_ids_are_named():
     wrong = {**targets[1], "labels": torch.tensor([3]), "image_id": torch.tensor([7])}
     with pytest.raises(ValueError, match="label 3 of sample 7 is out of range: num_classes is 3, labels run from 0"):
         detector().training_step((images[:2], [targets[0], wrong]), 0)
+
+
+# What an accelerator would answer with a failed assertion.
+
+
+@pytest.mark.parametrize("name", ["vit_both", "efficientnet", "fcos"])
+@pytest.mark.parametrize(("every", "told_after"), [(2, 1), (3, 2), (50, 3)])
+def test_a_label_out_of_range_is_told_when_values_are_logged_where_looking_would_wait(
+    monkeypatch, name, every, told_after
+):
+    """The CPU stands for the device: its labels count as far away, and the loss runs on what is in range."""
+    for module in (zoo.classification, zoo.detection.detector, zoo.labels):
+        monkeypatch.setattr(module, "is_remote", lambda tensor: True)
+    labels = labels_for(name, 16)
+    if name in DETECTORS:
+        labels[5] = {**labels[5], "labels": torch.tensor([0, 3])}
+    else:
+        labels[5] = 3
+    before, losses = copy.deepcopy(labels), []
+    runs = trainer(log_every_n_steps=every, num_sanity_val_steps=0, callbacks=[Losses(losses)])
+    with pytest.raises(ValueError, match="^label 3 is out of range: num_classes is 3, labels run from 0$"):
+        runs.fit(TECHNIQUES[name](), Views(torch.rand(16, 3, 16, 16), labels))
+    assert len(losses) == told_after
+    assert all(map(math.isfinite, losses))
+    assert same(labels, before)
+
+
+class Losses(Callback):
+    def __init__(self, seen: list[float]) -> None:
+        self.seen = seen
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.seen.append(outputs["loss"].item())
+
+
+def test_a_label_out_of_range_is_told_at_the_end_of_a_run_at_the_latest(monkeypatch):
+    for module in (zoo.classification, zoo.labels):
+        monkeypatch.setattr(module, "is_remote", lambda tensor: True)
+    labels = labels_for("vit", 16)
+    labels[5] = -1
+    with pytest.raises(ValueError, match="^label -1 is out of range"):
+        trainer(max_steps=2, log_every_n_steps=50).fit(vit(), Views(torch.rand(16, 3, 16, 16), labels))
+    # Nobody would tell: then it is left to the loss, which does.
+    runs = trainer(max_steps=2, log_every_n_steps=0)
+    with pytest.raises((IndexError, RuntimeError), match="out of bounds|Target -1"):
+        runs.fit(vit(), Views(torch.rand(16, 3, 16, 16), labels))
+
+
+def test_what_watches_labels_never_waits_for_the_device(monkeypatch):
+    monkeypatch.setattr(zoo.labels, "is_remote", lambda tensor: True)
+    module, watch = vit(), LabelWatch()
+    module._trainer = SimpleNamespace(training=True, log_every_n_steps=50)
+    with NeverWaits():
+        assert watch(module, torch.arange(7) - 2, 3).shape == (7,)
+        found = watch(module, torch.arange(2), 3)
+    assert found.tolist() == [0, 1]
+    with pytest.raises(ValueError, match="label -2 is out of range"):
+        watch.tell(3)
+    watch.tell(3)

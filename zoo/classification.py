@@ -21,6 +21,7 @@ from zoo import batch as batches
 from zoo import loaders, norms, optim, pictures
 from zoo._lightning import LightningModule
 from zoo.checkpoints import SafeLoading
+from zoo.labels import LabelWatch, check_range, is_remote
 from zoo.log import StepLog
 from zoo.precision import MeanMetric, Metrics
 from zoo.seeding import differ_between_ranks
@@ -89,7 +90,7 @@ def check_labels(labels: Tensor, num_classes: int, batch_idx: int, multi_label: 
         multi_label: Several labels an image.
     """
     seen = f"labels are {tuple(labels.shape)} for {num_classes} classes"
-    look = labels.numel() and (labels.device.type == "cpu" or batch_idx == 0)
+    look = labels.numel() and (batch_idx == 0 or not is_remote(labels))
     if multi_label:
         if labels.ndim != 2 or labels.shape[1] != num_classes:
             raise ValueError(f"{seen}, of which an image has several: expected (B, {num_classes}) of 0 and 1")
@@ -111,10 +112,7 @@ def check_labels(labels: Tensor, num_classes: int, batch_idx: int, multi_label: 
     if labels.is_floating_point():
         raise ValueError(f"{seen} and {labels.dtype}: expected integers from 0")
     if look:
-        low, high = labels.min().item(), labels.max().item()
-        if low < 0 or high >= num_classes:
-            wrong = low if low < 0 else high
-            raise ValueError(f"label {wrong} is out of range: num_classes is {num_classes}, labels run from 0")
+        check_range(int(labels.min()), int(labels.max()), num_classes)
 
 
 def check_ranges(**options: tuple[Any, float, float | None]) -> None:
@@ -171,7 +169,7 @@ class Classifier(SafeLoading, Shardable, LightningModule):
             raise ValueError(
                 "loss 'bce' counts every class of a mixed image as present: it goes with label_smoothing 0"
             )
-        self.step_log = StepLog()
+        self.step_log, self.label_watch = StepLog(), LabelWatch()
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
         self.val_metrics = classification_metrics(hp.num_classes, hp.multi_label, "val/")
         self.test_metrics = classification_metrics(hp.num_classes, hp.multi_label, "test/")
@@ -230,13 +228,19 @@ class Classifier(SafeLoading, Shardable, LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         images, labels = batches.images_and_labels(batch)
         check_labels(labels, self.hparams.num_classes, batch_idx, self.hparams.multi_label)
+        if not self.hparams.multi_label:
+            labels = self.label_watch(self, labels, self.hparams.num_classes)
         if self.mix is not None:
             if len(images) % 2:
                 raise ValueError(f"mixup pairs images: {_odd(self._trainer, len(images), batch_idx)}")
             images, labels = self.mix(images.clone(), labels)  # timm mixes in place, and the batch is its owner's
         loss = classification_loss(self(images), labels, self.hparams.loss, self.hparams.label_smoothing)
-        self.step_log(self, {"train/loss": loss.detach()}, prog_bar=("train/loss",))
+        if self.step_log(self, {"train/loss": loss.detach()}, prog_bar=("train/loss",)):
+            self.label_watch.tell(self.hparams.num_classes)
         return loss
+
+    def on_train_end(self) -> None:
+        self.label_watch.tell(self.hparams.num_classes)
 
     def on_validation_epoch_start(self) -> None:
         loaders.start(self, "val_loss", "val_metrics")

@@ -37,6 +37,7 @@ from zoo.detection.pyramid import (
     create_pyramid_backbone,
     freeze_stages,
 )
+from zoo.labels import LabelWatch, is_remote
 from zoo.log import StepLog
 from zoo.seeding import differ_between_ranks
 from zoo.sharding import Shardable
@@ -256,7 +257,7 @@ class FPNDetector(SafeLoading, Shardable, LightningModule):
         if grad_checkpointing:
             recompute_activations(self.backbone)
         self._cells: dict[tuple[Any, ...], Cells] = {}
-        self.step_log = StepLog()
+        self.step_log, self.label_watch = StepLog(), LabelWatch()
         self.val_losses, self.test_losses = TotalLosses(), TotalLosses()
         if weights is not None:
             rank_zero_info(str(load_weights(self, weights)))
@@ -311,7 +312,9 @@ class FPNDetector(SafeLoading, Shardable, LightningModule):
 
     def _inputs(self, maps: DenseMaps, targets: Sequence[Mapping[str, Any]]) -> tuple[Any, Cells, Targets]:
         outputs = (maps.logits, maps.boxes, maps.centerness)
-        return outputs, self.cells(maps), pad_targets(targets, maps.logits.device)
+        padded = pad_targets(targets, maps.logits.device)
+        labels = self.label_watch(self, padded.labels, self.hparams.num_classes)
+        return outputs, self.cells(maps), padded._replace(labels=labels)
 
     def _dense_loss(self, outputs: tuple[Tensor, Tensor, Tensor | None], cells: Cells, targets: Targets) -> LossSums:
         hp = self.hparams
@@ -426,8 +429,12 @@ class FPNDetector(SafeLoading, Shardable, LightningModule):
         values = {"train/loss": loss, "train/loss_class": losses["classification"], "train/loss_box": losses["box"]}
         if "centerness" in losses:
             values["train/loss_centerness"] = losses["centerness"]
-        self.step_log(self, {name: value.detach() for name, value in values.items()}, prog_bar=("train/loss",))
+        if self.step_log(self, {name: value.detach() for name, value in values.items()}, prog_bar=("train/loss",)):
+            self.label_watch.tell(self.hparams.num_classes)
         return loss
+
+    def on_train_end(self) -> None:
+        self.label_watch.tell(self.hparams.num_classes)
 
     def on_validation_epoch_start(self) -> None:
         loaders.start(self, "val_losses")
@@ -459,7 +466,7 @@ class FPNDetector(SafeLoading, Shardable, LightningModule):
     def _evaluate(self, batch: Any, batch_idx: int, dataloader_idx: int, stage: str) -> None:
         if (batch := batches.once(self, batch, batch_idx, dataloader_idx)) is None:
             return
-        images, targets = self._checked(batch, batch_idx)
+        images, targets = self._checked(batch, 0)  # the metric looks at all values, too
         _, sizes, originals = _images_and_sizes(batch)
         maps = self(images)
         loaders.metric(self, f"{stage}_losses", dataloader_idx).update(self.loss_sums(maps, targets))
@@ -488,12 +495,12 @@ class FPNDetector(SafeLoading, Shardable, LightningModule):
         return {f"{stage}/{name}": value for name, value in found.items()}
 
     def _checked(self, batch: Any, batch_idx: int) -> tuple[Tensor, list[dict[str, Any]]]:
-        """Images and targets; labels are looked at on the CPU, on an accelerator in the first batch only."""
+        """Images and targets; labels are looked at on the CPU, on an accelerator in a batch of the number 0 only."""
         images, targets = batches.images_and_targets(batch)
         classes = self.hparams.num_classes
         for i, target in enumerate(targets):
             labels = target["labels"]
-            if len(labels) and (labels.device.type == "cpu" or batch_idx == 0):
+            if len(labels) and (batch_idx == 0 or not is_remote(labels)):
                 low, high = labels.min().item(), labels.max().item()
                 if low < 0 or high >= classes:
                     raise ValueError(

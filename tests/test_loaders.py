@@ -133,3 +133,16 @@ def test_predictions_of_several_loaders_are_all_written_in_their_order(name):
     flat = torch.cat([part for each in outputs for part in each])  # type: ignore[union-attr]
     if name == "vit":
         assert [row[1] for row in rows[1:]] == [str(int(index)) for index in flat.argmax(1)]
+
+
+@pytest.mark.parametrize("name", ["vit", "mae", "fcos"])
+def test_two_processes_count_each_loader_as_one_does(name):
+    """Of seven images, which a sampler makes eight, and of five; the second loader's differ from the first one's."""
+    module, given = TECHNIQUES[name](), [loader(name, 1, 7), loader(name, 2, 5)]
+    expected = trainer().validate(module, given, verbose=False)
+    if name == "mae":  # whose masks are those of a batch's images, dealt out to other batches here
+        expected = [{key: value for key, value in found.items() if "knn" in key} for found in expected]
+    found = trainer(devices=2, strategy="ddp_fork").validate(module, given, verbose=False)
+    for one, two in zip(expected, found, strict=True):
+        assert one
+        assert {key: two[key] for key in one} == pytest.approx(one, rel=1e-5)

@@ -36,7 +36,7 @@ VAE = {"latents": 2, "image_size": 16, "in_channels": 3, "hidden": [8], "iw_samp
 
 
 def vit(**options: Any) -> ViTClassifier:
-    return ViTClassifier("vit_tiny_patch16_224", num_classes=3, **(SIZE | options))
+    return ViTClassifier("vit_tiny_patch16_224", **({"num_classes": 3} | SIZE | options))
 
 
 def detector(**options: Any) -> FPNDetector:
@@ -47,7 +47,7 @@ def detector(**options: Any) -> FPNDetector:
 
 def efficientnet(**options: Any) -> EfficientNetClassifier:
     size: dict[str, Any] = {"depth": 0.1, "width": 0.25, "image_size": 16, "stem_stride": 1}
-    return EfficientNetClassifier(num_classes=3, **size, **options)
+    return EfficientNetClassifier(**({"num_classes": 3} | size | options))
 
 
 CLASSIFIERS = {
@@ -254,6 +254,22 @@ def test_classes_of_every_whole_dtype_are_read(dtype):
     expected = one.training_step((images, labels), 0), many.training_step((images, several), 0)
     found = one.training_step((images, labels.to(dtype)), 0), many.training_step((images, several.to(dtype)), 0)
     assert torch.equal(torch.stack(found), torch.stack(expected))
+
+
+@pytest.mark.parametrize("loss", ["bce", "sigmoid"])
+@pytest.mark.parametrize("make", [vit, efficientnet])
+def test_a_single_label_that_may_be_there_or_not_is_trained_on_and_counted(make, loss):
+    module, images = make(num_classes=1, multi_label=True, loss=loss), torch.rand(8, 3, 16, 16)
+    loader = DataLoader(TensorDataset(images, torch.arange(8)[:, None] % 2), 4)
+    runs = trainer()
+    runs.fit(module, loader, loader)
+    there = torch.arange(8) % 2 == 1
+    module.eval()
+    chosen = module.probabilities(images)[:, 0] > 0.5
+    assert runs.callback_metrics["val/acc"] == (chosen == there).float().mean()
+    right = (chosen & there).sum()
+    assert runs.callback_metrics["val/f1"] == pytest.approx((2 * right / (chosen.sum() + there.sum())).item())
+    assert 0 < runs.callback_metrics["val/ap"] <= 1
 
 
 def test_as_many_labels_as_images():

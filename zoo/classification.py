@@ -10,6 +10,9 @@ from timm.data import Mixup
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import (
+    BinaryAccuracy,
+    BinaryAveragePrecision,
+    BinaryF1Score,
     MulticlassAccuracy,
     MulticlassF1Score,
     MultilabelAccuracy,
@@ -60,7 +63,9 @@ def classification_metrics(num_classes: int, multi_label: bool, prefix: str) -> 
     torchmetrics adds up their counts over ranks, so that they are exact under DDP. Average precision keeps all scores.
     """
     metrics: dict[str, Metric | MetricCollection]
-    if multi_label:
+    if multi_label and num_classes == 1:  # which torchmetrics' metrics of several labels refuse
+        metrics = {"acc": BinaryAccuracy(), "f1": BinaryF1Score(), "ap": BinaryAveragePrecision()}
+    elif multi_label:
         metrics = {
             "acc": MultilabelAccuracy(num_classes, average="micro"),
             "f1": MultilabelF1Score(num_classes, average="macro"),

@@ -138,6 +138,8 @@ def check_ranges(**options: tuple[Any, float, float | None]) -> None:
 class Classifier(SafeLoading, Shardable, LightningModule):
     """The steps of an image classifier. It has no constructor: a technique builds ``backbone`` and ``head`` itself.
 
+    Several loaders of an evaluation are counted apart, as :mod:`zoo.loaders` says.
+
     A subclass sets, in its constructor: ``hparams`` with ``num_classes``, ``multi_label``, ``loss``,
     ``label_smoothing``, ``mixup``, ``cutmix``, ``optimizer``, ``lr``, ``weight_decay``, ``betas``, ``layer_decay``,
     ``warmup_epochs``, ``min_lr``; the modules ``backbone`` (images to (B, D) features) and ``head``; and calls

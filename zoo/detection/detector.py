@@ -82,7 +82,7 @@ class FPNDetector(SafeLoading, Shardable, LightningModule):
     One pass in validation gives both, ``val/loss`` with its parts ``val/loss_class``, ``val/loss_box``,
     ``val/loss_centerness``, and ``val/ap``, ``val/ap50``, ``val/ap75`` and those by size, as COCO scores
     (:class:`zoo.average_precision.CocoAveragePrecision`). The same for ``test``, and there ``test/ar100`` and so on,
-    and ``test/ap_by_class/NAME``; ``train/loss`` and its parts.
+    and ``test/ap_by_class/NAME``; ``train/loss`` and its parts. Several loaders are counted apart: :mod:`zoo.loaders`.
 
     Args:
         backbone: A timm network by name, with maps at the levels' strides, or a plain ViT, which gets a simple feature

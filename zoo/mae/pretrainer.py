@@ -69,10 +69,11 @@ class Reconstruction(NamedTuple):
 class MAEPretrainer(SafeLoading, Shardable, LightningModule):
     """Masked autoencoder.
 
-    Batch: images (B, C, H, W) in any form that :mod:`zoo.batch` reads; labels are not learned from. Logs
+    Batch: images (B, C, H, W) in any form that :mod:`zoo.batch` reads; what lies beside them is not learned from. Logs
     ``train/loss``; ``val/loss`` over removed and ``val/loss_visible`` over visible patches, each image with the same
-    mask in every epoch; where validation data has labels, ``val/acc_knn``, the leave-one-out accuracy of 20 nearest
-    neighbours by their features. The same for ``test``. Predicts pooled features (B, D).
+    mask in every epoch; where validation data has classes, ``val/acc_knn``, the leave-one-out accuracy of 20 nearest
+    neighbours by their features. Classes are integers (B,), negative ones not known, that not all differ. The same for
+    ``test``; several loaders are counted apart, as :mod:`zoo.loaders` says. Predicts pooled features (B, D).
 
     ``ViTClassifier(weights=...)`` starts from a checkpoint of this; ``zoo.weights.save(model.backbone, FILE)`` writes
     the encoder alone, by timm's names.

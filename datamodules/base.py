@@ -477,5 +477,6 @@ def _map_images(batch: Any, function: Callable[[Tensor], Tensor], dimensions: in
     if isinstance(batch, Mapping):
         return {key: _map_images(value, function, dimensions) for key, value in batch.items()}
     if isinstance(batch, list | tuple):
-        return type(batch)(_map_images(part, function, dimensions) for part in batch)
+        parts = [_map_images(part, function, dimensions) for part in batch]
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)  # a named tuple takes each
     return batch

@@ -515,7 +515,8 @@ RIGHT = found((BOX, 0.9), (BOX, 0.8))
             "detections[0]['labels'] holds 3: labels run from 0, 3",
         ),
         (RIGHT, there(BOX) | {"labels": torch.tensor([-1])}, "targets[0]['labels'] holds -1: labels run from 0"),
-        (RIGHT, there(image_id="a.jpg"), "targets[0]['image_id'] is 'a.jpg': expected a whole number"),
+        (RIGHT, there(image_id=1.5), "targets[0]['image_id'] is 1.5: expected a whole number or a text"),
+        (RIGHT, there(image_id=("a", 1)), "targets[0]['image_id'] is ('a', 1): expected a whole number or a text"),
         (
             RIGHT,
             there() | {"boxes": torch.zeros(0, 4, device="meta")},

@@ -1,6 +1,7 @@
 """COCO's average precision as a torchmetrics Metric: exact, gathered once, every image counted once."""
 
 import gc
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ THRESHOLDS, RECALLS, AT_75 = 10, 101, 5  # IoU .50 to .95, recall 0 to 1, and wh
 class _Images(NamedTuple):
     """Images with what was found and what is there, in columns: the rows of all images one after the other."""
 
-    ids: list[int | None]
+    ids: list[int | str | None]
     found: np.ndarray  # (images,): how many rows of the next three are an image's
     boxes: np.ndarray  # (n, 4), xyxy
     scores: np.ndarray
@@ -105,7 +106,7 @@ class CocoAveragePrecision(Metric):
                 order matters where scores are equal only.
             targets: B dicts with ``boxes`` (m, 4) xyxy and ``labels`` (m,); if there are any also ``iscrowd`` (m,), 0
                 or 1; ``area`` (m,) in pixels squared, COCO's of the segmentation, else that of the box; ``image_id``,
-                a whole number.
+                a whole number or a text.
         """
         if len(detections) != len(targets):
             raise ValueError(f"{len(detections)} detections for {len(targets)} targets: expected a dict for each image")
@@ -248,13 +249,15 @@ def _on_cpu(images: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, np.ndar
     return arrays
 
 
-def _image_id(image: Mapping[str, Any], index: int) -> int | None:
+def _image_id(image: Mapping[str, Any], index: int) -> int | str | None:
     image_id = image.get("image_id")
-    if isinstance(image_id, Tensor) and image_id.numel() == 1:
+    if isinstance(image_id, Tensor | np.ndarray) and math.prod(image_id.shape) == 1:
         image_id = image_id.item()  # torchvision's references have a tensor of one
-    if image_id is not None and not isinstance(image_id, int | np.integer):
-        raise ValueError(f"targets[{index}]['image_id'] is {image_id!r}: expected a whole number")
-    return None if image_id is None else int(image_id)
+    if image_id is None or isinstance(image_id, str):
+        return image_id
+    if not isinstance(image_id, int | np.integer):
+        raise ValueError(f"targets[{index}]['image_id'] is {image_id!r}: expected a whole number or a text")
+    return int(image_id)
 
 
 def _joined(parts: list[_Images]) -> _Images:
@@ -265,8 +268,9 @@ def _joined(parts: list[_Images]) -> _Images:
 def _places(images: _Images) -> np.ndarray:
     """The place (images,) of each image in the order of ids, then those without; -1 if its id was there before."""
     ends = np.cumsum(images.there)
-    first: dict[tuple[bool, int], int] = {}
-    keys = [(id_ is None, position if id_ is None else id_) for position, id_ in enumerate(images.ids)]
+    first: dict[tuple[int, Any], int] = {}
+    # Numbers, then texts, in their order, then those without an id as they came.
+    keys = [(2, at) if id_ is None else (int(isinstance(id_, str)), id_) for at, id_ in enumerate(images.ids)]
     for position, key in enumerate(keys):
         earlier = first.setdefault(key, position)
         if earlier != position:

@@ -1,8 +1,9 @@
 """What a batch may look like: torchvision's ``(images, labels)`` or ``(images, targets)``, bare images, or a dict.
 
-Images are float tensors (B, C, H, W), or a list of B tensors (C, H, W); labels are int64 (B,), or for several labels an
-image (B, classes) of 0 and 1; targets are B dicts of ``boxes`` and ``labels``. Only shapes and types are looked at,
-never values, so that nothing waits for a device.
+Images are float tensors (B, C, H, W), or a list of B tensors (C, H, W); labels are integers (B,), or for several labels
+an image (B, classes) of 0 and 1; targets are B dicts of ``boxes`` and ``labels``. A named tuple is read as a dict if it
+names its images as one does, else as a tuple. Only shapes and types are looked at, never values, so that nothing waits
+for a device. Nothing here, and no step, writes into a batch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DistributedSampler
+
+from zoo import loaders
 
 IMAGE_KEYS = ("image", "images", "pixel_values")
 LABEL_KEYS = ("label", "labels")
@@ -24,7 +27,7 @@ def images(batch: Any) -> Tensor:
         ValueError: If there are none, if a list of them is not of one size, or if they are uint8: somebody has to turn
             them into normalised floats first.
     """
-    found = batch
+    found = batch = _by_name(batch)
     if isinstance(batch, Mapping):
         found = _first(batch, IMAGE_KEYS)
     elif isinstance(batch, list | tuple) and batch and not _is_list_of_images(batch):
@@ -48,26 +51,38 @@ def images(batch: Any) -> Tensor:
 
 
 def images_and_labels(batch: Any) -> tuple[Tensor, Tensor]:
-    """Images, float (B, C, H, W), and their labels.
+    """Images, float (B, C, H, W), and their labels: int64 (B,), or as they are if they have more dimensions.
 
     Raises:
-        ValueError: If the batch carries no labels.
+        ValueError: If the batch carries no labels, if they are not one for each image, or if they are numbers (B,) that
+            are no whole ones.
     """
-    found: Any = None
-    if isinstance(batch, Mapping):
-        found = _first(batch, LABEL_KEYS)
-    elif isinstance(batch, list | tuple) and len(batch) > 1:
-        found = batch[1]
+    found = _labels(batch)
     if not isinstance(found, Tensor):
-        raise ValueError(f"expected (images, labels), got {_describe(batch)}: this module learns from labels")
-    return images(batch), found if found.ndim > 1 else found.to(torch.int64)
+        if found is not None:
+            got = f"{_describe(found)} beside the images"
+        else:
+            got = f"the keys {sorted(map(str, batch))}" if isinstance(batch, Mapping) else _describe(batch)
+        raise ValueError(f"expected (images, labels), got {got}: this module learns from labels, a tensor of integers")
+    pixels = images(batch)
+    if found.shape[:1] != pixels.shape[:1]:
+        raise ValueError(f"labels are {tuple(found.shape)} for {len(pixels)} images: expected one for each")
+    if found.ndim > 1:
+        return pixels, found
+    if found.is_floating_point() or found.is_complex():
+        raise ValueError(f"labels are {found.dtype} {tuple(found.shape)}: expected classes, integers from 0")
+    return pixels, found.to(torch.int64)
 
 
 def has_labels(batch: Any) -> bool:
-    """Whether a batch carries labels beside its images."""
-    if isinstance(batch, Mapping):
-        return any(key in batch for key in LABEL_KEYS)
-    return isinstance(batch, list | tuple) and len(batch) > 1
+    """Whether a batch carries class labels beside its images: integers (B,). Whatever else it carries is none.
+
+    Negative ones, as of images whose class is not known, are integers like others: values are not looked at.
+    """
+    found = _labels(batch)
+    if not isinstance(found, Tensor) or found.ndim == 0 or found.is_floating_point() or found.is_complex():
+        return False
+    return found.shape == images(batch).shape[:1]
 
 
 def images_and_targets(batch: Any) -> tuple[Tensor, list[dict[str, Any]]]:
@@ -79,6 +94,7 @@ def images_and_targets(batch: Any) -> tuple[Tensor, list[dict[str, Any]]]:
     Raises:
         ValueError: If the batch carries no targets, or if they are not of this form.
     """
+    batch = _by_name(batch)
     if _dicts(batch) is None:
         got = f"the keys {sorted(map(str, batch))}" if isinstance(batch, Mapping) else _describe(batch)
         raise ValueError(f"expected (images, targets), a dict of boxes and labels for each image, got {got}")
@@ -106,13 +122,29 @@ def has_targets(batch: Any) -> bool:
 
 def _dicts(batch: Any) -> Sequence[Mapping[str, Any]] | None:
     """A batch's targets, if they are dicts."""
-    found: Any = None
+    batch, found = _by_name(batch), None
     if isinstance(batch, Mapping):
         found = next((batch[key] for key in TARGET_KEYS if key in batch), None)
     elif isinstance(batch, list | tuple) and len(batch) > 1:
         found = batch[1]
     is_dicts = isinstance(found, list | tuple) and bool(found) and all(isinstance(part, Mapping) for part in found)
     return found if is_dicts else None
+
+
+def _labels(batch: Any) -> Any:
+    """What a batch carries where labels are expected, whatever it is; None if there is nothing."""
+    batch = _by_name(batch)
+    if isinstance(batch, Mapping):
+        return next((batch[key] for key in LABEL_KEYS if key in batch), None)
+    is_pair = isinstance(batch, list | tuple) and len(batch) > 1 and not _is_list_of_images(batch)
+    return batch[1] if is_pair else None
+
+
+def _by_name(batch: Any) -> Any:
+    """A named tuple that names its images in a usual way as a dict, all else as it is."""
+    if isinstance(batch, tuple) and any(name in IMAGE_KEYS for name in getattr(batch, "_fields", ())):
+        return batch._asdict()  # type: ignore[attr-defined]
+    return batch
 
 
 def _is_list_of_images(value: Any) -> bool:
@@ -157,7 +189,7 @@ def _first(batch: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
     for key in keys:
         if key in batch:
             return batch[key]
-    raise ValueError(f"the batch has the keys {sorted(batch)}: expected one of {', '.join(keys)}")
+    raise ValueError(f"the batch has the keys {sorted(map(str, batch))}: expected one of {', '.join(keys)}")
 
 
 def _describe(value: Any) -> str:
@@ -190,12 +222,10 @@ def once(module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> An
     trainer = module._trainer
     if trainer is None:
         return batch
-    loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
-    loader = loaders[dataloader_idx] if isinstance(loaders, list | tuple) else loaders
+    loader = loaders.nth(trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders, dataloader_idx)
     if readable(loader, batch_idx) == []:
-        counts = trainer.num_test_batches if trainer.testing else trainer.num_val_batches
-        counts = trainer.num_sanity_val_batches if trainer.sanity_checking else counts
-        last = batch_idx + 1 == counts[dataloader_idx] and not any(readable(loader, i) for i in range(batch_idx))
+        count = loaders.counts(trainer)[dataloader_idx]
+        last = batch_idx + 1 == count and not any(readable(loader, i) for i in range(batch_idx))
         return batch if last else None
     if trainer.world_size == 1:
         return batch
@@ -210,8 +240,15 @@ def once(module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> An
         return batch
     if count <= 0:
         return None
+    batch = _by_name(batch)
     if isinstance(batch, Mapping):
-        return {key: part[:count] if isinstance(part, Tensor | list | tuple) else part for key, part in batch.items()}
+        return {key: _cut(part, count) for key, part in batch.items()}
     if isinstance(batch, list | tuple) and not _is_list_of_images(batch):
-        return [part[:count] if isinstance(part, Tensor | list | tuple) else part for part in batch]
-    return batch[:count]
+        return [_cut(part, count) for part in batch]
+    return _cut(batch, count)
+
+
+def _cut(part: Any, count: int) -> Any:
+    """The first of what a batch has for each of its samples; what it has for all of them as it is."""
+    has_rows = isinstance(part, list | tuple) or (isinstance(part, Tensor) and part.ndim > 0)
+    return part[:count] if has_rows else part

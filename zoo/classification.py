@@ -10,6 +10,9 @@ from timm.data import Mixup
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import (
+    BinaryAccuracy,
+    BinaryAveragePrecision,
+    BinaryF1Score,
     MulticlassAccuracy,
     MulticlassF1Score,
     MultilabelAccuracy,
@@ -18,9 +21,10 @@ from torchmetrics.classification import (
 )
 
 from zoo import batch as batches
-from zoo import norms, optim, pictures
+from zoo import loaders, norms, optim, pictures
 from zoo._lightning import LightningModule
 from zoo.checkpoints import SafeLoading
+from zoo.labels import LabelWatch, check_range, is_remote
 from zoo.log import StepLog
 from zoo.precision import MeanMetric, Metrics
 from zoo.seeding import differ_between_ranks
@@ -59,7 +63,9 @@ def classification_metrics(num_classes: int, multi_label: bool, prefix: str) -> 
     torchmetrics adds up their counts over ranks, so that they are exact under DDP. Average precision keeps all scores.
     """
     metrics: dict[str, Metric | MetricCollection]
-    if multi_label:
+    if multi_label and num_classes == 1:  # which torchmetrics' metrics of several labels refuse
+        metrics = {"acc": BinaryAccuracy(), "f1": BinaryF1Score(), "ap": BinaryAveragePrecision()}
+    elif multi_label:
         metrics = {
             "acc": MultilabelAccuracy(num_classes, average="micro"),
             "f1": MultilabelF1Score(num_classes, average="macro"),
@@ -77,18 +83,41 @@ def classification_metrics(num_classes: int, multi_label: bool, prefix: str) -> 
     return Metrics(metrics, prefix=prefix, compute_groups=False)
 
 
-def check_labels(labels: Tensor, num_classes: int, batch_idx: int) -> None:
-    """Raises ValueError for a label that the head has no output for, or of a shape that means something else.
+def check_labels(labels: Tensor, num_classes: int, batch_idx: int, multi_label: bool = False) -> None:
+    """Raises ValueError for labels that the head has no output for, or of a form that means something else.
 
     The values are read on the CPU, and on an accelerator in the first batch only: each look makes the host wait.
+
+    Args:
+        labels: Classes (B,), integers from 0; with ``multi_label`` (B, num_classes) of 0 and 1, of any dtype.
+        num_classes: Number of classes.
+        batch_idx: Of the batch that they are of. 0: look at the values, wherever they are.
+        multi_label: Several labels an image.
     """
-    if labels.ndim == 2 and labels.shape[1] != num_classes:
-        raise ValueError(f"labels are {tuple(labels.shape)} for {num_classes} classes: expected (B, {num_classes})")
-    if labels.ndim == 1 and (labels.device.type == "cpu" or batch_idx == 0) and labels.numel():
-        low, high = labels.min().item(), labels.max().item()
-        if low < 0 or high >= num_classes:
-            wrong = low if low < 0 else high
-            raise ValueError(f"label {wrong} is out of range: num_classes is {num_classes}, labels run from 0")
+    seen = f"labels are {tuple(labels.shape)} for {num_classes} classes"
+    look = labels.numel() and (batch_idx == 0 or not is_remote(labels))
+    if multi_label:
+        if labels.ndim != 2 or labels.shape[1] != num_classes:
+            raise ValueError(f"{seen}, of which an image has several: expected (B, {num_classes}) of 0 and 1")
+        if look and not ((labels == 0) | (labels == 1)).all():
+            low, high = labels.min().item(), labels.max().item()
+            raise ValueError(
+                f"labels run from {low:g} to {high:g}: with multi_label each is 0 or 1, and nothing between"
+            )
+        return
+    if labels.ndim != 1:
+        hint = ""
+        if labels.ndim == 2 and labels.shape[1] == 1:
+            hint = ", labels.squeeze(1)"
+        elif labels.ndim == 2 and labels.shape[1] == num_classes:
+            hint = (
+                ", labels.argmax(1) of one-hot ones (mixup and cutmix are the module's own, several labels multi_label)"
+            )
+        raise ValueError(f"{seen}, of which an image has one: expected (B,), integers from 0{hint}")
+    if labels.is_floating_point():
+        raise ValueError(f"{seen} and {labels.dtype}: expected integers from 0")
+    if look:
+        check_range(int(labels.min()), int(labels.max()), num_classes)
 
 
 def check_ranges(**options: tuple[Any, float, float | None]) -> None:
@@ -108,6 +137,8 @@ def check_ranges(**options: tuple[Any, float, float | None]) -> None:
 
 class Classifier(SafeLoading, Shardable, LightningModule):
     """The steps of an image classifier. It has no constructor: a technique builds ``backbone`` and ``head`` itself.
+
+    Several loaders of an evaluation are counted apart, as :mod:`zoo.loaders` says.
 
     A subclass sets, in its constructor: ``hparams`` with ``num_classes``, ``multi_label``, ``loss``,
     ``label_smoothing``, ``mixup``, ``cutmix``, ``optimizer``, ``lr``, ``weight_decay``, ``betas``, ``layer_decay``,
@@ -145,7 +176,7 @@ class Classifier(SafeLoading, Shardable, LightningModule):
             raise ValueError(
                 "loss 'bce' counts every class of a mixed image as present: it goes with label_smoothing 0"
             )
-        self.step_log = StepLog()
+        self.step_log, self.label_watch = StepLog(), LabelWatch()
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
         self.val_metrics = classification_metrics(hp.num_classes, hp.multi_label, "val/")
         self.test_metrics = classification_metrics(hp.num_classes, hp.multi_label, "test/")
@@ -203,43 +234,52 @@ class Classifier(SafeLoading, Shardable, LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         images, labels = batches.images_and_labels(batch)
-        check_labels(labels, self.hparams.num_classes, batch_idx)
+        check_labels(labels, self.hparams.num_classes, batch_idx, self.hparams.multi_label)
+        if not self.hparams.multi_label:
+            labels = self.label_watch(self, labels, self.hparams.num_classes)
         if self.mix is not None:
             if len(images) % 2:
-                raise ValueError(f"mixup pairs images: a batch of {len(images)} is odd, set an even batch_size")
-            images, labels = self.mix(images, labels)
+                raise ValueError(f"mixup pairs images: {_odd(self._trainer, len(images), batch_idx)}")
+            images, labels = self.mix(images.clone(), labels)  # timm mixes in place, and the batch is its owner's
         loss = classification_loss(self(images), labels, self.hparams.loss, self.hparams.label_smoothing)
-        self.step_log(self, {"train/loss": loss.detach()}, prog_bar=("train/loss",))
+        if self.step_log(self, {"train/loss": loss.detach()}, prog_bar=("train/loss",)):
+            self.label_watch.tell(self.hparams.num_classes)
         return loss
 
+    def on_train_end(self) -> None:
+        self.label_watch.tell(self.hparams.num_classes)
+
     def on_validation_epoch_start(self) -> None:
-        self.val_loss.reset()  # an interrupted epoch leaves counts behind
-        self.val_metrics.reset()
+        loaders.start(self, "val_loss", "val_metrics")
 
     def on_test_epoch_start(self) -> None:
-        self.test_loss.reset()
-        self.test_metrics.reset()
+        loaders.start(self, "test_loss", "test_metrics")
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self._evaluate(batch, batch_idx, "val", self.val_loss, self.val_metrics)
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._evaluate(batch, batch_idx, dataloader_idx, "val")
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        self._evaluate(batch, batch_idx, "test", self.test_loss, self.test_metrics)
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._evaluate(batch, batch_idx, dataloader_idx, "test")
 
-    def _evaluate(
-        self, batch: Any, batch_idx: int, stage: str, mean_loss: MeanMetric, metrics: MetricCollection
-    ) -> None:
-        if (batch := batches.once(self, batch, batch_idx)) is None:
+    def _evaluate(self, batch: Any, batch_idx: int, dataloader_idx: int, stage: str) -> None:
+        if (batch := batches.once(self, batch, batch_idx, dataloader_idx)) is None:
             return
         images, labels = batches.images_and_labels(batch)
-        check_labels(labels, self.hparams.num_classes, batch_idx)
+        check_labels(labels, self.hparams.num_classes, 0, self.hparams.multi_label)  # metrics look at all values, too
         logits = self(images).float()
+        mean_loss = loaders.metric(self, f"{stage}_loss", dataloader_idx)
+        metrics = loaders.metric(self, f"{stage}_metrics", dataloader_idx)
         mean_loss.update(classification_loss(logits, labels, self.hparams.loss), weight=len(images))
         metrics.update(logits, labels.int() if self.hparams.multi_label else labels)
-        self.log(f"{stage}/loss", mean_loss, on_step=False, on_epoch=True)
-        self.log_dict(metrics, on_step=False, on_epoch=True)
+        loaders.log(self, {f"{stage}/loss": mean_loss, **metrics})
 
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+    def on_validation_epoch_end(self) -> None:
+        loaders.finish(self)
+
+    def on_test_epoch_end(self) -> None:
+        loaders.finish(self)
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         return self.probabilities(batches.images(batch))
 
     def configure_optimizers(self) -> Any:
@@ -248,6 +288,14 @@ class Classifier(SafeLoading, Shardable, LightningModule):
             self, hp.optimizer, hp.lr, hp.weight_decay, layer_decay=hp.layer_decay, betas=hp.betas
         )
         return optim.lightning_schedule(self, optimizer, hp.warmup_epochs, hp.min_lr)
+
+
+def _odd(trainer: Any, count: int, batch_idx: int) -> str:
+    """What to do about a batch that cannot be cut into pairs."""
+    size = getattr(trainer.train_dataloader, "batch_size", None) if trainer is not None and trainer.training else None
+    if batch_idx and trainer is not None and trainer.is_last_batch and (size is None or size % 2 == 0):
+        return f"the last batch of the epoch has {count}, an odd number, set drop_last to true for the training data"
+    return f"a batch of {count} is odd, set an even batch_size"
 
 
 def _class_name(classes: Sequence[str] | None, index: int) -> str:

@@ -39,26 +39,36 @@ class LeaveOneOutKNN(FullPrecision, Metric):
         self.neighbors, self.temperature, self.chunk = neighbors, temperature, chunk
         self.add_state("features", [], dist_reduce_fx="cat")
         self.add_state("labels", [], dist_reduce_fx="cat")
+        self.has_classes = False
+        """Whether two images of what was last computed have one label. Labels that tell all apart are no classes."""
 
     def update(self, features: Tensor, labels: Tensor) -> None:
-        """Takes features (B, D) and integer labels (B,)."""
+        """Takes features (B, D) and integer labels (B,); negative ones stand for images whose class is not known."""
         self.features.append(F.normalize(features.detach().float()))
-        self.labels.append(labels)
+        self.labels.append(labels.to(torch.int64))
 
     def compute(self) -> Tensor:
-        """The share of images whose neighbours' vote is right; nan for fewer than two images."""
+        """The share of images whose neighbours' vote is right; nan for fewer than two images.
+
+        Images whose class is not known neither count nor vote. Labels may be any numbers: nothing is as large as they
+        are. Of classes with equal votes the one of the nearest neighbour wins.
+        """
         features, labels = dim_zero_cat(self.features), dim_zero_cat(self.labels)
+        known = labels >= 0
+        if not known.all():
+            features, labels = features[known], labels[known]
         count = len(labels)
+        self.has_classes = len(labels.unique()) < count
         if count < 2:
             return features.new_tensor(torch.nan)
-        classes = int(labels.max()) + 1
         right = torch.zeros((), dtype=torch.int64, device=features.device)
         for start in range(0, count, self.chunk):
             rows = torch.arange(start, min(start + self.chunk, count), device=features.device)
             similarity = features[rows] @ features.T
             similarity[rows - start, rows] = -torch.inf
             nearest, indices = similarity.topk(min(self.neighbors, count - 1))
-            votes = features.new_zeros(len(rows), classes)
-            votes.scatter_add_(1, labels[indices], ((nearest - nearest[:, :1]) / self.temperature).exp())
-            right += (votes.argmax(1) == labels[rows]).sum()
+            weights, voted = ((nearest - nearest[:, :1]) / self.temperature).exp(), labels[indices]
+            # Each neighbour gets the weights of all that agree with it.
+            votes = (weights[:, None, :] * (voted[:, :, None] == voted[:, None, :])).sum(2)
+            right += (voted.gather(1, votes.argmax(1, keepdim=True))[:, 0] == labels[rows]).sum()
         return right.to(features.dtype) / count

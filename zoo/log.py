@@ -34,7 +34,7 @@ class StepLog:
 
     def __call__(
         self, module: LightningModule, values: Mapping[str, Tensor | float], prog_bar: Sequence[str] = ()
-    ) -> None:
+    ) -> bool:
         """Takes note of a step's values; to be called in ``training_step``. Does nothing where no Trainer is training.
 
         Args:
@@ -42,12 +42,15 @@ class StepLog:
             values: Scalars by name; those that are reported together in one step are reported together in all steps.
             prog_bar: Names of those that the progress bar shows.
 
+        Returns:
+            Whether values were handed on, for which the host has waited for the device.
+
         Raises:
             ValueError: For a value that is not a scalar.
         """
         trainer: Any = module._trainer  # the property raises where there is none
         if trainer is None or not trainer.training or not trainer.log_every_n_steps:
-            return
+            return False
         for name, value in values.items():
             if isinstance(value, Tensor) and value.ndim:
                 raise ValueError(f"only scalars can be logged, but {name} has the shape {tuple(value.shape)}")
@@ -64,7 +67,7 @@ class StepLog:
         self._sums[names] = (window, total, count)
         window_ends, epoch_ends = (step + 1) % every == 0, trainer.is_last_batch
         if not (window_ends or epoch_ends):
-            return
+            return False
         # One reduction for all values, also because ranks that act on a value have to agree on it.
         means = trainer.strategy.reduce(total / count, reduce_op="mean").cpu()
         found = dict(zip(names, means.tolist(), strict=True))
@@ -75,6 +78,7 @@ class StepLog:
             trainer.logged_metrics.update(zip(names, means.unbind(), strict=True))
             for logger in trainer.loggers:
                 logger.log_metrics(found | {"epoch": trainer.current_epoch}, step)
+        return True
 
     def state_dict(self) -> list[dict[str, Any]]:
         """The sums of this process, as plain data."""

@@ -1,6 +1,7 @@
 """Pictures of what a module sees and does, in the run's directory and in TensorBoard."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,12 +87,13 @@ class SavePictures(Callback):
 
 def _first(batch: Any, count: int) -> Any:
     """The first samples of a batch of any usual form."""
-    if isinstance(batch, dict):
+    if isinstance(batch, Mapping):
         return {key: _first(value, count) for key, value in batch.items()}
     if isinstance(batch, tuple | list) and _is_by_sample(batch):
         return batch[:count]
     if isinstance(batch, tuple | list):
-        return type(batch)(_first(part, count) for part in batch)
+        parts = [_first(part, count) for part in batch]
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)  # a named tuple takes each
     return batch[:count] if isinstance(batch, Tensor) and batch.ndim else batch
 
 

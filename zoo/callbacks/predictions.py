@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
+from zoo import loaders
 from zoo._lightning import Callback
 from zoo.callbacks.run_directory import run_directory
 
@@ -87,8 +88,7 @@ class WritePredictions(Callback):
         self, trainer: Any, batch_idx: int, dataloader_idx: int, count: int
     ) -> list[tuple[int, str | None, bool]]:
         """(index, name, whether it could be read) of a batch's samples; no name where one only fills a rank up."""
-        loaders = trainer.predict_dataloaders
-        loader = loaders[dataloader_idx] if isinstance(loaders, list | tuple) else loaders
+        loader = loaders.nth(trainer.predict_dataloaders, dataloader_idx)
         sampler: Any
         dataset: Any
         sampler, dataset = getattr(loader, "sampler", None), getattr(loader, "dataset", None)

@@ -8,6 +8,7 @@ RetinaNet (Lin et al. 2017): matches of low quality and L1 in place of smooth L1
 ``freeze_norm``.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from zoo import batch as batches
-from zoo import norms, optim, pictures
+from zoo import loaders, norms, optim, pictures
 from zoo._lightning import LightningModule, rank_zero_info
 from zoo.average_precision import CocoAveragePrecision
 from zoo.backbones import name_of, recompute_activations
@@ -36,6 +37,7 @@ from zoo.detection.pyramid import (
     create_pyramid_backbone,
     freeze_stages,
 )
+from zoo.labels import LabelWatch, is_remote
 from zoo.log import StepLog
 from zoo.seeding import differ_between_ranks
 from zoo.sharding import Shardable
@@ -82,7 +84,7 @@ class FPNDetector(SafeLoading, Shardable, LightningModule):
     One pass in validation gives both, ``val/loss`` with its parts ``val/loss_class``, ``val/loss_box``,
     ``val/loss_centerness``, and ``val/ap``, ``val/ap50``, ``val/ap75`` and those by size, as COCO scores
     (:class:`zoo.average_precision.CocoAveragePrecision`). The same for ``test``, and there ``test/ar100`` and so on,
-    and ``test/ap_by_class/NAME``; ``train/loss`` and its parts.
+    and ``test/ap_by_class/NAME``; ``train/loss`` and its parts. Several loaders are counted apart: :mod:`zoo.loaders`.
 
     Args:
         backbone: A timm network by name, with maps at the levels' strides, or a plain ViT, which gets a simple feature
@@ -257,7 +259,7 @@ class FPNDetector(SafeLoading, Shardable, LightningModule):
         if grad_checkpointing:
             recompute_activations(self.backbone)
         self._cells: dict[tuple[Any, ...], Cells] = {}
-        self.step_log = StepLog()
+        self.step_log, self.label_watch = StepLog(), LabelWatch()
         self.val_losses, self.test_losses = TotalLosses(), TotalLosses()
         if weights is not None:
             rank_zero_info(str(load_weights(self, weights)))
@@ -314,6 +316,7 @@ class FPNDetector(SafeLoading, Shardable, LightningModule):
         """The arguments of the loss, and in how many parts its batch is matched."""
         outputs = (maps.logits, maps.boxes, maps.centerness)
         cells, padded = self.cells(maps), pad_targets(targets, maps.logits.device)
+        padded = padded._replace(labels=self.label_watch(self, padded.labels, self.hparams.num_classes))
         if _COMPILED[0] in self.__dict__:
             mark_sizes(outputs, cells, padded)
         return outputs, cells, padded, parts_of_a_batch(cells, padded)
@@ -429,28 +432,32 @@ class FPNDetector(SafeLoading, Shardable, LightningModule):
         values = {"train/loss": loss, "train/loss_class": losses["classification"], "train/loss_box": losses["box"]}
         if "centerness" in losses:
             values["train/loss_centerness"] = losses["centerness"]
-        self.step_log(self, {name: value.detach() for name, value in values.items()}, prog_bar=("train/loss",))
+        if self.step_log(self, {name: value.detach() for name, value in values.items()}, prog_bar=("train/loss",)):
+            self.label_watch.tell(self.hparams.num_classes)
         return loss
 
+    def on_train_end(self) -> None:
+        self.label_watch.tell(self.hparams.num_classes)
+
     def on_validation_epoch_start(self) -> None:
-        self.val_losses.reset()  # an interrupted epoch leaves counts behind
-        self.val_ap = self._new_metric()
+        loaders.start(self, "val_losses")
+        loaders.start(self, "val_ap", new=self._new_metric)
 
     def on_test_epoch_start(self) -> None:
-        self.test_losses.reset()
-        self.test_ap = self._new_metric()
+        loaders.start(self, "test_losses")
+        loaders.start(self, "test_ap", new=self._new_metric)
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self._evaluate(batch, batch_idx, self.val_losses, self.val_ap)
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._evaluate(batch, batch_idx, dataloader_idx, "val")
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        self._evaluate(batch, batch_idx, self.test_losses, self.test_ap)
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._evaluate(batch, batch_idx, dataloader_idx, "test")
 
     def on_validation_epoch_end(self) -> None:
-        self._report("val", self.val_losses, self.val_ap)
+        self._report("val")
 
     def on_test_epoch_end(self) -> None:
-        self._report("test", self.test_losses, self.test_ap)
+        self._report("test")
 
     def _new_metric(self) -> CocoAveragePrecision:
         """What counts an evaluation's detections, by the sizes and classes that the data names."""
@@ -459,50 +466,58 @@ class FPNDetector(SafeLoading, Shardable, LightningModule):
         metric = CocoAveragePrecision(getattr(data, "size_ranges", None), getattr(data, "classes", None), counted)
         return metric.to(self.device)  # where Lightning gathers what is logged
 
-    def _evaluate(self, batch: Any, batch_idx: int, losses: TotalLosses, ap: CocoAveragePrecision) -> None:
-        if (batch := batches.once(self, batch, batch_idx)) is None:
+    def _evaluate(self, batch: Any, batch_idx: int, dataloader_idx: int, stage: str) -> None:
+        if (batch := batches.once(self, batch, batch_idx, dataloader_idx)) is None:
             return
-        images, targets = self._checked(batch, batch_idx)
+        images, targets = self._checked(batch, 0)  # the metric looks at all values, too
         _, sizes, originals = _images_and_sizes(batch)
         maps = self(images)
-        losses.update(self.loss_sums(maps, targets))
+        loaders.metric(self, f"{stage}_losses", dataloader_idx).update(self.loss_sums(maps, targets))
         true = [
             {**target, "boxes": to_original(target["boxes"].float(), size, original)}
             for target, size, original in zip(targets, sizes, originals, strict=True)
         ]
+        ap = loaders.metric(self, f"{stage}_ap", dataloader_idx)
         ap.update(self.detect(maps, sizes, originals), true)
 
-    def _report(self, stage: str, losses: TotalLosses, ap: CocoAveragePrecision) -> None:
+    def _report(self, stage: str) -> None:
+        """Logs what was counted of each loader."""
+        for index in loaders.numbers(self._trainer):
+            losses, ap = (loaders.metric(self, f"{stage}_{name}", index) for name in ("losses", "ap"))
+            loaders.report(self, self._scores(stage, losses, ap), index)
+        loaders.finish(self)
+
+    def _scores(self, stage: str, losses: TotalLosses, ap: CocoAveragePrecision) -> dict[str, Tensor | float]:
+        """Losses and average precision by the names they are logged by."""
         parts = losses.compute().mean(self.hparams.head)
         found: dict[str, Any] = {"loss": torch.stack(list(parts.values())).sum(), "loss_class": parts["classification"]}
         found |= {f"loss_{name}": parts[name] for name in ("box", "centerness") if name in parts}
         found |= {name: value for name, value in ap.compute().items() if stage == "test" or not name.startswith("ar")}
         if stage == "test":
             found |= {f"ap_by_class/{name}": value for name, value in ap.per_class().items()}
-        self.log_dict({f"{stage}/{name}": value for name, value in found.items()}, sync_dist=True)
+        return {f"{stage}/{name}": value for name, value in found.items()}
 
     def _checked(self, batch: Any, batch_idx: int) -> tuple[Tensor, list[dict[str, Any]]]:
-        """Images and targets; labels are looked at on the CPU, on an accelerator in the first batch only."""
+        """Images and targets; labels are looked at on the CPU, on an accelerator in a batch of the number 0 only."""
         images, targets = batches.images_and_targets(batch)
         classes = self.hparams.num_classes
         for i, target in enumerate(targets):
             labels = target["labels"]
-            if len(labels) and (labels.device.type == "cpu" or batch_idx == 0):
+            if len(labels) and (batch_idx == 0 or not is_remote(labels)):
                 low, high = labels.min().item(), labels.max().item()
                 if low < 0 or high >= classes:
                     raise ValueError(
-                        f"label {low if low < 0 else high} of sample {target.get('image_id', i)} is out of range: "
-                        f"num_classes is {classes}, labels run from 0"
+                        f"label {low if low < 0 else high} of sample {_own_id(target, i)} is out of range: num_classes "
+                        f"is {classes}, labels run from 0"
                     )
         return images, targets
 
-    def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         images, sizes, originals = _images_and_sizes(batch)
         found: list[dict[str, Any]] = list(self.detect(images, sizes, originals))
         for detection, about in zip(found, batches.about_images(batch), strict=True):
-            if about.get("image_id") is not None:  # a number, or a text
-                image_id = about["image_id"]
-                detection["image_id"] = image_id.item() if hasattr(image_id, "item") else image_id
+            if (image_id := _own_id(about)) is not None:  # a number, or a text
+                detection["image_id"] = image_id
         return found
 
     def configure_optimizers(self) -> Any:
@@ -520,6 +535,14 @@ def _images_and_sizes(batch: Any) -> tuple[Tensor, list[tuple[int, int]], list[t
     whole = (images.shape[2], images.shape[3])
     sizes = [_pair(each.get("size", whole)) for each in about]
     return images, sizes, [_pair(each.get("orig_size", size)) for each, size in zip(about, sizes, strict=True)]
+
+
+def _own_id(about: Mapping[str, Any], otherwise: int | None = None) -> Any:
+    """An image's ``image_id``, out of a tensor or an array of one; its number where it has none."""
+    image_id = about.get("image_id")
+    if image_id is None:
+        return otherwise
+    return image_id.item() if hasattr(image_id, "item") and math.prod(image_id.shape) == 1 else image_id
 
 
 def _pair(size: Any) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from torchmetrics import Metric
 from torchvision.utils import make_grid
 
 from zoo import batch as batches
-from zoo import optim, pictures
+from zoo import loaders, optim, pictures
 from zoo._lightning import LightningModule, rank_zero_info
 from zoo.checkpoints import SafeLoading
 from zoo.gumbel_vae import likelihoods
@@ -326,35 +326,38 @@ class VAE(SafeLoading, Shardable, LightningModule):
         return nn.ModuleDict(means | self.latent_metrics())
 
     def on_validation_epoch_start(self) -> None:
-        for metric in self.val_metrics.values():  # an interrupted epoch leaves counts behind
-            metric.reset()
+        loaders.start(self, "val_metrics")
 
     def on_test_epoch_start(self) -> None:
-        for metric in self.test_metrics.values():
-            metric.reset()
+        loaders.start(self, "test_metrics")
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        if (batch := batches.once(self, batch, batch_idx)) is None:
-            return
-        self._evaluate(batches.images(batch), "val", self.val_metrics)
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._evaluate(batch, batch_idx, dataloader_idx, "val")
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        if (batch := batches.once(self, batch, batch_idx)) is None:
-            return
-        images = batches.images(batch)
-        self._evaluate(images, "test", self.test_metrics)
-        if self.hparams.iw_samples is not None:
-            self.test_metrics["log_likelihood"].update(self.log_likelihood(images, self.hparams.iw_samples))
-            self.log("test/log_likelihood", self.test_metrics["log_likelihood"], on_step=False, on_epoch=True)
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._evaluate(batch, batch_idx, dataloader_idx, "test")
 
     @torch.no_grad()
-    def _evaluate(self, images: Tensor, stage: str, metrics: Any) -> None:
+    def _evaluate(self, batch: Any, batch_idx: int, dataloader_idx: int, stage: str) -> None:
+        if (batch := batches.once(self, batch, batch_idx, dataloader_idx)) is None:
+            return
+        images = batches.images(batch)
         posterior = self._posterior(images)
         elbo = self._elbo(images, posterior, self.hparams.elbo_samples)
         found = {"elbo": elbo, "loss": -elbo, "kl": self.kl(posterior), "bits_per_dim": self.bits_per_dim(elbo)}
-        for name, value in (found | self.latent_statistics(posterior)).items():
+        found |= self.latent_statistics(posterior)
+        if stage == "test" and self.hparams.iw_samples is not None:
+            found["log_likelihood"] = self.log_likelihood(images, self.hparams.iw_samples)
+        metrics = loaders.metric(self, f"{stage}_metrics", dataloader_idx)
+        for name, value in found.items():
             metrics[name].update(value)
-            self.log(f"{stage}/{name}", metrics[name], on_step=False, on_epoch=True)
+        loaders.log(self, {f"{stage}/{name}": metrics[name] for name in found})
+
+    def on_validation_epoch_end(self) -> None:
+        loaders.finish(self)
+
+    def on_test_epoch_end(self) -> None:
+        loaders.finish(self)
 
     @torch.no_grad()
     def pictures(self, batch: Any) -> dict[str, Tensor]:

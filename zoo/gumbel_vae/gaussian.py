@@ -131,7 +131,7 @@ class GaussianVAE(VAE):
         return {"active_latents": posterior[..., 0]}
 
     @torch.no_grad()
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         return self.codes(self._posterior(batches.images(batch)))[..., 0]
 
     def prediction_rows(self, outputs: Tensor) -> list[dict[str, Any]]:

@@ -271,7 +271,7 @@ class GumbelVAE(VAE):
     def latent_statistics(self, posterior: Tensor) -> dict[str, Tensor]:
         return {"active_latents": posterior, "perplexity": posterior.argmax(-1)}
 
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         return self.tokens(batches.images(batch))
 
     def prediction_rows(self, outputs: Tensor) -> list[dict[str, Any]]:

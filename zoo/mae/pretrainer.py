@@ -7,7 +7,7 @@ from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from zoo import batch as batches
-from zoo import optim, pictures
+from zoo import loaders, optim, pictures
 from zoo._lightning import LightningModule, rank_zero_info
 from zoo.backbones import name_of
 from zoo.checkpoints import SafeLoading
@@ -69,10 +69,11 @@ class Reconstruction(NamedTuple):
 class MAEPretrainer(SafeLoading, Shardable, LightningModule):
     """Masked autoencoder.
 
-    Batch: images (B, C, H, W) in any form that :mod:`zoo.batch` reads; labels are not learned from. Logs
+    Batch: images (B, C, H, W) in any form that :mod:`zoo.batch` reads; what lies beside them is not learned from. Logs
     ``train/loss``; ``val/loss`` over removed and ``val/loss_visible`` over visible patches, each image with the same
-    mask in every epoch; where validation data has labels, ``val/acc_knn``, the leave-one-out accuracy of 20 nearest
-    neighbours by their features. The same for ``test``. Predicts pooled features (B, D).
+    mask in every epoch; where validation data has classes, ``val/acc_knn``, the leave-one-out accuracy of 20 nearest
+    neighbours by their features. Classes are integers (B,), negative ones not known, that not all differ. The same for
+    ``test``; several loaders are counted apart, as :mod:`zoo.loaders` says. Predicts pooled features (B, D).
 
     ``ViTClassifier(weights=...)`` starts from a checkpoint of this; ``zoo.weights.save(model.backbone, FILE)`` writes
     the encoder alone, by timm's names.
@@ -316,37 +317,48 @@ class MAEPretrainer(SafeLoading, Shardable, LightningModule):
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        for metric in self.val_metrics.values():  # an interrupted epoch leaves counts behind
-            metric.reset()
+        loaders.start(self, "val_metrics")
 
     def on_test_epoch_start(self) -> None:
-        for metric in self.test_metrics.values():
-            metric.reset()
+        loaders.start(self, "test_metrics")
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self._evaluate(batch, batch_idx, "val", self.val_metrics)
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._evaluate(batch, batch_idx, dataloader_idx, "val")
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        self._evaluate(batch, batch_idx, "test", self.test_metrics)
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._evaluate(batch, batch_idx, dataloader_idx, "test")
 
-    def _evaluate(self, batch: Any, batch_idx: int, stage: str, metrics: Any) -> None:
-        if (batch := batches.once(self, batch, batch_idx)) is None:
+    def on_validation_epoch_end(self) -> None:
+        self._report("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._report("test")
+
+    def _evaluate(self, batch: Any, batch_idx: int, dataloader_idx: int, stage: str) -> None:
+        if (batch := batches.once(self, batch, batch_idx, dataloader_idx)) is None:
             return
         images = batches.images(batch)
         _, prediction, mask = self(images, self._fixed_noise(images, batch_idx))
         errors = self._errors(prediction, patchify(images, self.patch_size))
+        metrics = loaders.metric(self, f"{stage}_metrics", dataloader_idx)
         metrics["loss"].update(errors, mask)
         metrics["loss_visible"].update(errors, 1 - mask)
-        known = ["loss", "loss_visible"]
         if batches.has_labels(batch):
-            labels = batches.images_and_labels(batch)[1]
-            if labels.ndim == 1:
-                metrics["acc_knn"].update(self.features(images), labels)
-                known += ["acc_knn"]
-        for name in known:
-            self.log(f"{stage}/{name}", metrics[name], on_step=False, on_epoch=True)
+            metrics["acc_knn"].update(self.features(images), batches.images_and_labels(batch)[1])
+        loaders.log(self, {f"{stage}/{name}": metrics[name] for name in ("loss", "loss_visible")})
 
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+    def _report(self, stage: str) -> None:
+        """Logs how far the features tell classes apart, of each loader that has classes."""
+        for index in loaders.numbers(self._trainer):
+            metric = loaders.metric(self, f"{stage}_metrics", index)["acc_knn"]
+            if metric.update_called:
+                accuracy = metric.compute()
+                if metric.has_classes:
+                    loaders.report(self, {f"{stage}/acc_knn": accuracy}, index)
+                metric.reset()  # it holds the features of all images
+        loaders.finish(self)
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         return self.features(batches.images(batch))
 
     def prediction_rows(self, outputs: Tensor) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ from zoo import batch as batches
 from zoo import norms, optim, pictures
 from zoo._lightning import LightningModule
 from zoo.checkpoints import SafeLoading
+from zoo.classes import NamedClasses, names_of
 from zoo.log import StepLog
 from zoo.precision import MeanMetric, Metrics
 from zoo.seeding import differ_between_ranks
@@ -106,7 +107,7 @@ def check_ranges(**options: tuple[Any, float, float | None]) -> None:
             raise ValueError(f"{name} is {value}: expected {expected}")
 
 
-class Classifier(SafeLoading, Shardable, LightningModule):
+class Classifier(SafeLoading, Shardable, NamedClasses, LightningModule):
     """The steps of an image classifier. It has no constructor: a technique builds ``backbone`` and ``head`` itself.
 
     A subclass sets, in its constructor: ``hparams`` with ``num_classes``, ``multi_label``, ``loss``,
@@ -172,7 +173,7 @@ class Classifier(SafeLoading, Shardable, LightningModule):
     def pictures(self, batch: Any) -> dict[str, Tensor]:
         """Images (B, 3, h, w) in [0, 1] with the predicted class below them: green if right, red if wrong."""
         images = batches.images(batch)
-        classes = getattr(getattr(self._trainer, "datamodule", None), "classes", None)
+        classes = self.classes or names_of(getattr(self._trainer, "datamodule", None))
         probability, predicted = self.probabilities(images).max(1)
         captions = [
             f"{_class_name(classes, index)} {100 * value:.0f}%"
@@ -180,7 +181,7 @@ class Classifier(SafeLoading, Shardable, LightningModule):
         ]
         right: Sequence[bool | None] = [None] * len(images)
         if batches.has_labels(batch) and not self.hparams.multi_label:
-            labels = batches.images_and_labels(batch)[1]
+            labels = self.own_labels(batches.images_and_labels(batch)[1])
             right = (predicted == labels).tolist()
             captions = [
                 text if is_right else f"{text}, is {_class_name(classes, label)}"
@@ -199,11 +200,11 @@ class Classifier(SafeLoading, Shardable, LightningModule):
             norms.restore_activations(module)
 
     def on_fit_start(self) -> None:
+        super().on_fit_start()
         differ_between_ranks(self)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        images, labels = batches.images_and_labels(batch)
-        check_labels(labels, self.hparams.num_classes, batch_idx)
+        images, labels = self._images_and_labels(batch, batch_idx)
         if self.mix is not None:
             if len(images) % 2:
                 raise ValueError(f"mixup pairs images: a batch of {len(images)} is odd, set an even batch_size")
@@ -231,13 +232,17 @@ class Classifier(SafeLoading, Shardable, LightningModule):
     ) -> None:
         if (batch := batches.once(self, batch, batch_idx)) is None:
             return
-        images, labels = batches.images_and_labels(batch)
-        check_labels(labels, self.hparams.num_classes, batch_idx)
+        images, labels = self._images_and_labels(batch, batch_idx)
         logits = self(images).float()
         mean_loss.update(classification_loss(logits, labels, self.hparams.loss), weight=len(images))
         metrics.update(logits, labels.int() if self.hparams.multi_label else labels)
         self.log(f"{stage}/loss", mean_loss, on_step=False, on_epoch=True)
         self.log_dict(metrics, on_step=False, on_epoch=True)
+
+    def _images_and_labels(self, batch: Any, batch_idx: int) -> tuple[Tensor, Tensor]:
+        images, labels = batches.images_and_labels(batch)
+        check_labels(labels, self.num_labels, batch_idx)
+        return images, self.own_labels(labels)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         return self.probabilities(batches.images(batch))
@@ -251,4 +256,4 @@ class Classifier(SafeLoading, Shardable, LightningModule):
 
 
 def _class_name(classes: Sequence[str] | None, index: int) -> str:
-    return str(index) if classes is None else classes[index]
+    return str(index) if classes is None or index >= len(classes) else classes[index]

@@ -22,12 +22,15 @@ from zoo import (
     MAEPretrainer,
     ViTClassifier,
     classes,
+    outputs,
     weights,
 )
 from zoo._lightning import LightningDataModule, LightningModule, Trainer
 from zoo.callbacks import WriteDetections, WritePredictions
 from zoo.checkpoints import classes_of
+from zoo.cli import main
 from zoo.guards import guard
+from zoo.mistakes import Mistake
 
 CLASSES = ["abricot", "blé", "citron", "daim"]
 NFD = unicodedata.normalize("NFD", "blé")
@@ -177,6 +180,83 @@ def test_a_folder_with_an_unknown_class_is_refused_and_predicted(classifier, tmp
         assert [row["class"] for row in csv.DictReader(file)] == [name for each in CLASSES for name in said[each]]
 
 
+# The command line.
+
+
+def of_folder(root: Path, **more: str) -> list[str]:
+    model = ["--model", "ViTClassifier", *(f"--model.{name}={value}" for name, value in VIT.items())]
+    data = ["--data", "ImageFolderDataModule", f"--data.root={root}"]
+    data += [f"--data.{name}={'null' if value is None else value}" for name, value in PLAIN.items()]
+    quiet = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.num_sanity_val_steps=0"]
+    return [*model, *data, *quiet, "--trainer.enable_model_summary=false", *(f"--{k}={v}" for k, v in more.items())]
+
+
+def test_the_command_counts_by_the_checkpoint(classifier, tmp_path, capsys):
+    checkpoint, whole = classifier
+    known = splits(tmp_path / "known", KNOWN["without the first"])
+    said = rows(checkpoint, whole)
+    expected = np.mean([answer == name for name in CLASSES[1:] for answer in said[name]])
+    assert main(["test", *of_folder(known), "--model.num_classes=4", f"--ckpt_path={checkpoint}"]) == 0
+    assert float(re.search(r"test/acc\D+([\d.]+)", capsys.readouterr().out)[1]) == pytest.approx(expected)
+    assert main(["fit", *of_folder(known), f"--ckpt_path={checkpoint}", "--model.lr=0", "--trainer.max_epochs=7"]) == 0
+    run = Path(capsys.readouterr().out.strip().rpartition("run ")[2])
+    assert json.loads((run / "metrics.json").read_text())["test/acc"] == pytest.approx(expected)
+    assert "num_classes: 4" in (run / "config.yaml").read_text(encoding="utf-8")
+    # By the word last as well, though the count of the data differs.
+    assert main(["validate", *of_folder(known), "--ckpt_path=last"]) == 0
+    assert float(re.search(r"val/acc\D+([\d.]+)", capsys.readouterr().out)[1]) == pytest.approx(expected)
+    assert main(["test", *of_folder(known), "--model.num_classes=3", f"--ckpt_path={checkpoint}"]) == 2
+    assert f"num_classes is 3 for the model, but {checkpoint} is of 4 classes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["validate", "test", "fit"])
+def test_the_command_names_what_the_model_does_not_know(classifier, tmp_path, capsys, command):
+    checkpoint, _ = classifier
+    unknown = splits(tmp_path / "unknown", UNKNOWN["one more"][0])
+    assert main([command, *of_folder(unknown), f"--ckpt_path={checkpoint}"]) == 1
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert told.startswith("zoo: error: the data has classes that the model does not know: zèbre; it knows abricot, ")
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_prediction_away_from_the_data_has_the_checkpoints_classes(classifier, tmp_path, capsys):
+    checkpoint, whole = classifier
+    said = rows(checkpoint, whole)
+    expected = [answer for name in CLASSES for answer in said[name]]
+    for start in (f"--ckpt_path={checkpoint}", f"--model.weights={checkpoint}"):
+        away = of_folder(Path("nowhere"), **{"data.predict_root": str(whole / "test")})
+        assert main(["predict", *away, start]) == 0
+        path = Path(capsys.readouterr().out.strip().rpartition("predictions ")[2])
+        with path.open(encoding="utf-8", newline="") as file:
+            assert [row["class"] for row in csv.DictReader(file)] == expected
+
+
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_nothing_is_evaluated_that_was_not_trained(classifier, tmp_path, capsys, command):
+    checkpoint, whole = classifier
+    content = torch.load(checkpoint, weights_only=True)
+    encoder = {name: tensor for name, tensor in content["state_dict"].items() if name.startswith("backbone.")}
+    torch.save(encoder, tmp_path / "encoder.pth")
+    torch.save(content["state_dict"], tmp_path / "whole.pth")
+    options = of_folder(whole)
+    assert main([command, *options, f"--model.weights={tmp_path / 'encoder.pth'}"]) == 2
+    told = capsys.readouterr().err
+    assert f"{command} needs trained weights" in told
+    assert "leaves 2 tensors of ViTClassifier as they were drawn at random (head.weight, head.bias)" in told
+    nulls = [["--model.weights=null"], ["--model.weights", "null"]] if command == "test" else []
+    for missing in ([], *nulls):
+        assert main([command, *options, *missing]) == 2
+        assert f"{command} needs trained weights: --ckpt_path FILE" in capsys.readouterr().err
+    if command == "predict":
+        return
+    # Weights of four outputs for data of three classes, and no names: their head does not fit.
+    known = splits(tmp_path / "known", KNOWN["without the first"])
+    assert main([command, *of_folder(known), f"--model.weights={tmp_path / 'whole.pth'}"]) == 2
+    assert "at random (head.weight, head.bias)" in capsys.readouterr().err
+    assert not Path("lightning_logs").exists()
+    assert not Path("runs").exists()
+
+
 def small(kind: type[LightningModule], source: str | None = None) -> LightningModule:
     grey = {"image_size": 8, "in_channels": 1, "weights": source}
     if kind is MAEPretrainer:
@@ -201,6 +281,24 @@ def test_the_checkpoint_of_every_technique_leaves_nothing_untrained(tmp_path, ki
         copy = small(kind, str(tmp_path / "own.ckpt"))
     assert [(where is copy, report.fresh) for where, report in loads] == [(True, ())]
     assert getattr(copy, "classes", "none") == (["a", "b", "c"] if hasattr(module, "classes") else "none")
+
+
+@pytest.mark.parametrize("kind", [MAEPretrainer, GumbelVAE, GaussianVAE])
+def test_an_encoder_alone_predicts_where_no_decoder_is_needed(tmp_path, kind):
+    encoder = {name: tensor for name, tensor in small(kind).state_dict().items() if name.startswith("backbone.")}
+    torch.save(encoder, tmp_path / "encoder.pth")
+    with weights.reported() as loads:
+        module = small(kind, str(tmp_path / "encoder.pth"))
+    reports = [report for _, report in loads]
+    outputs.check_trained(module, reports, "predict")
+    for command in ("validate", "test"):
+        with pytest.raises(
+            Mistake, match=f"{command} needs trained weights, .* tensors of {kind.__name__} as they were"
+        ):
+            outputs.check_trained(module, reports, command)
+    outputs.check_trained(module, [], "test")  # loaded in another way, of which nothing is known
+    rest = weights.Report("rest", 1, 1, fresh=tuple(encoder))  # the other part, from another file
+    outputs.check_trained(module, [*reports, rest], "test")
 
 
 # Data modules of other people.
@@ -320,6 +418,20 @@ def test_a_checkpoint_of_a_release_before_takes_the_names_of_its_data(classifier
     said = rows(checkpoint, whole)["citron"]
     assert accuracy["old"] == pytest.approx(np.mean([answer == "citron" for answer in said]))
     assert accuracy["nameless"] == pytest.approx(np.mean([answer == "abricot" for answer in said]))  # label 0
+
+
+def test_without_names_the_counts_have_to_agree(classifier, tmp_path, capsys):
+    checkpoint, _ = classifier
+    content = torch.load(checkpoint, weights_only=True)
+    for key in ("classes", "category_ids", "ImageFolderDataModule"):
+        del content[key]
+    torch.save(content, tmp_path / "nameless.ckpt")
+    known = splits(tmp_path / "known", KNOWN["without the first"])
+    for command in ("test", "fit"):
+        assert main([command, *of_folder(known), f"--ckpt_path={tmp_path / 'nameless.ckpt'}"]) == 2
+        assert "is of a model of 4 classes, ImageFolderDataModule has 3, and there are no names" in (
+            capsys.readouterr().err
+        )
 
 
 class ByLabel(LightningModule):
@@ -522,6 +634,26 @@ def test_detections_are_called_as_the_data_at_hand_calls_them_else_as_the_checkp
         ValueError, match="no class cat, and the model's category of it is 1, which is fish in the data"
     ):
         predicted(checkpoint, boxes(described(fish, {1: "fish"}, {7: 1})))
+
+
+def test_a_detectors_command_away_from_its_data(detector, tmp_path, capsys):
+    checkpoint, whole = detector
+    options = ["--model", "FPNDetector", *(f"--model.{name}={value}" for name, value in DETECTOR.items())]
+    options = [option.replace("(", "[").replace(")", "]") for option in options]
+    options += ["--model.score_threshold=0", "--data", "CocoDetectionDataModule", "--data.root=nowhere"]
+    options += [f"--data.predict_root={whole / 'test'}", "--data.image_size=null", "--data.max_size=null"]
+    options += ["--data.num_workers=0", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+    found = []
+    for start in (f"--ckpt_path={checkpoint}", f"--model.weights={checkpoint}"):
+        assert main(["predict", *options, start]) == 0
+        path = Path(capsys.readouterr().out.strip().rpartition("detections ")[2])
+        found.append(json.loads(path.read_text()))
+    assert {each["category_id"] for each in found[0]} == set(CATEGORIES)
+    assert found[0] == found[1]
+    content = torch.load(checkpoint, weights_only=True)
+    torch.save(content["state_dict"], tmp_path / "nameless.pth")  # of how many classes it is, nobody says: 80
+    assert main(["predict", *options, f"--model.weights={tmp_path / 'nameless.pth'}"]) == 2
+    assert "tensors of FPNDetector as they were drawn at random (head.cls_out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -60,9 +60,9 @@ def category_ids(module: Any, data: Any) -> Sequence[int] | None:
     """
     names, ids = names_of(module), getattr(module, "category_ids", None)
     theirs, here = names_of(data), getattr(data, "category_ids", None)
-    if names is None or here is None:
+    if names is None or theirs is None or here is None:
         return ids if here is None else here
-    by_name = dict(zip(theirs or (), here, strict=False))
+    by_name = dict(zip(theirs, here, strict=False))
     found = []
     name_here = {number: name for name, number in by_name.items()}
     for label, name in enumerate(names):

@@ -346,6 +346,29 @@ def test_data_without_names_is_read_by_its_labels(classifier, names):
     assert found[0]["test/acc"] == pytest.approx(expected)
 
 
+class Busy(ViTClassifier):
+    """Somebody's classifier that uses the hooks for something else."""
+
+    def on_test_start(self) -> None:
+        self.started = True
+
+    on_validation_start = on_train_start = on_fit_start = on_test_start
+
+
+def test_hooks_that_a_subclass_replaces_are_not_needed(classifier):
+    checkpoint, whole = classifier
+    order = ["daim", "abricot", "citron", "blé"]
+    said = rows(checkpoint, whole)
+    expected = np.mean([answer == name for name in CLASSES for answer in said[name]])
+    module = Busy.load_from_checkpoint(checkpoint)
+    assert trainer().test(module, Swatches(whole, order, order), verbose=False)[0]["test/acc"] == pytest.approx(
+        expected
+    )
+    assert trainer().test(module, Swatches(whole, None, CLASSES), verbose=False)[0]["test/acc"] == pytest.approx(
+        expected
+    )
+
+
 def test_labels_are_looked_at_before_they_are_looked_up(classifier):
     checkpoint, whole = classifier
     data = Swatches(whole, ["daim", "abricot"], ["daim", "abricot", "citron", "blé"])  # labels 2 and 3 have no name

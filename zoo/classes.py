@@ -97,9 +97,11 @@ class NamedClasses:
     hparams: Any
     label_table: Tensor | None = None
     """(classes of the data,) the model's label of each, where they differ."""
+    _looked = False
 
     def own_labels(self, labels: Tensor) -> Tensor:
         """The model's labels for those of the data: (B,) indices, or (B, classes) one number for each class."""
+        self._look()
         if self.label_table is None:
             return labels
         table = self.label_table.to(labels.device)
@@ -112,7 +114,13 @@ class NamedClasses:
     @property
     def num_labels(self) -> int:
         """How many classes the labels of the data at hand are of: the outputs', or those of the data if they differ."""
+        self._look()
         return self.hparams.num_classes if self.label_table is None else len(self.label_table)
+
+    def _look(self) -> None:
+        """Matches the classes if no hook has, since a subclass has replaced it."""
+        if not self._looked and getattr(self, "_trainer", None) is not None:
+            self.match_classes()
 
     def match_classes(self) -> None:
         """Takes the data's names for the outputs if they have none, else looks up which label is which output.
@@ -123,6 +131,7 @@ class NamedClasses:
         trainer: Any = getattr(self, "_trainer", None)
         data = None if trainer is None else trainer.datamodule
         before, self.label_table, names = self.label_table, None, names_of(data)
+        self._looked = True
         if names is None or trainer.predicting:
             return
         learns = trainer.state.fn == "fit" and len(names) <= self.hparams.num_classes
@@ -156,7 +165,7 @@ class NamedClasses:
         self.match_classes()
 
     def teardown(self, stage: str) -> None:
-        self.label_table = None
+        self.label_table, self._looked = None, False
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.classes is not None:

@@ -612,6 +612,14 @@ def test_a_json_is_read_by_name(detector, tmp_path, kind):
     assert losses[0] == losses[1]
 
 
+def test_a_detector_of_more_outputs_than_names_is_scored(detector):
+    _, whole = detector
+    module = FPNDetector(num_classes=5, score_threshold=0.0, **DETECTOR)
+    found = trainer().test(module, boxes(whole), verbose=False)[0]
+    names = [name.removeprefix("test/ap_by_class/") for name in found if "by_class" in name]
+    assert names == [*CATEGORIES.values(), "label 3", "label 4"]
+
+
 @pytest.mark.parametrize(
     ("categories", "unknown"),
     [

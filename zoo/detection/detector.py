@@ -456,7 +456,7 @@ class FPNDetector(SafeLoading, Shardable, NamedClasses, LightningModule):
         counted = (1, 10, 100, max(100, self.hparams.max_detections))  # COCO's, and all that may be detected
         classes = self.classes or names_of(data)
         if classes is not None:  # there may be outputs without a name
-            classes = [*classes, *map(str, range(len(classes), self.hparams.num_classes))]
+            classes = [*classes, *(f"label {i}" for i in range(len(classes), self.hparams.num_classes))]
         metric = CocoAveragePrecision(getattr(data, "size_ranges", None), classes, counted)
         return metric.to(self.device)  # where Lightning gathers what is logged
 

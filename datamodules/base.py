@@ -15,6 +15,7 @@ import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
@@ -24,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from datamodules import transforms
 from datamodules._lightning import LightningDataModule, rank_zero_warn
+from datamodules.json_values import one_form
 from datamodules.order import BatchOrder, Key, Keys, mix
 from datamodules.workers import Loader, outlive_signals
 
@@ -439,13 +441,36 @@ class ImageDataModule(LightningDataModule):
         return super().load_from_checkpoint(checkpoint_path, map_location, hparams_file, weights_only=safe, **kwargs)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over a checkpoint's classes where there are none yet, and how far its epoch had come.
+
+        Raises:
+            ValueError: If a label means another class in the checkpoint, for a module that learns classes and does not
+                look at their names itself.
+        """
+        saved = state_dict.get("classes")
+        module = getattr(self.trainer, "lightning_module", None)
         if self.classes is None:
-            self.classes = state_dict.get("classes")
+            self.classes = saved
+        elif saved is not None and self._goes_by_labels(module):
+            forms = [[one_form(str(name)) for name in names] for names in (self.classes, saved)]
+            wrong = [label for label, (a, b) in enumerate(zip_longest(*forms)) if a != b and label < len(forms[0])]
+            if wrong:
+                there = forms[1][wrong[0]] if wrong[0] < len(saved) else "nothing"
+                raise ValueError(
+                    f"the checkpoint's classes are others than this data's: label {wrong[0]} is {there} there and "
+                    f"{forms[0][wrong[0]]} here, and {type(module).__name__} goes by labels (zoo.classes.NamedClasses "
+                    "reads them by name)"
+                )
         if self.trainer is None or self.trainer.state.fn != "fit":
             return
         self._position = state_dict.get("position")
         # A strategy that splits the weights restores late, when configure_optimizers may have had a loader made.
         self.trainer.fit_loop._combined_loader = None
+
+    @staticmethod
+    def _goes_by_labels(module: Any) -> bool:
+        """Whether a module learns classes, and does not match their names to its own itself."""
+        return "num_classes" in getattr(module, "hparams", ()) and not hasattr(module, "classes")
 
     def _current_position(self) -> dict[str, int] | None:
         trainer: Any = self.trainer

@@ -250,9 +250,10 @@ class CocoDetectionDataModule(DetectionDataModule):
         self.category_ids = sorted(set(chosen))
         names = [self._category_names[i] for i in self.category_ids]
         twice = {name for name, count in Counter(names).items() if count > 1}
-        self.classes = [
-            f"{name} ({i})" if name in twice else name for i, name in zip(self.category_ids, names, strict=True)
-        ]
+        numbered = [f"{name} ({i})" for name, i in zip(names, self.category_ids, strict=True)]
+        self.classes = [new if name in twice else name for name, new in zip(names, numbered, strict=True)]
+        if len(set(self.classes)) < len(names):  # one is called as another with its id
+            self.classes = numbered
         if twice:
             rank_zero_warn(
                 f"{self.files[first]} has several categories called {listing.some(sorted(twice))}: each is a class of "

@@ -247,12 +247,15 @@ class DetectionDataModule(ImageDataModule):
         """Takes over a checkpoint's classes where there are none yet, as in prediction away from the data.
 
         Raises:
-            ValueError: If a label means something else in the checkpoint than in this data.
+            ValueError: If a label means something else in the checkpoint than in this data, for a module that does not
+                look at the names of classes itself.
         """
         saved, ids = state_dict.get("classes"), state_dict.get("category_ids")
         if self.classes is None and ids is not None:
             self.category_ids = ids
         super().load_state_dict(state_dict)
+        if hasattr(getattr(self.trainer, "lightning_module", None), "classes"):
+            return
         ours, theirs = _table(self.classes, getattr(self, "category_ids", None)), _table(saved, ids)
         if saved is not None and ours != theirs:
             label = next(i for i, (a, b) in enumerate(zip_longest(ours, theirs)) if a != b)

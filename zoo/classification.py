@@ -24,6 +24,7 @@ from zoo import batch as batches
 from zoo import loaders, norms, optim, pictures
 from zoo._lightning import LightningModule
 from zoo.checkpoints import SafeLoading
+from zoo.classes import NamedClasses, names_of
 from zoo.labels import LabelWatch, check_range, is_remote
 from zoo.log import StepLog
 from zoo.precision import MeanMetric, Metrics
@@ -135,7 +136,7 @@ def check_ranges(**options: tuple[Any, float, float | None]) -> None:
             raise ValueError(f"{name} is {value}: expected {expected}")
 
 
-class Classifier(SafeLoading, Shardable, LightningModule):
+class Classifier(SafeLoading, Shardable, NamedClasses, LightningModule):
     """The steps of an image classifier. It has no constructor: a technique builds ``backbone`` and ``head`` itself.
 
     Several loaders of an evaluation are counted apart, as :mod:`zoo.loaders` says.
@@ -203,7 +204,7 @@ class Classifier(SafeLoading, Shardable, LightningModule):
     def pictures(self, batch: Any) -> dict[str, Tensor]:
         """Images (B, 3, h, w) in [0, 1] with the predicted class below them: green if right, red if wrong."""
         images = batches.images(batch)
-        classes = getattr(getattr(self._trainer, "datamodule", None), "classes", None)
+        classes = self.classes or names_of(getattr(self._trainer, "datamodule", None))
         probability, predicted = self.probabilities(images).max(1)
         captions = [
             f"{_class_name(classes, index)} {100 * value:.0f}%"
@@ -211,7 +212,7 @@ class Classifier(SafeLoading, Shardable, LightningModule):
         ]
         right: Sequence[bool | None] = [None] * len(images)
         if batches.has_labels(batch) and not self.hparams.multi_label:
-            labels = batches.images_and_labels(batch)[1]
+            labels = self.own_labels(batches.images_and_labels(batch)[1])
             right = (predicted == labels).tolist()
             captions = [
                 text if is_right else f"{text}, is {_class_name(classes, label)}"
@@ -230,24 +231,22 @@ class Classifier(SafeLoading, Shardable, LightningModule):
             norms.restore_activations(module)
 
     def on_fit_start(self) -> None:
+        super().on_fit_start()
         differ_between_ranks(self)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        images, labels = batches.images_and_labels(batch)
-        check_labels(labels, self.hparams.num_classes, batch_idx, self.hparams.multi_label)
-        if not self.hparams.multi_label:
-            labels = self.label_watch(self, labels, self.hparams.num_classes)
+        images, labels = self._images_and_labels(batch, batch_idx)
         if self.mix is not None:
             if len(images) % 2:
                 raise ValueError(f"mixup pairs images: {_odd(self._trainer, len(images), batch_idx)}")
             images, labels = self.mix(images.clone(), labels)  # timm mixes in place, and the batch is its owner's
         loss = classification_loss(self(images), labels, self.hparams.loss, self.hparams.label_smoothing)
         if self.step_log(self, {"train/loss": loss.detach()}, prog_bar=("train/loss",)):
-            self.label_watch.tell(self.hparams.num_classes)
+            self.label_watch.tell(self.num_labels)
         return loss
 
     def on_train_end(self) -> None:
-        self.label_watch.tell(self.hparams.num_classes)
+        self.label_watch.tell(self.num_labels)
 
     def on_validation_epoch_start(self) -> None:
         loaders.start(self, "val_loss", "val_metrics")
@@ -264,14 +263,21 @@ class Classifier(SafeLoading, Shardable, LightningModule):
     def _evaluate(self, batch: Any, batch_idx: int, dataloader_idx: int, stage: str) -> None:
         if (batch := batches.once(self, batch, batch_idx, dataloader_idx)) is None:
             return
-        images, labels = batches.images_and_labels(batch)
-        check_labels(labels, self.hparams.num_classes, 0, self.hparams.multi_label)  # metrics look at all values, too
+        images, labels = self._images_and_labels(batch, 0)  # metrics look at all values, too
         logits = self(images).float()
         mean_loss = loaders.metric(self, f"{stage}_loss", dataloader_idx)
         metrics = loaders.metric(self, f"{stage}_metrics", dataloader_idx)
         mean_loss.update(classification_loss(logits, labels, self.hparams.loss), weight=len(images))
         metrics.update(logits, labels.int() if self.hparams.multi_label else labels)
         loaders.log(self, {f"{stage}/loss": mean_loss, **metrics})
+
+    def _images_and_labels(self, batch: Any, batch_idx: int) -> tuple[Tensor, Tensor]:
+        """Images, and the model's labels for those of the data, once these are known to be labels."""
+        images, labels = batches.images_and_labels(batch)
+        check_labels(labels, self.num_labels, batch_idx, self.hparams.multi_label)
+        if not self.hparams.multi_label:
+            labels = self.label_watch(self, labels, self.num_labels)
+        return images, self.own_labels(labels)
 
     def on_validation_epoch_end(self) -> None:
         loaders.finish(self)
@@ -299,4 +305,4 @@ def _odd(trainer: Any, count: int, batch_idx: int) -> str:
 
 
 def _class_name(classes: Sequence[str] | None, index: int) -> str:
-    return str(index) if classes is None else classes[index]
+    return str(index) if classes is None or index >= len(classes) else classes[index]

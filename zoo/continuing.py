@@ -45,7 +45,8 @@ def differences(now: Settings, then: Settings, there: str = "", written: Setting
     """The options of model and data in which a run is not the one that a configuration asks for, a line each.
 
     An option that one of the two releases does not have, and nobody has set, is no difference; nor is a path that leads
-    to the same place from another working directory.
+    to the same place from another working directory; nor a number of classes that nobody has set: classes are matched
+    by name when the run goes on.
 
     Args:
         now, then: The resolved configurations, ``{"model": {"class_path": ..., "init_args": ...}, "data": ...}``.
@@ -70,7 +71,9 @@ def _in_options(ours: Settings, theirs: Settings, there: str, written: Settings 
     free = CHANGEABLE | set(getattr(kind, "changeable", ()))
     then = theirs.get("init_args") or {}
     for name, value in (ours.get("init_args") or {}).items():
-        if name in free or (name not in then and written is not None and name not in written):
+        if name in free or (
+            (name not in then or name == "num_classes") and written is not None and name not in written
+        ):
             continue
         before = then[name] if name in then else _default(kind, name)
         if value != before and not _same_place(value, before, there):

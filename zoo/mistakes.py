@@ -158,7 +158,8 @@ def on_purpose(error: BaseException) -> str | None:
     # load_state_dict answers a checkpoint of another network with a page of parameter names.
     if found := re.match(r"Error\(s\) in loading state_dict for (\w+):\s*(.{,120})", str(error)):
         return (
-            f"the checkpoint is not one of this {found[1]}; to start from its weights: --model.weights. {found[2]} ..."
+            f"the checkpoint is not one of this {found[1]}; to start a new run from its weights: zoo fit "
+            f"--model.weights FILE. {found[2]} ..."
         )
     if str(error).startswith("Expected more than 1 value per channel when training"):  # torch's BatchNorm
         return (

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 
-from zoo import continuing, imports, mistakes, outcome, recipes, settings
+from zoo import continuing, imports, mistakes, outcome, outputs, recipes, settings
 from zoo._lightning import NAMESPACE, Callback, LightningDataModule, LightningModule
 from zoo.callbacks import RunDirectory, WriteDetections, WritePredictions
 from zoo.callbacks.run_directory import run_directory
@@ -22,6 +22,7 @@ from zoo.guards import guard, keep_optimizer_settings
 from zoo.mistakes import Mistake
 from zoo.profiler import unprofiled
 from zoo.sweep import write_json
+from zoo.weights import reported
 
 if TYPE_CHECKING or NAMESPACE == "lightning":
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -230,18 +231,20 @@ class ZooCLI(LightningCLI):
             )
         path, hint = config.get("ckpt_path"), _newest_checkpoint(config)
         # The weights of a recipe do not count: they are where a fit starts, usually without a trained head.
-        trained = any(option.startswith(("--model.weights", "--model.init_args.weights")) for option in Parser.given[1])
+        options = {option.partition("=")[0] for option in Parser.given[1]}
+        trained = bool({"--model.weights", "--model.init_args.weights"} & options) and _weights(config) is not None
         if path is None and self.subcommand != "fit" and not trained:
             raise Mistake(f"{self.subcommand} needs trained weights: --ckpt_path FILE or --model.weights FILE{hint}")
         if path is not None:
             continuing.check(path, config.trainer.default_root_dir, hint)
 
     def instantiate_classes(self) -> None:
-        """Data first, since the model's number of classes comes from it; then the Trainer, which knows the places."""
+        """Data first, since a new model's number of classes comes from it; then the Trainer, which knows the places."""
         config = self.config[str(self.subcommand)]
+        asked, evaluates = config.get("ckpt_path"), self.subcommand != "fit"
+        weights = outputs.on_disk(_weights(config)) if evaluates else None
         self.datamodule = self._instantiate(Namespace(data=config.data)).data
-        self._count_classes(config.model)
-        self.__dict__.pop("config_dump", None)  # LightningCLI's copy for the checkpoint, made before the count
+        self._count_classes(config.model, asked or weights)
         others = config.clone()
         for part in ("data", "model"):
             del others[part]
@@ -249,10 +252,21 @@ class ZooCLI(LightningCLI):
         self.trainer = self.instantiate_trainer()
         path = self._checkpoint(config.get("ckpt_path"))
         config.ckpt_path = self.config_init[str(self.subcommand)].ckpt_path = path
+        if path != asked:
+            self._count_classes(config.model, path)
+        self.__dict__.pop("config_dump", None)  # LightningCLI's copy for the checkpoint, made before the count
         model = config.model.clone()
         if path and model.get("init_args.weights"):
             model.init_args.weights = None  # the checkpoint holds all; the file it once started from may be gone
-        self.model = self._instantiate(Namespace(model=model)).model
+        with reported() as loads:
+            self.model = self._instantiate(Namespace(model=model)).model
+        source = outputs.on_disk(path) if path else weights
+        if source is not None and self.subcommand != "predict":
+            classes = config.model.get("init_args.num_classes")
+            outputs.check_names(self.model, self.datamodule, classes, source)
+        if evaluates and not path:
+            reports = [report for module, report in loads if module is self.model]
+            outputs.check_trained(self.model, reports, str(self.subcommand))
         trainer: Any = self.trainer
         if self.subcommand == "predict" and not any(isinstance(c, WritePredictions) for c in trainer.callbacks):
             trainer.callbacks.append(WriteDetections() if hasattr(self.model, "detect") else WritePredictions())
@@ -281,18 +295,15 @@ class ZooCLI(LightningCLI):
         command = str(self.subcommand)
         return self.parser.instantiate(Namespace({"subcommand": command, command: config}))[command]
 
-    def _count_classes(self, model: Namespace) -> None:
-        """Gives the model the data's number of classes. Data may not know it, and a model may not ask."""
-        count = getattr(self.datamodule, "num_classes", None)
-        if count is None or "num_classes" not in model.get("init_args", {}):
+    def _count_classes(self, model: Namespace, source: str | None = None) -> None:
+        """Gives the model its number of classes, that of a checkpoint or of the data. A model may not ask for one."""
+        if "num_classes" not in model.get("init_args", {}):
             return
         written = self.written[str(self.subcommand)].get("model.init_args.num_classes")
-        if written not in (None, count):
-            raise Mistake(
-                f"num_classes is {written} for the model, but {type(self.datamodule).__name__} has {count} classes: "
-                "leave it out, it comes from the data"
-            )
-        model.init_args.num_classes = count
+        file = outputs.on_disk(source)
+        found = outputs.count(self.datamodule, written, file, known_later=source is not None and file is None)
+        if found is not None:
+            model.init_args.num_classes = found
 
     def resolved(self) -> str:
         """The resolved configuration, as :class:`SaveConfig` writes it."""
@@ -356,6 +367,12 @@ def _known_classes() -> dict[str, list[str]]:
 def _subclasses(kind: type) -> list[type]:
     direct: list[type] = kind.__subclasses__()
     return [found for cls in direct for found in (cls, *_subclasses(cls))]
+
+
+def _weights(config: Namespace) -> str | None:
+    """The file of weights that a model starts from."""
+    found = config.model.get("init_args.weights")
+    return found if isinstance(found, str) and found else None
 
 
 def _folders(config: Namespace) -> list[Path]:

@@ -12,6 +12,7 @@ import pickle
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -26,6 +27,7 @@ from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from zoo import layouts
+from zoo.classes import NamedClasses
 
 # Where checkpoints keep the tensors; an average comes before what it is the average of.
 CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model")
@@ -38,6 +40,8 @@ CLASSES = "head.cls_out"
 # What of an encoder may differ between pooling by token, by mean and by attention, and so may begin anew. A mean has a
 # norm of its own, fc_norm, which pretraining did not have (He et al. 2022 train it from scratch as well).
 POOLING = ("norm", "fc_norm", "attn_pool", "reg_token")
+
+_loads: ContextVar[list[tuple[nn.Module, "Report"]] | None] = ContextVar("loads", default=None)
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,8 @@ def load(module: nn.Module, source: str | Path) -> Report:
     Every other part, such as a head or a decoder, is taken whole if its names and shapes agree. A classifier of another
     size, or a part that the source does not have at all, is left as it is; half of a decoder, or one of another size,
     is refused. So is a detector of another kind; one of other classes is taken but for its outputs by class, which are
-    left as they are. Of torchvision's 91 classes a detector of 80 gets the 80 that COCO uses, by category id.
+    left as they are. Of torchvision's 91 classes a detector of 80 gets the 80 that COCO uses, by category id. A module
+    that gets all from a Lightning checkpoint gets the names of its outputs too (:class:`zoo.classes.NamedClasses`).
 
     Args:
         module: Any module. The encoder has timm's parameter names.
@@ -94,7 +99,7 @@ def load(module: nn.Module, source: str | Path) -> Report:
             module is then as it was.
         OSError: If timm cannot fetch the weights.
     """
-    name, tensors = read(source)
+    name, tensors, content = _read(source)
     kind, state = _translated(name, tensors)
     name = f"{name} ({kind})" if kind else name
     own = module.state_dict()  # shares memory with the module
@@ -106,7 +111,7 @@ def load(module: nn.Module, source: str | Path) -> Report:
         for target, (_, value) in values.items():
             own[target].copy_(value)
     used = {key for key, _ in values.values()}
-    return Report(
+    report = Report(
         source=name,
         loaded=len(values),
         total=len(state),
@@ -116,6 +121,22 @@ def load(module: nn.Module, source: str | Path) -> Report:
         # Not to fine-tune on other classes, for which thresholds are one's own, and anchors are learned anew.
         advice=_advice(module, layouts.conventions(kind, state)) if f"{CLASSES}.weight" in values else "",
     )
+    if isinstance(module, NamedClasses) and isinstance(content, Mapping) and not report.fresh:
+        module.take_classes(content)
+    if (loads := _loads.get()) is not None:
+        loads.append((module, report))
+    return report
+
+
+@contextmanager
+def reported() -> Iterator[list[tuple[nn.Module, Report]]]:
+    """What :func:`load` does meanwhile: modules, and the reports on them."""
+    found: list[tuple[nn.Module, Report]] = []
+    token = _loads.set(found)
+    try:
+        yield found
+    finally:
+        _loads.reset(token)
 
 
 def save(module: nn.Module, path: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
@@ -147,14 +168,20 @@ def save(module: nn.Module, path: str | Path, state: Mapping[str, Tensor] | None
 
 def read(source: str | Path) -> tuple[str, dict[str, Tensor]]:
     """A source's tensors by name, on the CPU, and what to call the source. Errors: see :func:`load`."""
+    return _read(source)[:2]
+
+
+def _read(source: str | Path) -> tuple[str, dict[str, Tensor], Any]:
+    """As :func:`read`, and all that is in the file."""
     path, name = Path(source), str(source)
     if "://" in name:
         raise ValueError(f"{name}: weights are not fetched from a URL: download the file and give its path")
     if path.is_dir():
         raise ValueError(f"{name} is a folder: give one file, .ckpt, .pth, .pt or .safetensors")
     if not path.exists():
-        return name, _fetch(name)
-    return _tensors(name, _content(path))
+        return name, _fetch(name), None
+    content = _content(path)
+    return *_tensors(name, content), content
 
 
 def describe(path: str | Path) -> tuple[str, Mapping[str, Any]]:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from zoo.callbacks.predictions import WritePredictions
+from zoo.classes import category_ids
 
 
 class WriteDetections(WritePredictions):
@@ -18,7 +19,8 @@ class WriteDetections(WritePredictions):
     A list with one entry a detection: ``image_id``, ``category_id``, ``bbox`` [x, y, width, height] in pixels and
     ``score``; and ``file_name`` where the data names its images, which pycocotools and faster-coco-eval read over.
     ``image_id`` is the prediction's own, a number or a text, else the image's number in the data. ``category_id`` is
-    ``datamodule.category_ids[label]``, or the label where there is no such list.
+    the data's for the class of that name (``datamodule.classes`` and ``category_ids``), else the one that the module
+    has from its checkpoint (:class:`zoo.classes.NamedClasses`), or the label where nobody says.
 
     A module predicts for each image a dict of ``boxes`` (n, 4) xyxy in pixels of the original image, ``scores`` (n,),
     ``labels`` (n,), and ``image_id`` if it knows one. All else is as :class:`WritePredictions` does it: nothing is kept
@@ -44,7 +46,7 @@ class WriteDetections(WritePredictions):
             raise ValueError(
                 f"{len(trainer.num_predict_batches)} loaders to predict: {self.filename} holds the images of one"
             )
-        self._categories: Sequence[int] | None = getattr(trainer.datamodule, "category_ids", None)
+        self._categories = category_ids(pl_module, trainer.datamodule)
         self._names: dict[str, str] = {}  # by image_id, what the image is called
         self._named: bool | None = None  # whether images have an image_id of their own
         super().on_predict_start(trainer, pl_module)
@@ -140,6 +142,6 @@ def _records(found: Mapping[str, Any], categories: Sequence[int] | None) -> Iter
         if not all(map(math.isfinite, values)):
             raise ValueError(f"a detection is not finite: box {[x1, y1, x2, y2]}, score {score}")
         if categories is not None and not 0 <= label < len(categories):
-            raise ValueError(f"a detection has label {label}: the data has {len(categories)} category_ids, from 0")
+            raise ValueError(f"a detection has label {label}: there are {len(categories)} category_ids, from 0")
         *box, score = (float(f"{value:.9g}") for value in values)  # nine digits tell any two float32 numbers apart
         yield {"category_id": label if categories is None else int(categories[label]), "bbox": box, "score": score}

@@ -15,15 +15,17 @@ from torch.utils.data import DistributedSampler
 from zoo import loaders
 from zoo._lightning import Callback
 from zoo.callbacks.run_directory import run_directory
+from zoo.classes import names_of
 
 
 class WritePredictions(Callback):
     """Writes predictions to a CSV file in the run's directory, in the data's order, and keeps none of them in memory.
 
     A classifier's probabilities (B, classes) become the columns file, class and probability; several labels an image,
-    those of probability 0.5 or more, are joined by "|". Class names come from ``datamodule.classes``. Values that are
-    no probabilities are called score. A module that predicts something else defines ``prediction_rows(outputs)``, which
-    gives for each sample one dictionary of columns, or a list of them for as many rows.
+    those of probability 0.5 or more, are joined by "|". Class names are the module's ``classes``, which it has from its
+    checkpoint, else those of the data module if there are as many; a class without a name is its number. Values that
+    are no probabilities are called score. A module that predicts something else defines ``prediction_rows(outputs)``,
+    which gives for each sample one dictionary of columns, or a list of them for as many rows.
 
     An image that could not be read has a row with empty columns. The file appears when all is predicted; an interrupted
     run leaves none, and an older one as it was. With several processes it is merged in a file system they share.
@@ -73,7 +75,7 @@ class WritePredictions(Callback):
 
     def _entries(self, module: Any, outputs: Any, data: Any) -> Sequence[Any]:
         """What is to be written of each image: here its rows, as dictionaries of columns."""
-        rows = _rows(module, outputs, getattr(data, "classes", None))
+        rows = _rows(module, outputs, names_of(module), names_of(data))
         self._columns = self._columns or next((list(found[0]) for found in rows if found), None)
         return rows
 
@@ -135,8 +137,10 @@ class WritePredictions(Callback):
             self._part.unlink(missing_ok=True)
 
 
-def _rows(module: Any, outputs: Any, classes: Sequence[str] | None) -> list[list[Mapping[str, Any]]]:
-    """The rows of each sample, as dictionaries of columns."""
+def _rows(
+    module: Any, outputs: Any, own: Sequence[str] | None, of_data: Sequence[str] | None
+) -> list[list[Mapping[str, Any]]]:
+    """The rows of each sample, as dictionaries of columns; ``own`` names the outputs, or else what the data says."""
     if hasattr(module, "prediction_rows"):
         return [rows if isinstance(rows, list) else [rows] for rows in module.prediction_rows(outputs)]
     if not isinstance(outputs, Tensor) or outputs.ndim != 2 or not outputs.is_floating_point():
@@ -146,13 +150,16 @@ def _rows(module: Any, outputs: Any, classes: Sequence[str] | None) -> list[list
             "define prediction_rows(outputs) to say what is to be written"
         )
     values = outputs.detach().float().cpu()
+    count = values.shape[1]
+    classes = [] if own is None and len(of_data or ()) != count else list(own or of_data or ())
+    classes += map(str, range(len(classes), count))
     several = bool(module.hparams.get("multi_label", False))
     sums_to_one = bool(torch.isclose(values.sum(1), torch.ones(len(values)), atol=1e-2).all())
     column = "probability" if several or (sums_to_one and bool((values >= 0).all())) else "score"
     rows: list[list[Mapping[str, Any]]] = []
     for scores in values:
         chosen = (scores >= 0.5).nonzero().flatten().tolist() if several else [int(scores.argmax())]
-        names = "|".join(str(index) if classes is None else classes[index] for index in chosen)
+        names = "|".join(classes[index] for index in chosen)
         rows.append([{"class": names, column: "|".join(f"{scores[index].item():.6f}" for index in chosen)}])
     return rows
 

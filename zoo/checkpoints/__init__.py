@@ -8,7 +8,7 @@ checkpoint may hold (``plain.py``). What made a checkpoint is put into it by :cl
 
 from zoo.checkpoints.files import claim, give_name, sweep
 from zoo.checkpoints.io import AtomicCheckpointIO, SafeLoading, TorchCheckpointIO
-from zoo.checkpoints.looking import configuration, damage, free_path, made_by, newest, saved_at
+from zoo.checkpoints.looking import classes_of, configuration, damage, free_path, made_by, newest, saved_at
 from zoo.checkpoints.plain import objects
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "SafeLoading",
     "TorchCheckpointIO",
     "claim",
+    "classes_of",
     "configuration",
     "damage",
     "free_path",

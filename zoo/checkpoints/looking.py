@@ -3,6 +3,7 @@
 import pickle
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from zoo._lightning import rank_zero_warn
+from zoo.classes import in_checkpoint
 
 SKEW = 60 * 10**9  # nanoseconds by which the clock of a file server may be behind
 
@@ -75,6 +77,15 @@ def configuration(path: str | Path) -> str | None:
     return found if isinstance(found, str) else None
 
 
+def classes_of(path: str | Path) -> tuple[list[str] | None, int | None]:
+    """What a checkpoint calls its model's outputs, by label, and for how many classes it was built; None if unknown."""
+    content = _content(Path(path))
+    hyperparameters = content.get("hyper_parameters")
+    count = hyperparameters.get("num_classes") if isinstance(hyperparameters, dict) else None
+    names, _ = in_checkpoint(content)
+    return names, count if type(count) is int else None
+
+
 def saved_at(path: str | Path) -> int:
     """When a checkpoint was saved, in nanoseconds since 1970; if it does not say, when it was changed."""
     saved = _head(Path(path))[1]
@@ -82,15 +93,23 @@ def saved_at(path: str | Path) -> int:
 
 
 def _head(path: Path) -> tuple[dict[str, Any], int | None]:
-    """The provenance in a checkpoint, and when it was saved, without reading its tensors."""
+    """The provenance in a checkpoint, and when it was saved."""
+    content = _content(path)
+    made, saved = content.get("provenance"), None
+    with suppress(AttributeError):  # whatever is in a file that is not ours
+        saved = content.get("callbacks", {}).get("Provenance", {}).get("saved")
+    return made if isinstance(made, dict) else {}, saved if isinstance(saved, int) else None
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """What a checkpoint holds, without reading its tensors; nothing if it cannot be read."""
     try:
         content = torch.load(
             path / "meta.pt" if path.is_dir() else path, map_location="meta", weights_only=True, mmap=True
         )
-        made, saved = content.get("provenance"), content.get("callbacks", {}).get("Provenance", {}).get("saved")
-    except Exception:  # whatever is in a file that is not ours
-        return {}, None
-    return made if isinstance(made, dict) else {}, saved if isinstance(saved, int) else None
+    except Exception:  # whatever a file that is no checkpoint makes torch raise
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def newest_of(

@@ -23,6 +23,7 @@ from zoo._lightning import LightningModule, rank_zero_info
 from zoo.average_precision import CocoAveragePrecision
 from zoo.backbones import name_of, recompute_activations
 from zoo.checkpoints import SafeLoading
+from zoo.classes import NamedClasses, names_of
 from zoo.detection.assign import assign, parts_of_a_batch
 from zoo.detection.cells import Anchors, Cells, Head, Targets, anchors_per_cell, make_cells, pad_targets
 from zoo.detection.detections import best_candidates, suppressed, to_original
@@ -72,7 +73,7 @@ class DenseMaps(NamedTuple):
     image_size: tuple[int, int]
 
 
-class FPNDetector(SafeLoading, Shardable, LightningModule):
+class FPNDetector(SafeLoading, Shardable, NamedClasses, LightningModule):
     """Dense object detector on a feature pyramid: FCOS, ATSS or RetinaNet.
 
     Batch: images (B, C, H, W) of any one size, normalised, and for each a dictionary of ``boxes`` (n, 4) xyxy in pixels
@@ -417,12 +418,13 @@ class FPNDetector(SafeLoading, Shardable, LightningModule):
     def pictures(self, batch: Any) -> dict[str, Tensor]:
         """Images (B, 3, h, w) in [0, 1] with what is detected in them, and thin, where it is known, what is there."""
         images, sizes, _ = _images_and_sizes(batch)
-        classes = getattr(getattr(self._trainer, "datamodule", None), "classes", None)
-        targets = batches.images_and_targets(batch)[1] if batches.has_targets(batch) else None
+        classes = self.classes or names_of(getattr(self._trainer, "datamodule", None))
+        targets = self._own(batches.images_and_targets(batch)[1]) if batches.has_targets(batch) else None
         found = self.detect(images, sizes)
         return {"detections": pictures.boxed(images, found, targets, classes, threshold=0.4)}
 
     def on_fit_start(self) -> None:
+        super().on_fit_start()
         differ_between_ranks(self)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -463,7 +465,10 @@ class FPNDetector(SafeLoading, Shardable, LightningModule):
         """What counts an evaluation's detections, by the sizes and classes that the data names."""
         data = getattr(self._trainer, "datamodule", None)
         counted = (1, 10, 100, max(100, self.hparams.max_detections))  # COCO's, and all that may be detected
-        metric = CocoAveragePrecision(getattr(data, "size_ranges", None), getattr(data, "classes", None), counted)
+        classes = self.classes or names_of(data)
+        if classes is not None:  # there may be outputs without a name
+            classes = [*classes, *(f"label {i}" for i in range(len(classes), self.hparams.num_classes))]
+        metric = CocoAveragePrecision(getattr(data, "size_ranges", None), classes, counted)
         return metric.to(self.device)  # where Lightning gathers what is logged
 
     def _evaluate(self, batch: Any, batch_idx: int, dataloader_idx: int, stage: str) -> None:
@@ -500,7 +505,7 @@ class FPNDetector(SafeLoading, Shardable, LightningModule):
     def _checked(self, batch: Any, batch_idx: int) -> tuple[Tensor, list[dict[str, Any]]]:
         """Images and targets; labels are looked at on the CPU, on an accelerator in a batch of the number 0 only."""
         images, targets = batches.images_and_targets(batch)
-        classes = self.hparams.num_classes
+        classes = self.num_labels
         for i, target in enumerate(targets):
             labels = target["labels"]
             if len(labels) and (batch_idx == 0 or not is_remote(labels)):
@@ -510,7 +515,13 @@ class FPNDetector(SafeLoading, Shardable, LightningModule):
                         f"label {low if low < 0 else high} of sample {_own_id(target, i)} is out of range: num_classes "
                         f"is {classes}, labels run from 0"
                     )
-        return images, targets
+        return images, self._own(targets)
+
+    def _own(self, targets: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Targets with the model's labels."""
+        if self.label_table is None:
+            return targets
+        return [target | {"labels": self.own_labels(target["labels"])} for target in targets]
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         images, sizes, originals = _images_and_sizes(batch)

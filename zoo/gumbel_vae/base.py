@@ -57,6 +57,7 @@ class VAE(SafeLoading, Shardable, LightningModule):
     decoder: Any
     hparams: Any  # Lightning calls it a mapping, and makes its keys attributes
     changeable: ClassVar = ("elbo_samples", "iw_samples")  # while a run goes on: they say how it is evaluated
+    unpredicted: ClassVar = ("decoder",)  # parts that no prediction needs
 
     def build(self, encoder_outputs: int, decoder_inputs: int) -> None:
         """Networks, likelihood and metrics, out of ``self.hparams``."""

@@ -114,6 +114,7 @@ class MAEPretrainer(SafeLoading, Shardable, LightningModule):
     decoder: Any
     hparams: Any  # Lightning calls it a mapping, and makes its keys attributes
     changeable: ClassVar = ("predict_ratio",)  # while a run goes on: they say how it is evaluated
+    unpredicted: ClassVar = ("decoder",)  # parts that no prediction needs
 
     def __init__(
         self,

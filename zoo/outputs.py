@@ -1,0 +1,87 @@
+"""The outputs of the model that a command builds: for how many classes, and whether they were trained."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from zoo import continuing
+from zoo.checkpoints import classes_of
+from zoo.mistakes import Mistake
+from zoo.weights import Report
+
+
+def on_disk(path: str | None) -> str | None:
+    """A path of a checkpoint or of weights if it leads to a file here; None for a word, a URL or a name of timm's."""
+    if path is None or "://" in path:
+        return None
+    return path if Path(path).is_file() or continuing.is_distributed(Path(path)) else None
+
+
+def count(data: Any, written: int | None, source: str | None, known_later: bool) -> int | None:
+    """The number of classes for the model: that of the checkpoint, or else the data's.
+
+    Args:
+        data: The data module. It may not know its number of classes.
+        written: What somebody has written.
+        source: The file that the model is continued or evaluated from.
+        known_later: Whether there will be such a file, or it lies elsewhere.
+
+    Raises:
+        Mistake: If something else is written.
+    """
+    there = None if source is None else classes_of(source)[1]
+    if there is not None:
+        if written not in (None, there):
+            raise Mistake(f"num_classes is {written} for the model, but {source} is of {there} classes: leave it out")
+        return there
+    here = getattr(data, "num_classes", None)
+    if here is not None and written not in (None, here) and not known_later:
+        raise Mistake(
+            f"num_classes is {written} for the model, but {type(data).__name__} has {here} classes: leave it out, it "
+            "comes from the data"
+        )
+    return here if written is None else written
+
+
+def check_names(model: Any, data: Any, built_for: int | None, source: str) -> None:
+    """Refuses data with another number of classes than a checkpoint's where nobody matches them by name.
+
+    Args:
+        model, data: The module and the data module.
+        built_for: The number of classes that the model has been given, if it has classes.
+        source: The checkpoint.
+
+    Raises:
+        Mistake: If the data's classes, the model's outputs or both have no names.
+    """
+    here = getattr(data, "num_classes", None)
+    if None in (here, built_for) or here == built_for:
+        return
+    if not hasattr(model, "classes") or getattr(data, "classes", None) is None or classes_of(source)[0] is None:
+        raise Mistake(
+            f"{source} is of a model of {built_for} classes, {type(data).__name__} has {here}, and there are no names "
+            f"by which {type(model).__name__} could match them"
+        )
+
+
+def check_trained(model: Any, reports: Sequence[Report], command: str) -> None:
+    """Refuses to evaluate outputs that no training has made.
+
+    Args:
+        model: The module. It may say which of its parts prediction does without, ``unpredicted``.
+        reports: On the weights that its constructor has loaded into it. Of what loads in another way, nothing is known.
+        command: What is to be done, for the message.
+
+    Raises:
+        Mistake: If no weights have filled some of its tensors.
+    """
+    fresh = [name for name in reports[-1].fresh if all(name in report.fresh for report in reports)] if reports else []
+    if command == "predict":
+        fresh = [name for name in fresh if name.split(".")[0] not in getattr(model, "unpredicted", ())]
+    if fresh:
+        some = ", ".join(fresh[:3]) + (", ..." if len(fresh) > 3 else "")
+        raise Mistake(
+            f"{command} needs trained weights, and {reports[-1].source} leaves {len(fresh)} tensors of "
+            f"{type(model).__name__} as they were drawn at random ({some}): name a checkpoint of the whole, "
+            "--ckpt_path FILE, or train it first, with zoo fit"
+        )

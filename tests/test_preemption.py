@@ -697,7 +697,7 @@ class Program:
             stdout=out,
             stderr=out,
             start_new_session=True,
-            preexec_fn=(lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)) if terminal else None,
+            preexec_fn=take_terminal if terminal else None,
         )
         if inner is not None:
             os.close(inner)
@@ -734,6 +734,12 @@ class Program:
             return step
         assert re.search(rf"preempted by SIG\w+ at step {step}:", self.text()), self.text()
         return step
+
+
+def take_terminal() -> None:
+    """As a shell in a terminal starts a program, also where these tests run under nohup."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def until(condition, seconds: float = 300) -> None:

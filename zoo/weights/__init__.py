@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from zoo import layouts
+from zoo.norms import layer_norm_eps, set_layer_norm_eps
 from zoo.weights.fitting import fit
 from zoo.weights.names import CLASSES, brief
-from zoo.weights.reading import describe, read, translated
+from zoo.weights.reading import Source, describe, find, read, translated
+from zoo.weights.stated import encoder_of, to_metadata
 
 __all__ = ["Report", "describe", "load", "read", "save"]
 
@@ -37,6 +39,7 @@ class Report:
         fresh: Names in the module of those that the source does not provide; they keep their values. Counters of
             batches are not named: nothing is computed from them.
         advice: What else the module has to be built with so that the weights do what they did where they come from.
+        notes: What the source does not say and was assumed, and what of the module was set besides its tensors.
     """
 
     source: str
@@ -46,12 +49,13 @@ class Report:
     left_out: tuple[str, ...] = ()
     fresh: tuple[str, ...] = ()
     advice: str = ""
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         line = f"loaded {self.loaded} of {self.total} tensors from {self.source}"
         notes = {"resized": self.resized, "left out": self.left_out, "fresh": self.fresh}
         said = [f"{note}: {brief(names)}" for note, names in notes.items() if names]
-        return "; ".join([line, *said, *filter(None, [self.advice])])
+        return "; ".join([line, *said, *self.notes, *filter(None, [self.advice])])
 
 
 def load(module: nn.Module, source: str | Path) -> Report:
@@ -78,26 +82,29 @@ def load(module: nn.Module, source: str | Path) -> Report:
             module is then as it was.
         OSError: If timm cannot fetch the weights.
     """
-    name, tensors = read(source)
-    kind, state = translated(name, tensors)
-    name = f"{name} ({kind})" if kind else name
+    found = find(source)
+    kind, state = translated(found.name, found.tensors)
+    name = f"{found.name} ({kind})" if kind else found.name
     own = module.state_dict()  # shares memory with the module
     of_coco = layouts.of_coco(kind, state, len(own.get(f"{CLASSES}.weight", ())))
     state |= of_coco
-    values, resized = fit(module, name, state)
-    resized += [target for target, (key, _) in values.items() if key in of_coco]
+    fitted = fit(module, Source(name, state, found.stated))
+    values = fitted.values
+    resized = [*fitted.resized, *(target for target, (key, _) in values.items() if key in of_coco)]
     with torch.no_grad():
         for target, (_, value) in values.items():
             own[target].copy_(value)
     used = {key for key, _ in values.values()}
+    notes = [*fitted.notes, *_settle_eps(module, found.stated.norm_eps)]
     return Report(
         source=name,
-        loaded=len(values),
+        loaded=len(used),
         total=len(state),
         resized=tuple(resized),
         left_out=tuple(key for key in state if key not in used),
         fresh=tuple(key for key in own if key not in values and not key.endswith("num_batches_tracked")),
         # Not to fine-tune on other classes, for which thresholds are one's own, and anchors are learned anew.
+        notes=tuple(notes),
         advice=_advice(module, layouts.conventions(kind, state)) if f"{CLASSES}.weight" in values else "",
     )
 
@@ -123,10 +130,30 @@ def save(module: nn.Module, path: str | Path, state: Mapping[str, Tensor] | None
         found = {name: tensor.detach().cpu() for name, tensor in held.items()}
         # A copy of each: tensors that share memory, or lie in it channels last, are refused.
         copies = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in found.items()}
-        safetensors.torch.save_file(copies, beside)
+        safetensors.torch.save_file(copies, beside, metadata=to_metadata(module))
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def _settle_eps(module: nn.Module, eps: float | None) -> list[str]:
+    """Gives LayerNorms the epsilon that the weights were trained with, where the module leaves it to them.
+
+    Returns:
+        What to say of it: nothing, if it was the same.
+    """
+    here = layer_norm_eps(encoder_of(module))
+    if eps is None or here is None or here == eps:
+        return []
+    settings = getattr(module, "hparams", None)
+    if settings is not None and not hasattr(module, "layer_norm_eps"):
+        return [f"LayerNorm's epsilon was {eps:g} there and is {here:g} here"]
+    if settings is not None and settings.get("norm_eps") is not None:
+        return [f"to compute as there, build with norm_eps={eps:g}"]
+    set_layer_norm_eps(module, eps)
+    if settings is not None:
+        settings["norm_eps"] = eps  # a checkpoint remembers it
+    return [f"norm_eps {eps:g}, as there"]
 
 
 def _advice(module: Any, conventions: Mapping[str, Any]) -> str:

@@ -1,125 +1,146 @@
 """Which values a module gets from a source, in which shapes, or why it gets none."""
 
-import math
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass, field
 
-import torch
-from timm.layers import resample_abs_pos_embed, resample_patch_embed
+from timm.layers import resample_patch_embed
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from zoo import layouts
-from zoo.weights.names import CLASSES, HEADS, brief, is_encoder, is_needed, numbered, place, unwrapped
+from zoo.weights.differences import cause, check_heads, check_tokens, check_whole
+from zoo.weights.names import CLASSES, HEADS, brief, head_part, is_encoder, is_needed, place, relative, unwrapped
+from zoo.weights.positions import TABLE, Grid, adapt, find_grid, fold
+from zoo.weights.reading import Source
+from zoo.weights.stated import encoder_of
 
 
-def fit(module: nn.Module, source: str, state: Mapping[str, Tensor]) -> tuple[dict[str, tuple[str, Tensor]], list[str]]:
-    """For names in the module: the name in the source, and the value in the module's shape. And which were resized."""
-    own = module.state_dict()
-    found: dict[str, str] = {}
-    for key in state:
-        target = place(key, own)
-        if target in found:
-            raise ValueError(f"{source} has two tensors for {target}: {found[target]} and {key}")
-        if target is not None:
-            found[target] = key
+@dataclass
+class Fit:
+    """What a module gets.
 
-    missing = [name for name in own if is_needed(name, own) and name not in found]
+    Attributes:
+        values: For names in the module: the name in the source, and the value in the module's shape.
+        resized: Those names whose value is not the source's.
+        notes: What the source does not say, and was assumed.
+    """
+
+    values: dict[str, tuple[str, Tensor]] = field(default_factory=dict)
+    resized: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def fit(module: nn.Module, source: Source) -> Fit:
+    """What a module gets from a source whose names are translated.
+
+    Raises:
+        ValueError: If it does not fit, in one line: in what, and how to build the module alike.
+    """
+    own, state, name = module.state_dict(), source.tensors, type(module).__name__
+    found = _matched(source, own)
+    missing = [target for target in own if is_needed(target, own) and target not in found]
+    check_tokens(module, source, missing)
     if missing:
-        needed = sum(is_needed(name, own) for name in own)
+        needed = sum(is_needed(target, own) for target in own)
         raise ValueError(
-            f"{source} does not fit {type(module).__name__}: {len(missing)} of the encoder's {needed} tensors are "
-            f"missing, {brief(missing)}; it holds {brief(list(state))}"
+            f"{source.name} does not fit {name}: {len(missing)} of the encoder's {needed} tensors are missing, "
+            f"{brief(missing)}; it holds {brief(list(state))}"
         )
     differs = layouts.other_detector({unwrapped(key): value for key, value in state.items()}, own)
     if differs:
-        raise ValueError(f"{source} is of another detector than this: {differs}, or start from the backbone alone")
-    used = set(found.values())
-    gone = getattr(module, "pruned", ())
-    ours = numbered(name.removeprefix("backbone.") for name in own)
-    lists = {part.rpartition(".")[0] for part in ours}
-    larger = [
-        key
-        for key in state
-        if key not in used
-        and unwrapped(key) not in gone
-        and any(part not in ours and part.rpartition(".")[0] in lists for part in numbered([unwrapped(key)]))
-    ]
-    if larger:
-        raise ValueError(
-            f"{source} is of a larger network than {type(module).__name__}: {brief(larger)} are not part of this one; "
-            "build it alike"
-        )
-    values: dict[str, tuple[str, Tensor]] = {}
-    resized = []
-    for name, key in found.items():
-        value = state[key]
-        is_positions = name.endswith("pos_embed") and value.shape[-1] == own[name].shape[-1]
-        if value.shape != own[name].shape and (is_encoder(name, own) or is_positions):
-            value = _resize(module, source, name, value, state)
-            resized.append(name)
-        values[name] = key, value
-    # A part other than the encoder goes whole or not at all: half a head is worse than none.
+        raise ValueError(f"{source.name} is of another detector than this: {differs}, or start from the backbone alone")
+    check_whole(module, source, set(found.values()))
+    check_heads(module, source)
+
+    encoder = encoder_of(module)
+    theirs = {relative(target): state[key] for target, key in found.items() if is_encoder(target, own)}
+    try:
+        grid = find_grid(encoder, theirs, source.stated)
+    except ValueError as error:
+        raise ValueError(f"{source.name} {error}") from error
+    done = Fit(notes=[grid.assumed] if grid and grid.assumed else [])
+    for target, key in found.items():
+        value = _shaped(module, source, target, state[key], grid)
+        if value is not state[key]:
+            done.resized.append(target)
+        done.values[target] = key, value
+    prefix = "backbone." if encoder is not module else ""
+    if f"{prefix}pos_embed" in own:
+        for token, value in fold(theirs, own[f"{prefix}pos_embed"], encoder, grid).items():
+            done.values[prefix + token] = found[prefix + token], value
+            done.resized.append(prefix + token)
+    _drop_partial(module, source, done)
+    return done
+
+
+def _matched(source: Source, own: Mapping[str, Tensor]) -> dict[str, str]:
+    """For names in the module: the name in the source."""
+    found: dict[str, str] = {}
+    # A head for each of two tokens, whose outputs are averaged, cannot be one head.
+    of_two = any(unwrapped(key) == "dist_token" for key in source.tensors) and "head_dist.weight" not in own
+    for key in source.tensors:
+        target = place(key, own)
+        if target in found:
+            raise ValueError(f"{source.name} has two tensors for {target}: {found[target]} and {key}")
+        if target is not None and not (of_two and head_part(target, own)):
+            found[target] = key
+    # BEiT is pretrained with one table for all blocks, and fine-tuned with one for each.
+    shared = next((key for key in source.tensors if unwrapped(key) == f"rel_pos_bias.{TABLE}"), None)
+    if shared is not None and shared not in found.values():
+        found |= {target: shared for target in own if target.endswith(f".attn.{TABLE}") and target not in found}
+    return found
+
+
+def _drop_partial(module: nn.Module, source: Source, done: Fit) -> None:
+    """Leaves out parts other than the encoder that do not fit as a whole: half a head is worse than none.
+
+    Raises:
+        ValueError: For half of a part that is no classifier.
+    """
+    own, values = module.state_dict(), done.values
     parts: dict[str, list[str]] = {}
     for name in own:
         if not is_encoder(name, own):
-            parts.setdefault(CLASSES if name.startswith(f"{CLASSES}.") else name.split(".")[0], []).append(name)
+            part = CLASSES if name.startswith(f"{CLASSES}.") else head_part(name, own) or name.split(".")[0]
+            parts.setdefault(part, []).append(name)
     optional = {CLASSES} if CLASSES in parts else set(HEADS)
     for part, names in parts.items():
         wrong = [name for name in names if name not in values or values[name][1].shape != own[name].shape]
         if wrong and part not in optional and any(name in values for name in names):
             there = f"{tuple(values[wrong[0]][1].shape)} there" if wrong[0] in values else "missing there"
             raise ValueError(
-                f"{source} has another {part} than {type(module).__name__}: {wrong[0]} is {there} and "
+                f"{source.name} has another {part} than {type(module).__name__}: {wrong[0]} is {there} and "
                 f"{tuple(own[wrong[0]].shape)} here; build it alike, or start from the encoder alone"
             )
-        if wrong:
-            for name in names:
-                values.pop(name, None)
-    return values, resized
+        for name in names if wrong else []:
+            values.pop(name, None)
+            done.resized = [other for other in done.resized if other != name]
 
 
-def _resize(module: nn.Module, source: str, name: str, value: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-    """A tensor of the encoder in the shape that the module has it in.
+def _shaped(module: nn.Module, source: Source, name: str, value: Tensor, grid: Grid | None) -> Tensor:
+    """A tensor in the shape that the module has it in; one of another part than the encoder may keep its own.
 
     Raises:
         ValueError: If only a network of another size could have it.
     """
+    own = module.state_dict()
     parent, _, leaf = name.rpartition(".")
-    owner, target = module.get_submodule(parent), module.state_dict()[name]
-    if leaf == "pos_embed" and value.ndim == target.ndim == 3 and value.shape[-1] == target.shape[-1]:
-        resized = _resize_positions(owner, value, target, state)
-        if resized is not None:
+    owner, target = module.get_submodule(parent), own[name]
+    if leaf.startswith("pos_embed") or leaf == TABLE:
+        resized = adapt(name, owner, value, target, grid)
+        if resized is not None and resized.shape == target.shape:
             return resized
-    elif value.ndim == target.ndim == 4 and len(value) == len(target):  # the kernels of a patch embedding, or of a stem
+    if value.shape == target.shape or not is_encoder(name, own):
+        return value
+    if value.ndim == target.ndim == 4 and len(value) == len(target):  # the kernels of a patch embedding, or of a stem
         is_patches = ".patch_embed." in f".{name}"
         channels = _change_channels(value.float(), target.shape[1])
         if channels is not None and (is_patches or value.shape[2:] == target.shape[2:]):
             return resample_patch_embed(channels, list(target.shape[2:])) if is_patches else channels
     raise ValueError(
-        f"{source} does not fit {type(module).__name__}: {name} is {tuple(value.shape)} there and "
-        f"{tuple(target.shape)} here; image size, patch size and channels can be adapted, the network's size cannot"
+        f"{source.name} does not fit {type(module).__name__}: {name} is {tuple(value.shape)} there and "
+        f"{tuple(target.shape)} here; {cause(name, value, target)}"
     )
-
-
-def _resize_positions(owner: Any, value: Tensor, target: Tensor, state: Mapping[str, Tensor]) -> Tensor | None:
-    """Position embeddings (1, N, D) for another grid; those of class token and registers stay as they are."""
-    grid = getattr(getattr(owner, "patch_embed", owner), "grid_size", None)
-    if grid is None:
-        return None
-    prefix = target.shape[1] - math.prod(grid)
-    tokens = [t.shape[1] for key, t in state.items() if key.rpartition(".")[2] in ("cls_token", "reg_token")]
-    # Some networks add no positions to these tokens. Which of them this one is shows in what leaves a square.
-    for had in dict.fromkeys((sum(tokens), min(1, len(tokens)), 0)):
-        if math.isqrt(value.shape[1] - had) ** 2 != value.shape[1] - had:
-            continue
-        if had > prefix and getattr(owner, "cls_token", None) is not None:
-            return None  # the class token itself would have to change
-        patches = resample_abs_pos_embed(value[:, had:].float(), list(grid), num_prefix_tokens=0)
-        kept = value[:, : min(had, prefix)].float()
-        added = torch.zeros(1, prefix - kept.shape[1], value.shape[2])
-        return torch.cat([kept, added, patches], dim=1)
-    return None
 
 
 def _change_channels(kernels: Tensor, channels: int) -> Tensor | None:

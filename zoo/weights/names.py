@@ -44,10 +44,23 @@ def numbered(names: Iterable[str]) -> set[str]:
     return {".".join(words[: i + 1]) for words in split for i, word in enumerate(words) if word.isdecimal()}
 
 
+def relative(name: str) -> str:
+    """A name in a module as it is within its backbone."""
+    return name.removeprefix("backbone.")
+
+
+def head_part(name: str, own: Mapping[str, Tensor]) -> str | None:
+    """The part that a classifier's tensor belongs to, a distilled DeiT's second one as well; None of other tensors."""
+    part = name.split(".")[0]
+    if f"{CLASSES}.weight" in own or (part not in HEADS and part != "head_dist"):
+        return None
+    return "head" if part == "head_dist" else part
+
+
 def is_encoder(name: str, own: Mapping[str, Tensor]) -> bool:
     if any(other.startswith("backbone.") for other in own):
         return name.startswith("backbone.")
-    return name.split(".")[0] not in HEADS
+    return name.split(".")[0] not in (*HEADS, "head_dist")
 
 
 def is_needed(name: str, own: Mapping[str, Tensor]) -> bool:

@@ -61,9 +61,15 @@ class Report:
 def load(module: nn.Module, source: str | Path) -> Report:
     """Fills a module with weights.
 
-    All of the encoder has to be there, and no more blocks than it has: the module's ``backbone``, or, in a module
-    without one, everything but the classifier. Its position embeddings are interpolated to another image size, its
-    patch kernels to another patch size (Beyer et al. 2023, FlexiViT), its first kernels to another number of channels.
+    All of the encoder has to be there, and no more than it has: the module's ``backbone``, or, in a module without one,
+    everything but the classifier. Its position embeddings and tables of relative positions are interpolated to another
+    image size, its patch kernels to another patch size (Beyer et al. 2023, FlexiViT), its first kernels to another
+    number of channels. The grid that positions come from is the one that the source says (:func:`save` writes it,
+    checkpoints have it), or that of the images which the network was trained on, or a square; the report names what
+    was assumed, and what may be two grids is refused.
+
+    LayerNorms get the epsilon of the source, if it says one and the module's ``norm_eps`` is None.
+
     Every other part, such as a head or a decoder, is taken whole if its names and shapes agree. A classifier of another
     size, or a part that the source does not have at all, is left as it is; half of a decoder, or one of another size,
     is refused. So is a detector of another kind; one of other classes is taken but for its outputs by class, which are
@@ -71,10 +77,12 @@ def load(module: nn.Module, source: str | Path) -> Report:
 
     Args:
         module: Any module. The encoder has timm's parameter names.
-        source: A file, ``.ckpt``, ``.pth``, ``.pt`` or ``.safetensors``; or a name that timm has pretrained weights
-            for, such as "vit_base_patch16_224.mae", which timm fetches. An average of the weights is preferred. Names
-            are ours, timm's, those of the MAE releases, torchvision's for EfficientNet, ResNet, RetinaNet and FCOS,
-            Hugging Face's for ViT and ViTMAE, or those of the package efficientnet_pytorch.
+        source: A file, ``.ckpt``, ``.pth``, ``.pt`` or ``.safetensors``; or a folder that Hugging Face's or timm's
+            ``save_pretrained`` wrote; or a name that timm has pretrained weights for, such as
+            "vit_base_patch16_224.mae", which timm fetches. An average of the weights is preferred. Names are ours,
+            timm's, those of the MAE and DINOv2 releases, torchvision's for EfficientNet, ResNet, ViT, RetinaNet and
+            FCOS, Hugging Face's for ViT, ViTMAE, DeiT, BEiT and DINOv2 (also with registers), lightly's for what it
+            wraps a ViT in and for its masked autoencoder, or those of the package efficientnet_pytorch.
 
     Raises:
         FileNotFoundError: If there is no such file or name.
@@ -96,6 +104,8 @@ def load(module: nn.Module, source: str | Path) -> Report:
             own[target].copy_(value)
     used = {key for key, _ in values.values()}
     notes = [*fitted.notes, *_settle_eps(module, found.stated.norm_eps)]
+    if found.stated.activation not in (None, "gelu"):
+        notes.append(f"activations are {found.stated.activation} there: build the network alike")
     return Report(
         source=name,
         loaded=len(used),

@@ -118,9 +118,10 @@ def check_heads(module: nn.Module, source: Source) -> None:
         ValueError: If the source says another number than the module has.
     """
     here, options = by_module(module), getattr(module, "hparams", {})
+    has_decoder = any(unwrapped(key).startswith("decoder.") for key in source.tensors)
     for there, count, option in (
         (source.stated.heads, here.heads, "heads"),
-        (source.stated.decoder_heads, here.decoder_heads, "decoder_heads"),
+        (source.stated.decoder_heads if has_decoder else None, here.decoder_heads, "decoder_heads"),
     ):
         if there is not None and count is not None and there != count:
             how = f"build with {option}={there}" if option in options else "build it alike"

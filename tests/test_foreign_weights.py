@@ -8,9 +8,11 @@ import pytest
 import timm
 import torch
 import torchvision
+from lightning.pytorch import Trainer
 from safetensors.torch import load_file
 from timm.layers import SwiGLUPacked, resample_abs_pos_embed
 from torch import nn
+from torch.utils.data import DataLoader
 
 from zoo import MAEPretrainer, ViTClassifier, layouts, weights
 
@@ -169,6 +171,15 @@ def test_an_epsilon_that_is_asked_for_stays_and_is_told(tmp_path):
     ours = ViTClassifier(VIT, num_classes=3, weights=str(tmp_path / "hf"), **OURS).eval()
     assert ours.hparams.norm_eps == 1e-3
     torch.testing.assert_close(ours(images), theirs(images).logits, **CLOSE)
+    # A run that goes on does not read the file that it began with.
+    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(accelerator="cpu", **quiet)
+    trainer.strategy.connect(ours)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    fresh = ViTClassifier(VIT, num_classes=3, **OURS)
+    trainer.predict(fresh, DataLoader(list(images), batch_size=2), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+    assert torch.equal(fresh.eval()(images), ours(images))
+    assert fresh.hparams.norm_eps == 1e-3
     # From there on it goes with our own files.
     weights.save(ours.backbone, tmp_path / "a.safetensors")
     again = ViTClassifier(VIT, num_classes=3, weights=str(tmp_path / "a.safetensors"), **OURS).eval()

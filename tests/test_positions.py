@@ -224,7 +224,8 @@ def test_a_file_that_says_nothing_is_refused_where_it_may_be_either(tmp_path, ol
 
 def test_a_file_that_says_what_cannot_be_is_refused(tmp_path):
     source = classifier((4, 8)).backbone.state_dict()
-    torch.save({"model": source, "hyper_parameters": {"image_size": 224}}, tmp_path / "a.pth")
+    said = {"image_size": 224, "backbone": VIT}
+    torch.save({"model": source, "hyper_parameters": said}, tmp_path / "a.pth")
     with pytest.raises(
         ValueError, match=r"a\.pth .* says that its patches are 56x56, which is not the number of its pos"
     ):
@@ -243,6 +244,16 @@ def test_a_file_that_other_libraries_read(tmp_path):
     weights.load(classifier((4, 16), weights=str(tmp_path / "a.safetensors")), tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match="does not say what grid"):
         weights.load(classifier((4, 16)), tmp_path / "b.safetensors")
+
+
+def test_positions_that_lie_in_a_map_have_their_grid_in_their_shape(tmp_path):
+    source, ours = (timm.create_model("pit_ti_224", img_size=s, num_classes=0) for s in ((64, 96), 64))
+    (rows, columns), (height, width) = source.pos_embed.shape[2:], ours.pos_embed.shape[2:]
+    number(flat := source.pos_embed.data.flatten(2).transpose(1, 2).contiguous(), (rows, columns))
+    source.pos_embed.data.copy_(flat.transpose(1, 2).unflatten(2, (rows, columns)))
+    torch.save(source.state_dict(), tmp_path / "a.pth")
+    assert weights.load(ours, tmp_path / "a.pth").resized == ("pos_embed",)
+    know_their_places(ours.pos_embed.flatten(2).transpose(1, 2), (rows, columns), (height, width))
 
 
 # Tokens before the patches.

@@ -5,6 +5,9 @@ Neither way knows timm's BatchNormAct2d: its activation is carried along as a ch
 network goes on as a nearly linear one, without a word.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 from timm.layers import BatchNormAct2d, SyncBatchNormAct
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -41,3 +44,14 @@ def set_layer_norm_eps(module: nn.Module, eps: float) -> None:
         raise ValueError(f"norm_eps is {eps}: expected more than 0")
     for part in parts:
         part.eps = eps
+
+
+def restore_layer_norm_eps(module: Any, checkpoint: Mapping[str, Any]) -> None:
+    """Gives a module whose ``norm_eps`` is None the one that a Lightning checkpoint of it has.
+
+    It came with the weights that the run began with, which are not read again when it goes on.
+    """
+    eps = checkpoint.get("hyper_parameters", {}).get("norm_eps")
+    if eps is not None and module.hparams.norm_eps is None:
+        set_layer_norm_eps(module, eps)
+        module.hparams["norm_eps"] = eps

@@ -23,7 +23,7 @@ from zoo import pictures
 from zoo._lightning import rank_zero_info
 from zoo.backbones import create_backbone, feature_width, name_of, own_image_shape, recompute_activations
 from zoo.classification import Classifier, Loss, check_ranges
-from zoo.norms import set_layer_norm_eps
+from zoo.norms import restore_layer_norm_eps, set_layer_norm_eps
 from zoo.weights import load as load_weights
 
 Pool = Literal["token", "avg", "map"]
@@ -234,6 +234,9 @@ class ViTClassifier(Classifier):
                 f"({len(images)}, {width})"
             )
         return features
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        restore_layer_norm_eps(self, checkpoint)
 
     def train(self, mode: bool = True) -> "ViTClassifier":
         super().train(mode)

@@ -24,7 +24,7 @@ from zoo.mae.patches import (
     unpatchify,
     visible_patches,
 )
-from zoo.norms import set_layer_norm_eps
+from zoo.norms import restore_layer_norm_eps, set_layer_norm_eps
 from zoo.precision import MeanMetric
 from zoo.seeding import differ_between_ranks
 from zoo.sharding import Shardable
@@ -315,6 +315,9 @@ class MAEPretrainer(SafeLoading, Shardable, LightningModule):
         generator = torch.Generator(images.device).manual_seed(seed)
         shape = len(images), self.backbone.patch_embed.num_patches
         return torch.rand(shape, dtype=torch.float32, generator=generator, device=images.device)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        restore_layer_norm_eps(self, checkpoint)
 
     def on_fit_start(self) -> None:
         differ_between_ranks(self)

@@ -51,8 +51,9 @@ def find_grid(encoder: Any, theirs: Mapping[str, Tensor], stated: Stated) -> Gri
     for grid in said:
         if any(way.fits(grid) for way in ways):
             return Grid(grid)
-    # A network that was given as an object may have had another size than was said.
-    if said and (stated.grid or stated.image) and "." not in (stated.backbone or ""):
+    # Sizes that stand alone may mean anything, and a network that was given as an object may have had another.
+    of_network = stated.grid or ((stated.heads or stated.backbone) and stated.image)
+    if said and of_network and "." not in (stated.backbone or ""):
         raise ValueError(f"says that its patches are {_by(said[0])}, which is not the number of its positions")
     config = getattr(encoder, "pretrained_cfg", None) or {}
     if config.get("input_size") and kernel:

@@ -130,7 +130,6 @@ def test_masked_autoencoders_that_hugging_face_saved(tmp_path):
     sizes = SIZES | decoder | {"intermediate_size": 128, "decoder_intermediate_size": 64, "image_size": 16}
     theirs = transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig(**sizes)).eval()
     theirs.save_pretrained(tmp_path / "hf")
-    assert any("decoder_encoder.layer" in name for name in load_file(tmp_path / "hf" / "model.safetensors"))
     options: dict[str, Any] = {"norm_pix_loss": False, "decoder_dim": 16, "decoder_depth": 2, "decoder_heads": 2}
     ours = MAEPretrainer(VIT, **OURS | {"image_size": 16}, **options).eval()
     report = weights.load(ours, tmp_path / "hf" / "model.safetensors")
@@ -280,7 +279,7 @@ def test_a_folder_without_weights_is_told(tmp_path):
 # lightly 1.6. It wraps a ViT of timm, or of torchvision; the names are those of its modules and of its examples.
 
 
-class Wrapped(nn.Module):
+class LightlyWrapped(nn.Module):
     """As lightly's MaskedVisionTransformerTIMM and MaskedVisionTransformerTorchvision keep a ViT."""
 
     def __init__(self, vit: nn.Module, width: int = 32) -> None:
@@ -310,9 +309,9 @@ SQUARE = OURS | {"image_size": 16}
 def test_encoders_in_lightlys_wrappers(tmp_path, make, prefix):
     """Of the wrapper alone; of a module that has it as its backbone; of one with a teacher, whose student is left."""
     theirs = make()
-    state = {prefix + name: value for name, value in Wrapped(theirs).state_dict().items()}
+    state = {prefix + name: value for name, value in LightlyWrapped(theirs).state_dict().items()}
     if prefix.startswith("teacher"):
-        student = Wrapped(timm_vit(2)).state_dict()
+        student = LightlyWrapped(timm_vit(2)).state_dict()
         state |= {f"student_backbone.{name}": value for name, value in student.items()}
         state["student_head.layers.0.weight"] = torch.zeros(3, 32)
     torch.save({"state_dict": state}, tmp_path / "a.ckpt")

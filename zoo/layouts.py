@@ -4,34 +4,16 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from zoo import vit_layouts
+from zoo.vit_layouts import renamed
 
 # The releases of He et al. 2022: an encoder by timm's names, and decoder_blocks.0.norm1.weight and so on beside it.
 MAE_RELEASE = (
     (r"(^|\.)mask_token$", r"\1decoder.mask_token"),
     (r"(^|\.)decoder_(blocks|embed|norm|pos_embed)\b", r"\1decoder.\2"),
     (r"(^|\.)decoder_pred\b", r"\1decoder.head"),
-)
-# transformers' ViT and ViTMAE: version 5, and before it version 4, which nests deeper.
-HUGGING_FACE = (
-    (r"^vit\.", ""),
-    (r"^embeddings\.(cls_token$)", r"\1"),
-    (r"^embeddings\.position_embeddings$", "pos_embed"),
-    (r"^embeddings\.patch_embeddings\.projection\b", "patch_embed.proj"),
-    (r"^(?:encoder\.layer|layers)\.", "blocks."),
-    (r"^layernorm\b", "norm"),
-    (r"^decoder\.decoder_layers\.", "decoder.blocks."),
-    (r"^decoder\.decoder_(embed|norm|pos_embed)\b", r"decoder.\1"),
-    (r"^decoder\.decoder_pred\b", "decoder.head"),
-    (r"\.layernorm_before\b", ".norm1"),
-    (r"\.layernorm_after\b", ".norm2"),
-    (r"\.attention\.(?:attention\.)?(?:q_proj|query)\b", ".attn.qkv.part0"),
-    (r"\.attention\.(?:attention\.)?(?:k_proj|key)\b", ".attn.qkv.part1"),
-    (r"\.attention\.(?:attention\.)?(?:v_proj|value)\b", ".attn.qkv.part2"),
-    (r"\.attention\.(?:o_proj|output\.dense)\b", ".attn.proj"),
-    (r"\.intermediate\.dense\b", ".mlp.fc1"),
-    (r"(\d)\.output\.dense\b", r"\1.mlp.fc2"),
 )
 # torchvision's EfficientNets, V2 as well, but for what is within blocks.
 TORCHVISION = (
@@ -104,22 +86,19 @@ def translate(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
     Raises:
         ValueError: If one of the three projections of an attention is missing.
     """
-    kinds = []
-    if any(key.endswith("embeddings.patch_embeddings.projection.weight") for key in state):
-        kinds.append("Hugging Face")
-        state = _merged(_renamed(state, HUGGING_FACE))
-    elif any("decoder_blocks." in key for key in state):
-        state = _renamed(state, MAE_RELEASE)
+    kinds, state = vit_layouts.translate(state)
+    if any("decoder_blocks." in key for key in state):
+        state = renamed(state, MAE_RELEASE)
     elif any(TORCHVISION_BLOCK.fullmatch(key) for key in state):
         kinds.append("torchvision")
-        state = _renamed(_named_blocks(state), TORCHVISION)
+        state = renamed(_named_blocks(state), TORCHVISION)
     elif any(EFFICIENTNET_PYTORCH_BLOCK.fullmatch(key) for key in state):
         kinds.append("efficientnet_pytorch")
-        state = _renamed(_staged_blocks(state), EFFICIENTNET_PYTORCH)
+        state = renamed(_staged_blocks(state), EFFICIENTNET_PYTORCH)
     elif any(key.endswith("head.regression_head.bbox_reg.weight") for key in state):
         is_fcos = any(".bbox_ctrness." in key for key in state)
         kinds += ["torchvision", "FCOS" if is_fcos else "RetinaNet"]
-        state = _renamed(_named_towers(state, is_fcos), TORCHVISION_DETECTOR)
+        state = renamed(_named_towers(state, is_fcos), TORCHVISION_DETECTOR)
     names = [f".{name}" for name in state]
     if any(".decoder.blocks." in name for name in names):
         kinds.append("MAE, encoder and decoder")
@@ -191,15 +170,6 @@ def _built(state: Mapping[str, Tensor]) -> dict[str, Any]:
     return found
 
 
-def _renamed(state: Mapping[str, Tensor], rules: tuple[tuple[str, str], ...]) -> dict[str, Tensor]:
-    renamed = {}
-    for key, value in state.items():
-        for pattern, replacement in rules:
-            key = re.sub(pattern, replacement, key)
-        renamed[key] = value
-    return renamed
-
-
 def _named_blocks(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """torchvision's blocks, by the names that their layers have here."""
     matches = {key: TORCHVISION_BLOCK.fullmatch(key) for key in state}
@@ -264,18 +234,3 @@ def _named_towers(state: Mapping[str, Tensor], is_fcos: bool) -> dict[str, Tenso
                 named[key.replace(".norm.weight", ".conv.bias")] = value.new_zeros(len(value))
         named[key] = value
     return named
-
-
-def _merged(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Queries', keys' and values' projections, which are apart there, as the one matrix that they are here."""
-    merged = {}
-    for key, value in state.items():
-        before, _, rest = key.partition(".part")
-        if not rest:
-            merged[key] = value
-        elif rest.startswith("0"):
-            parts = [f"{before}.part{index}{rest[1:]}" for index in range(3)]
-            if any(part not in state for part in parts):
-                raise ValueError(f"{before} lacks one of its three projections, for queries, keys and values")
-            merged[before + rest[1:]] = torch.cat([state[part] for part in parts])
-    return merged

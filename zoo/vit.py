@@ -7,7 +7,7 @@ Deviations: none in the network. Mixup and cutmix draw one ratio a batch, as tim
 without class token is shown as the mean over its queries, which neither paper on attention maps defines.
 """
 
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from timm.layers import Attention, AttentionRope, DropPath, PatchEmbed, to_2tuple
@@ -23,6 +23,7 @@ from zoo import pictures
 from zoo._lightning import rank_zero_info
 from zoo.backbones import create_backbone, feature_width, name_of, own_image_shape, recompute_activations
 from zoo.classification import Classifier, Loss, check_ranges
+from zoo.norms import restore_layer_norm_eps, set_layer_norm_eps
 from zoo.weights import load as load_weights
 
 Pool = Literal["token", "avg", "map"]
@@ -55,6 +56,10 @@ class ViTClassifier(Classifier):
         pool: What the head reads: the class "token", the "avg" of the patch tokens, or attention pooling ("map").
             None: the backbone's own.
         reg_tokens: Register tokens (Darcet et al. 2024). 0: the backbone's own number.
+        class_token: False for a ViT without one, whose head then reads the "avg", as an encoder that was pretrained
+            without has to be. True: as the backbone is.
+        norm_eps: Epsilon of LayerNorm. None: as ``weights`` were trained, if they say so (Hugging Face's config.json,
+            a checkpoint of ours), or else the backbone's own.
         drop_path: Stochastic depth, the largest probability to drop a residual branch.
         drop_path_schedule: "linear" from 0 in the first block, or "uniform" over depth (DeiT III).
         layer_scale: Initial LayerScale value (Touvron et al. 2021). None: the backbone's own, usually no LayerScale.
@@ -82,6 +87,8 @@ class ViTClassifier(Classifier):
             fill; for an option that a given module cannot take; for weights that do not fit.
     """
 
+    layer_norm_eps: ClassVar = True  # norm_eps is LayerNorm's, for zoo.weights to set
+
     def __init__(
         self,
         backbone: str | nn.Module = "vit_base_patch16_224",
@@ -95,6 +102,8 @@ class ViTClassifier(Classifier):
         heads: int | None = None,
         pool: Pool | None = None,
         reg_tokens: int = 0,
+        class_token: bool = True,
+        norm_eps: float | None = None,
         drop_path: float = 0.0,
         drop_path_schedule: Schedule = "linear",
         layer_scale: float | None = None,
@@ -138,6 +147,8 @@ class ViTClassifier(Classifier):
         if not 0 < layer_decay <= 1:
             raise ValueError(f"layer_decay is {layer_decay}: expected a number above 0 and at most 1")
         given = isinstance(backbone, nn.Module)
+        if not class_token:
+            pool = pool or "avg"
         self.backbone = create_backbone(
             backbone,
             img_size=None if given else image_size,
@@ -147,6 +158,7 @@ class ViTClassifier(Classifier):
             depth=depth,
             num_heads=heads,
             global_pool=pool,
+            class_token=None if class_token else False,
             reg_tokens=reg_tokens or None,
             drop_path_rate=drop_path or None,
             init_values=layer_scale,
@@ -155,8 +167,11 @@ class ViTClassifier(Classifier):
         )
         if drop_path_schedule not in get_args(Schedule):
             raise ValueError(f"unknown drop_path_schedule {drop_path_schedule!r}: expected linear or uniform")
+        if norm_eps is not None:
+            set_layer_norm_eps(self.backbone, norm_eps)
         if given:
             self._check_given(image_size, in_channels)
+            self.hparams["image_size"] = strict_size(self.backbone) or image_size  # for whoever reads the checkpoint
         if drop_path_schedule == "uniform":
             drop_uniformly(self.backbone, drop_path)
         if grad_checkpointing:
@@ -219,6 +234,9 @@ class ViTClassifier(Classifier):
                 f"({len(images)}, {width})"
             )
         return features
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        restore_layer_norm_eps(self, checkpoint)
 
     def train(self, mode: bool = True) -> "ViTClassifier":
         super().train(mode)

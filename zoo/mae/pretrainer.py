@@ -24,6 +24,7 @@ from zoo.mae.patches import (
     unpatchify,
     visible_patches,
 )
+from zoo.norms import restore_layer_norm_eps, set_layer_norm_eps
 from zoo.precision import MeanMetric
 from zoo.seeding import differ_between_ranks
 from zoo.sharding import Shardable
@@ -95,6 +96,8 @@ class MAEPretrainer(SafeLoading, Shardable, LightningModule):
         width, depth, heads: Size of the encoder, if not the backbone's own.
         class_token: Whether the encoder has one, for a backbone by name. Without, features are the mean over patches.
         reg_tokens: Register tokens (Darcet et al. 2024). 0: the backbone's own number.
+        norm_eps: Epsilon of LayerNorm, in encoder and decoder. None: as ``weights`` were trained, if they say so
+            (Hugging Face's config.json, a checkpoint of ours), or else 1e-6.
         grad_checkpointing: Recompute encoder blocks in the backward pass: less memory, more time.
         optimizer: Name of an optimizer of timm.
         lr: Learning rate, as it is used: the paper's is 1.5e-4 times the total batch size / 256.
@@ -113,6 +116,7 @@ class MAEPretrainer(SafeLoading, Shardable, LightningModule):
     backbone: Any  # modules; Any, because what they have beyond torch's is timm's
     decoder: Any
     hparams: Any  # Lightning calls it a mapping, and makes its keys attributes
+    layer_norm_eps: ClassVar = True  # norm_eps is LayerNorm's, for zoo.weights to set
     changeable: ClassVar = ("predict_ratio",)  # while a run goes on: they say how it is evaluated
     unpredicted: ClassVar = ("decoder",)  # parts that no prediction needs
 
@@ -135,6 +139,7 @@ class MAEPretrainer(SafeLoading, Shardable, LightningModule):
         heads: int | None = None,
         class_token: bool = True,
         reg_tokens: int = 0,
+        norm_eps: float | None = None,
         grad_checkpointing: bool = False,
         optimizer: str = "adamw",
         lr: float = 1.5e-4,
@@ -161,6 +166,7 @@ class MAEPretrainer(SafeLoading, Shardable, LightningModule):
             raise ValueError(
                 f"image_size is {image_size}, but the backbone given is for {embed.img_size}: leave it out"
             )
+        self.hparams["image_size"] = embed.img_size if given else image_size  # for whoever reads the checkpoint
         if given and in_channels not in (3, embed.proj.in_channels):
             raise ValueError(
                 f"in_channels is {in_channels}, but the backbone given is for {embed.proj.in_channels}: leave it out"
@@ -193,6 +199,8 @@ class MAEPretrainer(SafeLoading, Shardable, LightningModule):
                 )
             self.predicted = min(max(1, wanted), self.predicted)
             self.decoder = CrossDecoder(*size, layers=len(self.backbone.blocks) + 1)
+        if norm_eps is not None:
+            set_layer_norm_eps(self, norm_eps)
         initialize(self.decoder)
         if not given:
             initialize(self.backbone)
@@ -308,6 +316,9 @@ class MAEPretrainer(SafeLoading, Shardable, LightningModule):
         generator = torch.Generator(images.device).manual_seed(seed)
         shape = len(images), self.backbone.patch_embed.num_patches
         return torch.rand(shape, dtype=torch.float32, generator=generator, device=images.device)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        restore_layer_norm_eps(self, checkpoint)
 
     def on_fit_start(self) -> None:
         differ_between_ranks(self)

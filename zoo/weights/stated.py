@@ -1,0 +1,165 @@
+"""What sources of weights say of their networks beside the tensors: sizes, heads, epsilons."""
+
+import json
+from argparse import Namespace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+from torch import nn
+
+from zoo.norms import layer_norm_eps
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Stated:
+    """What is known of a network; None where nothing is said.
+
+    Attributes:
+        grid: Rows and columns of its patches.
+        image: (height, width) of its images in pixels.
+        backbone: Its name in timm.
+        heads: Attention heads of a block of the encoder.
+        decoder_heads: The same of a masked autoencoder's decoder.
+        norm_eps: Epsilon of its LayerNorms.
+        activation: By the name that Hugging Face has for it.
+    """
+
+    grid: Size | None = None
+    image: Size | None = None
+    backbone: str | None = None
+    heads: int | None = None
+    decoder_heads: int | None = None
+    norm_eps: float | None = None
+    activation: str | None = None
+
+    def grids(self, kernel: Size | None) -> Iterator[Size]:
+        """The grids that this may mean, the surest first.
+
+        Args:
+            kernel: (height, width) of a patch in pixels, as the tensors have it.
+        """
+        if self.grid is not None:
+            yield self.grid
+        images = [self.image] if self.image is not None else trained_on(self.backbone)
+        for image in images:
+            if kernel is not None:
+                yield image[0] // kernel[0], image[1] // kernel[1]
+
+
+def trained_on(backbone: str | None) -> list[Size]:
+    """(height, width) of the images that timm's network of a name was trained on, if timm knows the name."""
+    if backbone is None or not timm.is_model(backbone):
+        return []
+    config = timm.models.get_pretrained_cfg(backbone)
+    return [config.input_size[-2:]] if config is not None and config.input_size else []
+
+
+def by_checkpoint(content: Any) -> Stated:
+    """What a file of torch's says: Lightning's hyperparameters, of our modules or with the same names, or its ``args``.
+
+    timm's training and the MAE releases keep the command's arguments under that name.
+    """
+    if not isinstance(content, Mapping):
+        return Stated()
+    if isinstance(given := content.get("hyper_parameters"), Mapping):
+        of_batch_norm = "padding" in given or "head_depth" in given  # an EfficientNetClassifier, an FPNDetector
+        return Stated(
+            image=_size(given.get("image_size", given.get("img_size"))),
+            backbone=_of(str, given.get("backbone")),
+            heads=_of(int, given.get("heads")),
+            decoder_heads=_of(int, given.get("decoder_heads")),
+            norm_eps=None if of_batch_norm else _of(float, given.get("norm_eps")),
+        )
+    args = content.get("args")
+    args = vars(args) if isinstance(args, Namespace) else args
+    if not isinstance(args, Mapping):
+        return Stated()
+    sizes = (_size(args.get(name)) for name in ("img_size", "input_size", "image_size"))
+    return Stated(image=next(filter(None, sizes), None), backbone=_of(str, content.get("arch") or args.get("model")))
+
+
+def by_config(config: Any) -> Stated:
+    """What the ``config.json`` beside weights says, as Hugging Face's or timm's ``save_pretrained`` writes it."""
+    if not isinstance(config, Mapping):
+        return Stated()
+    if "model_type" in config:
+        return Stated(
+            image=_size(config.get("image_size")),
+            heads=_of(int, config.get("num_attention_heads")),
+            decoder_heads=_of(int, config.get("decoder_num_attention_heads")),
+            norm_eps=_of(float, config.get("layer_norm_eps")),
+            activation=_of(str, config.get("hidden_act")),
+        )
+    sizes = [
+        inner.get(name)
+        for part, name in (("model_args", "img_size"), ("pretrained_cfg", "input_size"))
+        if isinstance(inner := config.get(part), Mapping)
+    ]
+    image = next(filter(None, map(_size, sizes)), None)
+    return Stated(image=image, backbone=_of(str, config.get("architecture")))
+
+
+def by_metadata(metadata: Mapping[str, str] | None) -> Stated:
+    """What :func:`zoo.weights.save` wrote beside the tensors: see :func:`to_metadata`."""
+    try:
+        found = json.loads((metadata or {}).get("zoo", "{}"))
+    except ValueError:
+        return Stated()
+    if not isinstance(found, Mapping):
+        return Stated()
+    return Stated(
+        grid=_size(found.get("grid")),
+        heads=_of(int, found.get("heads")),
+        decoder_heads=_of(int, found.get("decoder_heads")),
+        norm_eps=_of(float, found.get("norm_eps")),
+    )
+
+
+def to_metadata(module: nn.Module) -> dict[str, str]:
+    """What a file of a module's weights says of it, for safetensors, which keeps text alone."""
+    stated = by_module(module)
+    said = {name: getattr(stated, name) for name in ("grid", "heads", "decoder_heads", "norm_eps")}
+    said = {name: value for name, value in said.items() if value is not None}
+    return {"format": "pt"} | ({"zoo": json.dumps(said)} if said else {})
+
+
+def by_module(module: nn.Module) -> Stated:
+    """What a module, or its ``backbone``, is."""
+    encoder = encoder_of(module)
+    grid = getattr(getattr(encoder, "patch_embed", None), "grid_size", None)
+    return Stated(
+        grid=_size(grid),
+        heads=_heads(encoder),
+        decoder_heads=_heads(getattr(module, "decoder", None)),
+        norm_eps=layer_norm_eps(encoder) if hasattr(encoder, "blocks") else None,
+    )
+
+
+def encoder_of(module: nn.Module) -> nn.Module:
+    """A module's ``backbone``, or itself if it has none."""
+    backbone = getattr(module, "backbone", None)
+    return backbone if isinstance(backbone, nn.Module) else module
+
+
+def _heads(network: Any) -> int | None:
+    """Attention heads of a transformer's first block; None of anything else."""
+    blocks = getattr(network, "blocks", None)
+    first = blocks[0] if isinstance(blocks, nn.ModuleList | nn.Sequential) and len(blocks) else None
+    attention = getattr(first, "attn", None)
+    return _of(int, getattr(attention, "num_heads", getattr(attention, "heads", None)))
+
+
+def _size(value: Any) -> Size | None:
+    """(height, width) of a number, of two, or of (channels, height, width)."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return (value, value) if value > 0 else None
+    whole = isinstance(value, list | tuple) and all(isinstance(each, int) and each > 0 for each in value)
+    return (value[-2], value[-1]) if whole and len(value) in (2, 3) else None
+
+
+def _of(kind: type, value: Any) -> Any:
+    return value if isinstance(value, kind) and not isinstance(value, bool) else None

@@ -175,7 +175,7 @@ class Classifier(SafeLoading, Shardable, LightningModule):
         classes = getattr(getattr(self._trainer, "datamodule", None), "classes", None)
         probability, predicted = self.probabilities(images).max(1)
         captions = [
-            f"{_class_name(classes, index)} {100 * value:.0f}%"
+            f"{pictures.legible_name(classes, index)}: {100 * value:.0f}%"
             for index, value in zip(predicted.tolist(), probability.tolist(), strict=True)
         ]
         right: Sequence[bool | None] = [None] * len(images)
@@ -183,7 +183,7 @@ class Classifier(SafeLoading, Shardable, LightningModule):
             labels = batches.images_and_labels(batch)[1]
             right = (predicted == labels).tolist()
             captions = [
-                text if is_right else f"{text}, is {_class_name(classes, label)}"
+                text if is_right else f"{text}\nis {pictures.legible_name(classes, label)}"
                 for text, is_right, label in zip(captions, right, labels.tolist(), strict=True)
             ]
         return {"predictions": pictures.captioned(images, captions, right)}
@@ -248,7 +248,3 @@ class Classifier(SafeLoading, Shardable, LightningModule):
             self, hp.optimizer, hp.lr, hp.weight_decay, layer_decay=hp.layer_decay, betas=hp.betas
         )
         return optim.lightning_schedule(self, optimizer, hp.warmup_epochs, hp.min_lr)
-
-
-def _class_name(classes: Sequence[str] | None, index: int) -> str:
-    return str(index) if classes is None else classes[index]

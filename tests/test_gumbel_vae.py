@@ -510,6 +510,64 @@ def test_pictures_show_reconstructions_samples_and_one_latent_at_a_time(kind):
     assert not (differ & ~torch.eye(3, dtype=torch.bool)[:, None]).any()
 
 
+class Largest(TorchDispatchMode):
+    """The number of values of the largest tensor that is made."""
+
+    values = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for each in made if isinstance(made, tuple | list) else [made]:
+            if isinstance(each, torch.Tensor):
+                self.values = max(self.values, each.numel())
+        return made
+
+
+@pytest.mark.parametrize("latents", [2, 20])
+@pytest.mark.parametrize("kind", [GumbelVAE, GaussianVAE])
+def test_latents_are_traversed_in_parts_with_the_same_images(monkeypatch, kind, latents):
+    options = {"latents": latents, "image_size": 8, "hidden": (16,)} | ({"categories": 20} if kind is GumbelVAE else {})
+    model = kind(**options).eval()
+    z = model.codes(model.encode(binary(1, (1, 8, 8))))[0]
+    varied = model.variations(z)
+    assert varied.shape == (min(latents, 16), 16 if kind is GumbelVAE else 9, *z.shape)
+    with torch.no_grad():
+        whole = model.likelihood.mean(model.decode(varied.flatten(0, 1)))
+    for chunk in (1, 5, 10_000):
+        monkeypatch.setattr(model, "images_at_a_time", lambda chunk=chunk: chunk)
+        traversed = model.traverse(z)
+        assert traversed.shape == (*varied.shape[:2], 1, 8, 8)
+        torch.testing.assert_close(traversed.flatten(0, 1), whole)
+    numbers = [0, varied.shape[1], varied.shape[0] * varied.shape[1] - 1]
+    assert torch.equal(model.variations(z, numbers), varied.flatten(0, 1)[numbers])
+
+
+def test_the_pictures_of_a_large_codebook_take_memory_for_few_of_its_variations():
+    model = GumbelVAE((16, 16), 2048, image_size=16, network="conv", width=1, blocks=1).eval()
+    z = model.codes(model.encode(binary(1, (1, 16, 16))))[0]
+    with Largest() as largest:
+        model.traverse(z)
+    assert largest.values <= base.VALUES_AT_A_TIME  # all of the variations have 134 million
+
+
+@pytest.mark.parametrize("kind", [GumbelVAE, GaussianVAE])
+def test_a_collapsed_model_looks_like_one(kind):
+    options = {"latents": 3, "image_size": 8, "hidden": (16,)} | ({"categories": 4} if kind is GumbelVAE else {})
+    model = kind(**options).eval()
+    with torch.no_grad():
+        for parameter in model.decoder.parameters():
+            parameter.mul_(1e-3)  # what it decodes hardly depends on z: a grey image
+    images = binary(5, (1, 8, 8))
+    drawn = model.pictures(images)
+    assert drawn["samples"].sub(0.5).abs().max() < 0.01
+    assert drawn["latents"].sub(0.5).abs().max() < 0.01
+    originals, reconstructed = drawn["reconstructions"].split(96, 3)
+    assert reconstructed.sub(0.5).abs().max() < 0.01
+    assert torch.equal(originals[:, :1, ::12, ::12], images)
+    white = model.pictures(torch.ones(2, 1, 8, 8))["reconstructions"].split(96, 3)[0]
+    assert torch.equal(white, torch.ones_like(white))  # of the data's range, not of this image's
+
+
 # Networks.
 
 

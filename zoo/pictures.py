@@ -24,17 +24,22 @@ SCORE = re.compile(r": \d+%$")
 """How a score is written behind a name: a digit's name and its score would be one number without the colon."""
 
 
-def displayable(images: Tensor, least: int = 96) -> Tensor:
-    """Normalised images (B, C, H, W) as RGB in [0, 1], each stretched to its full contrast; small ones enlarged.
+def displayable(images: Tensor, least: int = 96, values: tuple[float, float] | None = None) -> Tensor:
+    """Images (B, C, H, W) as RGB in [0, 1]; small ones enlarged.
 
     Args:
         images: Of one channel, or of three or more, of which the first three are shown.
         least: Sides shorter than this many pixels are enlarged by whole factors, pixels staying sharp.
+        values: Those that are shown black and white, where the data's are known: an image of hardly any contrast then
+            looks like that. None: of each image its own, so that it has its full contrast, however it was normalised.
     """
     images = images.detach().float().cpu()
     images = images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
-    low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
-    images = (images - low) / (high - low).clamp_min(1e-6)
+    if values is None:
+        low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
+        images = (images - low) / (high - low).clamp_min(1e-6)
+    else:
+        images = ((images - values[0]) / (values[1] - values[0])).clamp(0, 1)
     factor = -(-least // min(images.shape[-2:]))
     return images.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
 

@@ -2,7 +2,7 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -28,6 +28,10 @@ VALUES_AT_A_TIME = 2**23
 
 One image may have more.
 """
+VALUES = (0.0, 1.0)
+"""Of black and of white in every image: of the data, and of what a model makes of it."""
+VARIED = 16
+"""How many latents are varied in a picture: the first ones."""
 
 
 class VAEOutput(NamedTuple):
@@ -49,7 +53,7 @@ class VAE(SafeLoading, Shardable, LightningModule):
     """A variational autoencoder. It has no constructor: a technique calls :meth:`build` in its own.
 
     A technique provides its latents: :meth:`encode`, :meth:`draw`, :meth:`draw_prior`, :meth:`log_ratio`, :meth:`kl`,
-    :meth:`objective`, :meth:`codes`, :meth:`between`, :meth:`variations`; and what it counts over an evaluation,
+    :meth:`objective`, :meth:`codes`, :meth:`between`, :meth:`latent_values`; and what it counts over an evaluation,
     :meth:`latent_metrics` and :meth:`latent_statistics`.
     """
 
@@ -134,8 +138,8 @@ class VAE(SafeLoading, Shardable, LightningModule):
         """z (B, steps, N, D) from one z (B, N, D) to another, both included."""
 
     @abstractmethod
-    def variations(self, z: Tensor) -> Tensor:
-        """Of a single z (N, D), those that differ from it in one latent: (N, values, N, D)."""
+    def latent_values(self, z: Tensor) -> Tensor:
+        """What a latent is set to, one after the other, where it is varied: (values, D), like z in type and device."""
 
     @abstractmethod
     def latent_metrics(self) -> dict[str, Metric]:
@@ -241,6 +245,29 @@ class VAE(SafeLoading, Shardable, LightningModule):
         ends = self.codes(self._posterior(first)), self.codes(self._posterior(second))
         z = self.between(*ends, steps)
         return self._shown(z.flatten(0, 1)).unflatten(0, z.shape[:2])
+
+    def variations(self, z: Tensor, numbers: Sequence[int] | None = None) -> Tensor:
+        """Of a single z (N, D), those that differ from it in one of the first 16 latents: (latents, values, N, D).
+
+        Args:
+            z: On which all others stay.
+            numbers: Some of them alone, by their number in that order: (numbers, N, D). All at once have values * N * D
+                values for each latent, which is a great deal for a large codebook.
+        """
+        values, latents = self.latent_values(z), min(self.latents, VARIED)
+        chosen = torch.as_tensor(range(latents * len(values)) if numbers is None else numbers, device=z.device)
+        changed = z.expand(len(chosen), *z.shape).clone()
+        changed[torch.arange(len(chosen), device=z.device), chosen // len(values)] = values[chosen % len(values)]
+        return changed.unflatten(0, (latents, len(values))) if numbers is None else changed
+
+    @torch.no_grad()
+    def traverse(self, z: Tensor) -> Tensor:
+        """Images (latents, values, C, H, W) in [0, 1] of a single z's :meth:`variations`, few at a time."""
+        latents, values = min(self.latents, VARIED), len(self.latent_values(z))
+        numbers, chunk = range(latents * values), self.images_at_a_time()
+        parts = (numbers[start : start + chunk] for start in range(0, len(numbers), chunk))
+        shown = [self.likelihood.mean(self.decode(self.variations(z, part))) for part in parts]
+        return torch.cat(shown).unflatten(0, (latents, values))
 
     def _shown(self, z: Tensor) -> Tensor:
         """Images (B, C, H, W) in [0, 1] of z (B, N, D), the likelihood's means, few at a time."""
@@ -365,12 +392,12 @@ class VAE(SafeLoading, Shardable, LightningModule):
         """
         images = batches.images(batch)
         pairs = torch.cat([images, self.reconstruct(images)], dim=3)
-        z = self.variations(self.codes(self.encode(images[:1]))[0])
-        changed = self._shown(z.flatten(0, 1))
-        rows = make_grid(pictures.displayable(changed, least=32), nrow=z.shape[1], pad_value=0.5)
+        changed = self.traverse(self.codes(self.encode(images[:1]))[0])
+        tiles = pictures.displayable(changed.flatten(0, 1), least=32, values=VALUES)
+        rows = make_grid(tiles, nrow=changed.shape[1], pad_value=0.5)
         return {
-            "reconstructions": pictures.displayable(pairs),
-            "samples": pictures.displayable(self.sample(len(images))),
+            "reconstructions": pictures.displayable(pairs, values=VALUES),
+            "samples": pictures.displayable(self.sample(len(images)), values=VALUES),
             "latents": rows[None],
         }
 

@@ -185,13 +185,10 @@ class GumbelVAE(VAE):
         changed = rank[:, None] <= (share * differ.sum(1)[:, None, None]).round()  # (B, steps, N)
         return torch.where(changed[..., None], second[:, None], first[:, None])
 
-    def variations(self, z: Tensor) -> Tensor:
-        """The first 16 latents at their first 16 categories."""
-        latents, categories = min(self.latents, 16), min(self.categories, 16)
-        changed = z.expand(latents, categories, *z.shape).clone()
-        index = torch.arange(latents, device=z.device)
-        changed[index, :, index] = torch.eye(self.categories, dtype=z.dtype, device=z.device)[:categories]
-        return changed
+    def latent_values(self, z: Tensor) -> Tensor:
+        """The first 16 categories."""
+        first = torch.arange(min(self.categories, 16), device=z.device)
+        return F.one_hot(first, self.categories).to(z.dtype)
 
     # A tokeniser of images.
 

@@ -15,7 +15,7 @@ from jsonargparse import Namespace
 
 from zoo import continuing, imports, mistakes, outcome, recipes, settings
 from zoo._lightning import NAMESPACE, Callback, LightningDataModule, LightningModule
-from zoo.callbacks import RunDirectory, WriteDetections, WritePredictions
+from zoo.callbacks import LogInterval, RunDirectory, WriteDetections, WritePredictions
 from zoo.callbacks.run_directory import run_directory
 from zoo.checkpoints import newest
 from zoo.guards import guard, keep_optimizer_settings
@@ -256,6 +256,9 @@ class ZooCLI(LightningCLI):
         trainer: Any = self.trainer
         if self.subcommand == "predict" and not any(isinstance(c, WritePredictions) for c in trainer.callbacks):
             trainer.callbacks.append(WriteDetections() if hasattr(self.model, "detect") else WritePredictions())
+        if self.subcommand == "fit" and self.written.fit.get("trainer.log_every_n_steps") is None:
+            warnings.filterwarnings("ignore", message="The number of training batches .* smaller than the logging inte")
+            trainer.callbacks.insert(0, LogInterval())
         if not trainer.fast_dev_run:
             directory = RunDirectory(config.model.class_path.split(".")[-1])
             try:

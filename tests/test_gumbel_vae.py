@@ -883,8 +883,8 @@ def test_a_quarter_of_a_recipe_beats_independent_pixels_by_far(recipe, goal, cap
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": 0.0}, "temperature's start is 0.0: expected a finite number above 0"),
-        ({"min_temperature": -1.0}, "temperature's end is -1.0: expected a finite number above 0"),
+        ({"temperature": 0.0}, "temperature is 0.0: expected a finite number above 0"),
+        ({"min_temperature": -1.0}, "min_temperature is -1.0: expected a finite number above 0"),
         (
             {"temperature_schedule": "linear"},
             "unknown schedule 'linear': expected one of constant, exponential, cosine",
@@ -904,7 +904,7 @@ def test_a_quarter_of_a_recipe_beats_independent_pixels_by_far(recipe, goal, cap
             "kl 'relaxed' needs relaxed samples, and estimator 'rloo' draws hard ones",
         ),
         ({"estimator": "rloo", "estimator_samples": 1}, "rloo with 1 samples: expected at least 2"),
-        ({"estimator_samples": 0}, "gumbel_softmax with 0 samples"),
+        ({"estimator_samples": 0}, "estimator_samples is 0: expected at least 1"),
         ({"estimator": "reinmax", "estimator_samples": 3}, "estimator 'reinmax' has no number of samples"),
         ({"kl": "exact"}, "unknown kl 'exact': expected one of analytic, sampled, relaxed"),
         ({"prior": "normal"}, "unknown prior 'normal': expected one of uniform, learned"),
@@ -912,7 +912,7 @@ def test_a_quarter_of_a_recipe_beats_independent_pixels_by_far(recipe, goal, cap
         ({"activation": "gelu"}, "unknown activation 'gelu': expected one of relu, tanh"),
         ({"dropout": 1.0}, "dropout is 1.0: expected a share in [0, 1)"),
         ({"hidden": (0,)}, "hidden is [0]: expected widths of at least 1"),
-        ({"network": "conv", "width": 0}, "width is 0, blocks 2: expected at least 1 of both"),
+        ({"network": "conv", "width": 0}, "width is 0: expected at least 1"),
         ({"kl_weight": -1.0}, "kl_weight is -1.0"),
         ({"elbo_samples": 0}, "elbo_samples is 0"),
         ({"levels": 1, "likelihood": "categorical"}, "levels is 1: expected at least 2"),

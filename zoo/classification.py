@@ -1,6 +1,5 @@
 """What classifiers share: losses, metrics, pictures, and the steps between a network and a Trainer."""
 
-import math
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -23,6 +22,7 @@ from zoo._lightning import LightningModule
 from zoo.checkpoints import SafeLoading
 from zoo.log import StepLog
 from zoo.precision import MeanMetric, Metrics
+from zoo.ranges import check_ranges, check_training
 from zoo.seeding import differ_between_ranks
 from zoo.sharding import Shardable
 
@@ -91,21 +91,6 @@ def check_labels(labels: Tensor, num_classes: int, batch_idx: int) -> None:
             raise ValueError(f"label {wrong} is out of range: num_classes is {num_classes}, labels run from 0")
 
 
-def check_ranges(**options: tuple[Any, float, float | None]) -> None:
-    """Raises ValueError for an option out of its range.
-
-    Args:
-        options: By name: the value, or several, or None for one that is left to somebody else; the least that is
-            allowed; and what it has to stay below, or None.
-    """
-    for name, (value, least, below) in options.items():
-        for number in value if isinstance(value, tuple | list) else (value,):
-            if number is None or (number >= least and (below is None or number < below) and not math.isinf(number)):
-                continue
-            expected = f"at least {least:g}" if below is None else f"a number in [{least:g}, {below:g})"
-            raise ValueError(f"{name} is {value}: expected {expected}")
-
-
 class Classifier(SafeLoading, Shardable, LightningModule):
     """The steps of an image classifier. It has no constructor: a technique builds ``backbone`` and ``head`` itself.
 
@@ -129,12 +114,8 @@ class Classifier(SafeLoading, Shardable, LightningModule):
             label_smoothing=(hp.label_smoothing, 0, 1),
             mixup=(hp.mixup, 0, None),
             cutmix=(hp.cutmix, 0, None),
-            lr=(hp.lr, 0, None),
-            weight_decay=(hp.weight_decay, 0, None),
-            warmup_epochs=(hp.warmup_epochs, 0, None),
-            min_lr=(hp.min_lr, 0, None),
-            betas=(hp.betas, 0, 1),
         )
+        check_training(hp)
         if hp.loss not in get_args(Loss):
             raise ValueError(f"unknown loss {hp.loss!r}: expected one of {', '.join(get_args(Loss))}")
         if hp.multi_label and hp.loss == "cross_entropy":

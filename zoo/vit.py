@@ -7,6 +7,7 @@ Deviations: none in the network. Mixup and cutmix draw one ratio a batch, as tim
 without class token is shown as the mean over its queries, which neither paper on attention maps defines.
 """
 
+import math
 from typing import Any, Literal, get_args
 
 import torch
@@ -22,7 +23,8 @@ from zoo import batch as batches
 from zoo import pictures
 from zoo._lightning import rank_zero_info
 from zoo.backbones import create_backbone, feature_width, name_of, own_image_shape, recompute_activations
-from zoo.classification import Classifier, Loss, check_ranges
+from zoo.classification import Classifier, Loss
+from zoo.ranges import check_ranges
 from zoo.weights import load as load_weights
 
 Pool = Literal["token", "avg", "map"]
@@ -133,10 +135,10 @@ class ViTClassifier(Classifier):
             drop_path=(drop_path, 0, 1),
             dropout=(dropout, 0, 1),
             patch_drop=(patch_drop, 0, 1),
+            layer_scale=(layer_scale, 0, None),
             head_std=(head_std, 0, None),
+            head_bias=(head_bias, -math.inf, None),
         )
-        if not 0 < layer_decay <= 1:
-            raise ValueError(f"layer_decay is {layer_decay}: expected a number above 0 and at most 1")
         given = isinstance(backbone, nn.Module)
         self.backbone = create_backbone(
             backbone,

@@ -1,5 +1,6 @@
 """The LightningModule: a network by the table or by the rule, and what it is trained with."""
 
+import math
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -12,6 +13,7 @@ from zoo._lightning import rank_zero_info
 from zoo.classification import Classifier, Loss
 from zoo.efficientnet.networks import V2, create_network, recompute_blocks
 from zoo.efficientnet.scaling import PUBLISHED, CompoundScaling, check_resolution
+from zoo.ranges import check_ranges
 from zoo.weights import describe
 from zoo.weights import load as load_weights
 
@@ -114,6 +116,7 @@ class EfficientNetClassifier(Classifier):
         super().__init__()
         self.save_hyperparameters(ignore=["weights"])
         self.make_metrics()
+        check_ranges(in_channels=(in_channels, 1, None), norm_eps=(norm_eps, -math.inf, None))
         for name, value, choices in (
             ("variant", variant, (None, *get_args(Variant))),
             ("padding", padding, (None, *get_args(Padding))),

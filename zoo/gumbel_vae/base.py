@@ -19,6 +19,7 @@ from zoo.gumbel_vae.networks import create_networks
 from zoo.gumbel_vae.schedules import cosine
 from zoo.log import StepLog
 from zoo.precision import MeanMetric
+from zoo.ranges import check_ranges, check_training
 from zoo.seeding import differ_between_ranks
 from zoo.sharding import Shardable
 from zoo.weights import load as load_weights
@@ -65,6 +66,19 @@ class VAE(SafeLoading, Shardable, LightningModule):
     def build(self, encoder_outputs: int, decoder_inputs: int) -> None:
         """Networks, likelihood and metrics, out of ``self.hparams``."""
         hp = self.hparams
+        check_training(hp)
+        check_ranges(
+            image_size=(hp.image_size, 1, None),
+            in_channels=(hp.in_channels, 1, None),
+            latents=(hp.latents, 1, None),
+            levels=(hp.levels, 2, None),
+            width=(hp.width, 1, None),
+            blocks=(hp.blocks, 1, None),
+            kl_weight=(hp.kl_weight, 0, None),
+            kl_warmup_steps=(hp.kl_warmup_steps, 0, None),
+            elbo_samples=(hp.elbo_samples, 1, None),
+            iw_samples=(hp.iw_samples, 1, None),
+        )
         height, width = (hp.image_size, hp.image_size) if isinstance(hp.image_size, int) else hp.image_size
         self.input_shape = (hp.in_channels, height, width)
         """(C, H, W) of the images it takes."""
@@ -84,13 +98,6 @@ class VAE(SafeLoading, Shardable, LightningModule):
             hp.width,
             hp.blocks,
         )
-        if hp.kl_weight < 0 or hp.kl_warmup_steps < 0:
-            raise ValueError(f"kl_weight is {hp.kl_weight}, kl_warmup_steps {hp.kl_warmup_steps}: expected 0 or more")
-        if hp.elbo_samples < 1 or (hp.iw_samples is not None and hp.iw_samples < 1):
-            raise ValueError(
-                f"elbo_samples is {hp.elbo_samples}, iw_samples {hp.iw_samples}: expected at least 1, or null for "
-                "no importance-weighted bound"
-            )
         if hp.lr_schedule not in ("cosine", "constant"):
             raise ValueError(f"unknown lr_schedule {hp.lr_schedule!r}: expected one of cosine, constant")
         self.step_log = StepLog()

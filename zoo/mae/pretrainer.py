@@ -1,5 +1,6 @@
 """MAEPretrainer: a plain ViT as encoder, a decoder that training throws away, and how the two learn."""
 
+import math
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
@@ -25,6 +26,7 @@ from zoo.mae.patches import (
     visible_patches,
 )
 from zoo.precision import MeanMetric
+from zoo.ranges import check_ranges, check_training
 from zoo.seeding import differ_between_ranks
 from zoo.sharding import Shardable
 from zoo.weights import load as load_weights
@@ -145,6 +147,21 @@ class MAEPretrainer(SafeLoading, Shardable, LightningModule):
         super().__init__()
         self.save_hyperparameters(ignore=["backbone", "weights"])
         self.hparams["backbone"] = name_of(backbone)
+        check_training(self.hparams)
+        check_ranges(
+            image_size=(image_size, 1, None),
+            in_channels=(in_channels, 1, None),
+            patch_size=(patch_size, 1, None),
+            width=(width, 1, None),
+            depth=(depth, 1, None),
+            heads=(heads, 1, None),
+            reg_tokens=(reg_tokens, 0, None),
+            mask_ratio=(mask_ratio, -math.inf, None),  # which of them leave something depends on the patches
+            predict_ratio=(predict_ratio, -math.inf, None),
+            decoder_dim=(decoder_dim, 1, None),
+            decoder_depth=(decoder_depth, 1, None),
+            decoder_heads=(decoder_heads, 1, None),
+        )
         given = isinstance(backbone, nn.Module)
         sizes: dict[str, Any] = {"patch_size": patch_size, "embed_dim": width, "depth": depth, "num_heads": heads}
         if not given:
@@ -171,10 +188,9 @@ class MAEPretrainer(SafeLoading, Shardable, LightningModule):
         self.predicted = patches - self.visible
         if decoder not in get_args(Decoder):
             raise ValueError(f"unknown decoder {decoder!r}: expected one of {', '.join(get_args(Decoder))}")
-        if decoder_depth < 1 or decoder_dim % decoder_heads:
+        if decoder_dim % decoder_heads:
             raise ValueError(
-                f"decoder_depth is {decoder_depth}, decoder_dim {decoder_dim}, decoder_heads {decoder_heads}: expected "
-                "at least one block, and heads that divide the width"
+                f"decoder_dim is {decoder_dim}, decoder_heads {decoder_heads}: expected heads that divide the width"
             )
         prefix = self.backbone.num_prefix_tokens
         size = (self.backbone.embed_dim, decoder_dim, decoder_depth, decoder_heads, self.grid_size, prefix, pixels)

@@ -253,6 +253,7 @@ class ZooCLI(LightningCLI):
         if path and model.get("init_args.weights"):
             model.init_args.weights = None  # the checkpoint holds all; the file it once started from may be gone
         self.model = self._instantiate(Namespace(model=model)).model
+        self._check_images()
         trainer: Any = self.trainer
         if self.subcommand == "predict" and not any(isinstance(c, WritePredictions) for c in trainer.callbacks):
             trainer.callbacks.append(WriteDetections() if hasattr(self.model, "detect") else WritePredictions())
@@ -296,6 +297,17 @@ class ZooCLI(LightningCLI):
                 "leave it out, it comes from the data"
             )
         model.init_args.num_classes = count
+
+    def _check_images(self) -> None:
+        """Compares the images of model and data before anything is loaded, where both say what theirs are."""
+        shape, check = getattr(self.datamodule, "image_shape", None), getattr(self.model, "check_images", None)
+        if shape is None or check is None:
+            return
+        try:
+            check(shape)
+        except ValueError as error:
+            which = f"{type(self.datamodule).__name__} and {type(self.model).__name__}"
+            raise Mistake(f"{which} do not fit: {error}; set size and channels of one as the other's") from error
 
     def resolved(self) -> str:
         """The resolved configuration, as :class:`SaveConfig` writes it."""

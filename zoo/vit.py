@@ -8,6 +8,7 @@ without class token is shown as the mean over its queries, which neither paper o
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -187,6 +188,13 @@ class ViTClassifier(Classifier):
         if size is None:
             raise ValueError(f"{type(self.backbone).__name__} does not say what images it takes: set image_size")
         return channels or self.hparams.in_channels, *size
+
+    def check_images(self, shape: Sequence[int]) -> None:
+        """Raises ValueError for the shape (C, H, W) of images that it does not take, as far as the backbone tells."""
+        channels, size = own_image_shape(self.backbone)[0], strict_size(self.backbone)
+        if (channels or shape[0]) != shape[0] or (size or tuple(shape[1:])) != tuple(shape[1:]):
+            got, expected = ("x".join(map(str, each)) for each in (shape, self.input_shape))
+            raise ValueError(f"images are {got}, but the model was built for {expected}")
 
     def _check_given(self, image_size: int | tuple[int, int] | None, in_channels: int) -> None:
         """A module was built for the images it takes: what is said of them may not differ, where it tells."""

@@ -384,6 +384,12 @@ class FPNDetector(SafeLoading, Shardable, LightningModule):
         """(C, H, W) of the images that ``zoo cost`` counts for."""
         return self.hparams.in_channels, *to_2tuple(self.hparams.image_size)
 
+    def check_images(self, shape: Sequence[int]) -> None:
+        """Raises ValueError for the shape (C, H, W) of images that it does not take."""
+        if shape[0] != self.hparams.in_channels:
+            got, expected = "x".join(map(str, shape)), self.hparams.in_channels
+            raise ValueError(f"images are {got}, but the model was built for {expected} channels")
+
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """As ``nn.Module.compile``, and the assignment and loss as one graph."""
         super().compile(*args, **kwargs)

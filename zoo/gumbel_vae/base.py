@@ -286,11 +286,15 @@ class VAE(SafeLoading, Shardable, LightningModule):
 
     def _check(self, images: Tensor, values: bool = True) -> None:
         """Shape and, where asked, the values, for which the host has to wait."""
-        if images.shape[1:] != self.input_shape:
-            got, expected = ("x".join(map(str, shape)) for shape in (images.shape[1:], self.input_shape))
-            raise ValueError(f"images are {got}, but the model was built for {expected}")
+        self.check_images(images.shape[1:])
         if values and not (images.is_meta or torch.compiler.is_compiling()):
             self.likelihood.check(images)
+
+    def check_images(self, shape: Sequence[int]) -> None:
+        """Raises ValueError for the shape (C, H, W) of images that it does not take."""
+        if tuple(shape) != self.input_shape:
+            got, expected = ("x".join(map(str, each)) for each in (shape, self.input_shape))
+            raise ValueError(f"images are {got}, but the model was built for {expected}")
 
     def _parts(
         self, images: Tensor, posterior: Tensor, samples: int, chunk: int | None = None

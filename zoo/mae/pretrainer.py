@@ -1,6 +1,7 @@
 """MAEPretrainer: a plain ViT as encoder, a decoder that training throws away, and how the two learn."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
@@ -250,6 +251,7 @@ class MAEPretrainer(SafeLoading, Shardable, LightningModule):
 
     def encode(self, images: Tensor) -> Tensor:
         """Tokens (B, prefix + L, D) after the final norm, nothing masked: class token, registers, patches in order."""
+        self.check_images(images.shape[1:])
         return self.backbone.forward_features(images)
 
     def features(self, images: Tensor) -> Tensor:
@@ -270,10 +272,7 @@ class MAEPretrainer(SafeLoading, Shardable, LightningModule):
 
     def _mask(self, images: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Patches (B, L, pixels), and the indices of visible and removed ones."""
-        expected = (self.backbone.patch_embed.proj.in_channels, *self.backbone.patch_embed.img_size)
-        if images.shape[1:] != expected:
-            got = "x".join(map(str, images.shape[1:]))
-            raise ValueError(f"images are {got}, but the model was built for {'x'.join(map(str, expected))}")
+        self.check_images(images.shape[1:])
         patches = patchify(images, self.patch_size)
         if noise is None:
             noise = torch.rand(patches.shape[:2], dtype=torch.float32, device=images.device)
@@ -293,6 +292,12 @@ class MAEPretrainer(SafeLoading, Shardable, LightningModule):
         """(C, H, W) of the images it takes."""
         embed = self.backbone.patch_embed
         return embed.proj.in_channels, *embed.img_size
+
+    def check_images(self, shape: Sequence[int]) -> None:
+        """Raises ValueError for the shape (C, H, W) of images that it does not take."""
+        if tuple(shape) != self.input_shape:
+            got, expected = ("x".join(map(str, each)) for each in (shape, self.input_shape))
+            raise ValueError(f"images are {got}, but the model was built for {expected}")
 
     def training_forward(self, images: Tensor) -> Tensor:
         """What a training step computes, which is less than :meth:`forward`."""

@@ -31,7 +31,7 @@ QUIET |= {"enable_checkpointing": False, "max_epochs": 1}
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:The number of training batches")
 
 
-class Same(Dataset):
+class SameBatch(Dataset):
     def __init__(self, batch: Any) -> None:
         self.batch = batch
 
@@ -47,7 +47,7 @@ def loader(module: Any, shape: tuple[int, int, int]) -> DataLoader:
     about: Any = torch.tensor([0, 1])
     if isinstance(module, FPNDetector):
         about = [{"boxes": torch.tensor([[1.0, 1, 5, 5]]), "labels": torch.tensor([0])}] * 2
-    return DataLoader(Same((images, about)), batch_size=None)
+    return DataLoader(SameBatch((images, about)), batch_size=None)
 
 
 def run(module: Any, verb: str, data: Any) -> None:

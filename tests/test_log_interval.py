@@ -23,7 +23,7 @@ COMMAND += ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=runs", "--t
 SAYS = "smaller than the logging interval"
 
 
-class Learns(LightningModule):
+class LearnsBriefly(LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.layer = torch.nn.Linear(1, 1)
@@ -53,11 +53,11 @@ class Learns(LightningModule):
 )
 def test_the_interval_is_an_epoch_if_that_is_shorter(tmp_path, batches, options, expected):
     trainer = Trainer(default_root_dir=tmp_path, callbacks=[LogInterval()], **QUIET | {"max_epochs": 1} | options)
-    trainer.fit(Learns(), DataLoader(range(batches), batch_size=1))
+    trainer.fit(LearnsBriefly(), DataLoader(range(batches), batch_size=1))
     assert trainer.log_every_n_steps == expected
 
 
-class Endless(torch.utils.data.IterableDataset):
+class Unending(torch.utils.data.IterableDataset):
     def __iter__(self):
         while True:
             yield 1
@@ -65,7 +65,7 @@ class Endless(torch.utils.data.IterableDataset):
 
 def test_data_without_a_length_is_logged_before_the_run_ends(tmp_path):
     trainer = Trainer(default_root_dir=tmp_path, callbacks=[LogInterval()], max_steps=3, **QUIET)
-    trainer.fit(Learns(), DataLoader(Endless(), batch_size=1))
+    trainer.fit(LearnsBriefly(), DataLoader(Unending(), batch_size=1))
     assert trainer.log_every_n_steps == 3
 
 

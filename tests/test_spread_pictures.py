@@ -135,7 +135,7 @@ def subset(whole: TensorDataset, **options) -> DataLoader:
     return DataLoader(whole, 8, sampler=SubsetRandomSampler(range(10, 30)), **options)
 
 
-class Stream(IterableDataset):
+class SortedStream(IterableDataset):
     def __iter__(self):
         yield from sorted_set()
 
@@ -143,14 +143,14 @@ class Stream(IterableDataset):
         return 40
 
 
-class Pairs(BatchSampler):
+class SizedBatches(BatchSampler):
     """Batches of keys that are no numbers, as samplers of several sizes make them."""
 
     def __iter__(self):
         yield from ([(index, 8) for index in batch] for batch in super().__iter__())
 
 
-class Sized(Dataset):
+class BySize(Dataset):
     def __len__(self) -> int:
         return 40
 
@@ -167,8 +167,8 @@ LOADERS = {
     "small": (lambda: DataLoader(sorted_set(4), 8), [0, 1, 2, 3]),
     "list": (lambda: [DataLoader(sorted_set(), 4), DataLoader(sorted_set(8), 4)], [0, 1, 2, 3]),
     "dict": (lambda: {"a": DataLoader(sorted_set(), 4), "b": DataLoader(sorted_set(8), 4)}, [0, 1, 2, 3]),
-    "stream": (lambda: DataLoader(Stream(), 8), [0] * 8),
-    "keys": (lambda: DataLoader(Sized(), batch_sampler=Pairs(SequentialSampler(range(40)), 8, False)), [0] * 8),
+    "stream": (lambda: DataLoader(SortedStream(), 8), [0] * 8),
+    "keys": (lambda: DataLoader(BySize(), batch_sampler=SizedBatches(SequentialSampler(range(40)), 8, False)), [0] * 8),
     "batches": (lambda: DataLoader([sorted_set()[:8], sorted_set()[8:16]], batch_size=None), [0] * 8),
     "batch_sampler": (
         lambda: DataLoader(sorted_set(), batch_sampler=BatchSampler(SequentialSampler(range(40)), 8, False)),
@@ -177,7 +177,7 @@ LOADERS = {
 }
 
 
-class Predicts(Shown):
+class ShownAnywhere(Shown):
     def validation_step(self, batch, batch_idx, dataloader_idx=0):
         pass
 
@@ -189,7 +189,7 @@ class Predicts(Shown):
 @pytest.mark.parametrize("kind", LOADERS)
 def test_somebody_elses_loader(tmp_path, kind):
     make, expected = LOADERS[kind]
-    module = Predicts()
+    module = ShownAnywhere()
     run = trainer(tmp_path, SavePictures(), max_epochs=2, limit_train_batches=1, num_sanity_val_steps=1)
     run.fit(module, DataLoader(sorted_set(), 8), make())
     assert [labels.tolist() for _, labels in module.shown] == [expected] * 2
@@ -227,7 +227,7 @@ def test_the_hooks_of_the_users_data_module_are_gone_through(tmp_path):
         torch.testing.assert_close(images[:, 0, 0, 0], expected)
 
 
-class Broken(Dataset):
+class PartlyThere(Dataset):
     """Of which all but the first batch cannot be read, as where evaluation is limited to a part that is there."""
 
     def __len__(self) -> int:
@@ -243,7 +243,7 @@ def test_a_sample_that_cannot_be_read_stops_no_run(tmp_path):
     module = Shown()
     run = trainer(tmp_path, SavePictures(), max_epochs=3, limit_train_batches=1, limit_val_batches=1)
     with pytest.warns(UserWarning, match="pictures show the first batch.*sample 12 is not there") as told:
-        run.fit(module, DataLoader(sorted_set(), 8), DataLoader(Broken(), 8))
+        run.fit(module, DataLoader(sorted_set(), 8), DataLoader(PartlyThere(), 8))
     assert [labels.tolist() for _, labels in module.shown] == [[0] * 8] * 3
     assert len([warning for warning in told if "pictures show" in str(warning.message)]) == 1
 

@@ -155,6 +155,10 @@ class SeededBatches(Dataset[list[Any]]):
         names = getattr(self.samples, "names", None)
         return str(index) if names is None else str(names[index])
 
+    def keys_of(self, indices: Sequence[int]) -> Keys:
+        """The keys of some samples, as an evaluation before all training has them: what shows samples asks for it."""
+        return Keys(((0, 0, index) for index in indices), batch=0)
+
     def present(self, indices: Sequence[int]) -> list[tuple[int, str]]:
         """(index, name) of those samples of a loaded batch that could be read, in the batch's order.
 

@@ -120,6 +120,11 @@ class DigitsDataModule(ImageDataModule):
         self.labels_per_class, self.labels_seed = labels_per_class, labels_seed
         self.classes = [str(digit) for digit in range(10)]
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images in its batches."""
+        return 1, self.image_size, self.image_size
+
     def samples(self, split: Split) -> Samples | None:
         if split == "predict":
             return (

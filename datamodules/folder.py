@@ -208,6 +208,12 @@ class ImageFolderDataModule(ImageDataModule):
         left += [name for name in images if listing.is_image(name)]
         return f"; left out: {listing.some(left)}" if left else ""
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images in its batches."""
+        size = self.image_size
+        return (self.channels, size, size) if isinstance(size, int) else (self.channels, *size)
+
     def samples(self, split: Split) -> Samples | None:
         if split not in self._samples:
             self._samples |= self._predicted() if split == "predict" else self._listed(split)

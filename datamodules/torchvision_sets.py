@@ -202,6 +202,12 @@ class TorchvisionDataModule(ImageDataModule):
             self._evaluates_copies = self.cached.serves(transforms.covered_by_evaluation(size, crop_ratio))
 
     @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images in its batches."""
+        size = self.train_options["image_size"]
+        return (self.channels, size, size) if isinstance(size, int) else (self.channels, *size)
+
+    @property
     def num_classes(self) -> int:
         return self.source.classes
 

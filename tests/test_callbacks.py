@@ -353,7 +353,7 @@ def test_one_row_an_image_with_its_file_class_and_probability(tmp_path):
     data = ImageFolderDataModule(root, predict_root=root, image_size=8, channels=1, batch_size=3, num_workers=0)
     module = ViTClassifier(**SMALL | {"num_classes": 2}).eval()
     header, *rows = predict(tmp_path, module, data)
-    assert header == ["file", "class", "probability"]
+    assert header == ["file", "class", "probability", "probability_a", "probability_b"]
     assert sorted(row[0] for row in rows) == sorted(names)
     assert {row[1] for row in rows} <= {"a", "b"}
     assert all(0.5 <= float(row[2]) <= 1 for row in rows)
@@ -372,6 +372,9 @@ def test_the_rows_are_the_modules_probabilities_in_the_datas_order(tmp_path):
     assert [row[0] for row in rows] == [data.predict_dataloader().dataset.name(i) for i in range(540)]
     assert [row[1] for row in rows] == [data.classes[i] for i in index.tolist()]
     assert [float(row[2]) for row in rows] == pytest.approx(probability.tolist(), abs=2e-6)
+    with torch.no_grad():
+        expected = module.probabilities(images)
+    assert torch.tensor([[float(value) for value in row[3:]] for row in rows]).allclose(expected, atol=1e-6)
 
 
 def test_two_processes_write_what_one_writes(tmp_path):
@@ -402,7 +405,7 @@ def test_unreadable_images_have_a_row_too(tmp_path):
     with pytest.warns(UserWarning, match="1 of 3 images could not be read"):
         _, *rows = predict(tmp_path, ViTClassifier(**SMALL).eval(), data)
     assert [row[0] for row in rows] == ["1.png", "2.png", "3.png"]
-    assert rows[1][1:] == ["", ""]
+    assert rows[1][1:] == [""] * 12
     assert all(rows[0])
 
 
@@ -411,7 +414,8 @@ def test_several_labels_an_image(tmp_path):
     nn.init.zeros_(module.head.weight)
     module.head.bias.data = torch.tensor([2.0, -2.0, 1.0])
     _, *rows = predict(tmp_path, module, DataLoader(torch.rand(2, 1, 8, 8)))
-    assert rows == [["0", "0|2", "0.880797|0.731059"], ["1", "0|2", "0.880797|0.731059"]]
+    expected = ["0|2", "0.880797|0.731059", "0.880797", "0.119203", "0.731059"]
+    assert rows == [["0", *expected], ["1", *expected]]
 
 
 class Predicts(Net):
@@ -432,7 +436,8 @@ def test_other_modules_say_themselves_what_is_written_or_are_asked_to(tmp_path):
     rows = predict(tmp_path, Boxes([["a", "b"], []]), data)
     assert rows == [["file", "box", "score"], ["0", "a", "0.5"], ["0", "b", "0.5"]]
     rows = predict(tmp_path, Predicts(torch.tensor([[3.0, -1.0], [0.0, 2.0]])), data)
-    assert rows == [["file", "class", "score"], ["0", "0", "3.000000"], ["1", "1", "2.000000"]]
+    assert rows[0] == ["file", "class", "score", "score_0", "score_1"]
+    assert rows[1:] == [["0", "0", "3.000000", "3.000000", "-1.000000"], ["1", "1", "2.000000", "0.000000", "2.000000"]]
     before = (tmp_path / "predictions.csv").read_bytes()
     with pytest.raises(
         ValueError, match=r"Predicts predicts dict, not probabilities \(B, classes\): define prediction_rows"

@@ -386,7 +386,7 @@ def test_wrong_arguments(options, message):
         ({"optimizer": "adamv"}, "unknown optimizer 'adamv': did you mean adam"),
         ({"schedule": "steps", "min_lr": 1e-3}, "milestones go with neither a staircase nor min_lr"),
         ({"schedule": "steps", "milestones": ()}, r"milestones are \[\]: expected epochs above 0, ascending"),
-        ({"warmup_epochs": -1.0}, "warmup_epochs is -1.0: expected 0 or more"),
+        ({"warmup_epochs": -1.0}, "warmup_epochs is -1.0: expected at least 0"),
     ],
 )
 def test_wrong_training(options, message):

@@ -510,6 +510,64 @@ def test_pictures_show_reconstructions_samples_and_one_latent_at_a_time(kind):
     assert not (differ & ~torch.eye(3, dtype=torch.bool)[:, None]).any()
 
 
+class Largest(TorchDispatchMode):
+    """The number of values of the largest tensor that is made."""
+
+    values = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for each in made if isinstance(made, tuple | list) else [made]:
+            if isinstance(each, torch.Tensor):
+                self.values = max(self.values, each.numel())
+        return made
+
+
+@pytest.mark.parametrize("latents", [2, 20])
+@pytest.mark.parametrize("kind", [GumbelVAE, GaussianVAE])
+def test_latents_are_traversed_in_parts_with_the_same_images(monkeypatch, kind, latents):
+    options = {"latents": latents, "image_size": 8, "hidden": (16,)} | ({"categories": 20} if kind is GumbelVAE else {})
+    model = kind(**options).eval()
+    z = model.codes(model.encode(binary(1, (1, 8, 8))))[0]
+    varied = model.variations(z)
+    assert varied.shape == (min(latents, 16), 16 if kind is GumbelVAE else 9, *z.shape)
+    with torch.no_grad():
+        whole = model.likelihood.mean(model.decode(varied.flatten(0, 1)))
+    for chunk in (1, 5, 10_000):
+        monkeypatch.setattr(model, "images_at_a_time", lambda chunk=chunk: chunk)
+        traversed = model.traverse(z)
+        assert traversed.shape == (*varied.shape[:2], 1, 8, 8)
+        torch.testing.assert_close(traversed.flatten(0, 1), whole)
+    numbers = [0, varied.shape[1], varied.shape[0] * varied.shape[1] - 1]
+    assert torch.equal(model.variations(z, numbers), varied.flatten(0, 1)[numbers])
+
+
+def test_the_pictures_of_a_large_codebook_take_memory_for_few_of_its_variations():
+    model = GumbelVAE((16, 16), 2048, image_size=16, network="conv", width=1, blocks=1).eval()
+    z = model.codes(model.encode(binary(1, (1, 16, 16))))[0]
+    with Largest() as largest:
+        model.traverse(z)
+    assert largest.values <= base.VALUES_AT_A_TIME  # all of the variations have 134 million
+
+
+@pytest.mark.parametrize("kind", [GumbelVAE, GaussianVAE])
+def test_a_collapsed_model_looks_like_one(kind):
+    options = {"latents": 3, "image_size": 8, "hidden": (16,)} | ({"categories": 4} if kind is GumbelVAE else {})
+    model = kind(**options).eval()
+    with torch.no_grad():
+        for parameter in model.decoder.parameters():
+            parameter.mul_(1e-3)  # what it decodes hardly depends on z: a grey image
+    images = binary(5, (1, 8, 8))
+    drawn = model.pictures(images)
+    assert drawn["samples"].sub(0.5).abs().max() < 0.01
+    assert drawn["latents"].sub(0.5).abs().max() < 0.01
+    originals, reconstructed = drawn["reconstructions"].split(96, 3)
+    assert reconstructed.sub(0.5).abs().max() < 0.01
+    assert torch.equal(originals[:, :1, ::12, ::12], images)
+    white = model.pictures(torch.ones(2, 1, 8, 8))["reconstructions"].split(96, 3)[0]
+    assert torch.equal(white, torch.ones_like(white))  # of the data's range, not of this image's
+
+
 # Networks.
 
 
@@ -825,8 +883,8 @@ def test_a_quarter_of_a_recipe_beats_independent_pixels_by_far(recipe, goal, cap
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": 0.0}, "temperature's start is 0.0: expected a finite number above 0"),
-        ({"min_temperature": -1.0}, "temperature's end is -1.0: expected a finite number above 0"),
+        ({"temperature": 0.0}, "temperature is 0.0: expected a finite number above 0"),
+        ({"min_temperature": -1.0}, "min_temperature is -1.0: expected a finite number above 0"),
         (
             {"temperature_schedule": "linear"},
             "unknown schedule 'linear': expected one of constant, exponential, cosine",
@@ -846,7 +904,7 @@ def test_a_quarter_of_a_recipe_beats_independent_pixels_by_far(recipe, goal, cap
             "kl 'relaxed' needs relaxed samples, and estimator 'rloo' draws hard ones",
         ),
         ({"estimator": "rloo", "estimator_samples": 1}, "rloo with 1 samples: expected at least 2"),
-        ({"estimator_samples": 0}, "gumbel_softmax with 0 samples"),
+        ({"estimator_samples": 0}, "estimator_samples is 0: expected at least 1"),
         ({"estimator": "reinmax", "estimator_samples": 3}, "estimator 'reinmax' has no number of samples"),
         ({"kl": "exact"}, "unknown kl 'exact': expected one of analytic, sampled, relaxed"),
         ({"prior": "normal"}, "unknown prior 'normal': expected one of uniform, learned"),
@@ -854,7 +912,7 @@ def test_a_quarter_of_a_recipe_beats_independent_pixels_by_far(recipe, goal, cap
         ({"activation": "gelu"}, "unknown activation 'gelu': expected one of relu, tanh"),
         ({"dropout": 1.0}, "dropout is 1.0: expected a share in [0, 1)"),
         ({"hidden": (0,)}, "hidden is [0]: expected widths of at least 1"),
-        ({"network": "conv", "width": 0}, "width is 0, blocks 2: expected at least 1 of both"),
+        ({"network": "conv", "width": 0}, "width is 0: expected at least 1"),
         ({"kl_weight": -1.0}, "kl_weight is -1.0"),
         ({"elbo_samples": 0}, "elbo_samples is 0"),
         ({"levels": 1, "likelihood": "categorical"}, "levels is 1: expected at least 2"),

@@ -1,6 +1,5 @@
 """What classifiers share: losses, metrics, pictures, and the steps between a network and a Trainer."""
 
-import math
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -28,6 +27,7 @@ from zoo.classes import NamedClasses, names_of
 from zoo.labels import LabelWatch, check_range, is_remote
 from zoo.log import StepLog
 from zoo.precision import MeanMetric, Metrics
+from zoo.ranges import check_ranges, check_training
 from zoo.seeding import differ_between_ranks
 from zoo.sharding import Shardable
 
@@ -121,21 +121,6 @@ def check_labels(labels: Tensor, num_classes: int, batch_idx: int, multi_label: 
         check_range(int(labels.min()), int(labels.max()), num_classes)
 
 
-def check_ranges(**options: tuple[Any, float, float | None]) -> None:
-    """Raises ValueError for an option out of its range.
-
-    Args:
-        options: By name: the value, or several, or None for one that is left to somebody else; the least that is
-            allowed; and what it has to stay below, or None.
-    """
-    for name, (value, least, below) in options.items():
-        for number in value if isinstance(value, tuple | list) else (value,):
-            if number is None or (number >= least and (below is None or number < below) and not math.isinf(number)):
-                continue
-            expected = f"at least {least:g}" if below is None else f"a number in [{least:g}, {below:g})"
-            raise ValueError(f"{name} is {value}: expected {expected}")
-
-
 class Classifier(SafeLoading, Shardable, NamedClasses, LightningModule):
     """The steps of an image classifier. It has no constructor: a technique builds ``backbone`` and ``head`` itself.
 
@@ -161,12 +146,8 @@ class Classifier(SafeLoading, Shardable, NamedClasses, LightningModule):
             label_smoothing=(hp.label_smoothing, 0, 1),
             mixup=(hp.mixup, 0, None),
             cutmix=(hp.cutmix, 0, None),
-            lr=(hp.lr, 0, None),
-            weight_decay=(hp.weight_decay, 0, None),
-            warmup_epochs=(hp.warmup_epochs, 0, None),
-            min_lr=(hp.min_lr, 0, None),
-            betas=(hp.betas, 0, 1),
         )
+        check_training(hp)
         if hp.loss not in get_args(Loss):
             raise ValueError(f"unknown loss {hp.loss!r}: expected one of {', '.join(get_args(Loss))}")
         if hp.multi_label and hp.loss == "cross_entropy":
@@ -207,7 +188,7 @@ class Classifier(SafeLoading, Shardable, NamedClasses, LightningModule):
         classes = self.classes or names_of(getattr(self._trainer, "datamodule", None))
         probability, predicted = self.probabilities(images).max(1)
         captions = [
-            f"{_class_name(classes, index)} {100 * value:.0f}%"
+            f"{pictures.legible_name(classes, index)}: {100 * value:.0f}%"
             for index, value in zip(predicted.tolist(), probability.tolist(), strict=True)
         ]
         right: Sequence[bool | None] = [None] * len(images)
@@ -215,7 +196,7 @@ class Classifier(SafeLoading, Shardable, NamedClasses, LightningModule):
             labels = self.own_labels(batches.images_and_labels(batch)[1])
             right = (predicted == labels).tolist()
             captions = [
-                text if is_right else f"{text}, is {_class_name(classes, label)}"
+                text if is_right else f"{text}\nis {pictures.legible_name(classes, label)}"
                 for text, is_right, label in zip(captions, right, labels.tolist(), strict=True)
             ]
         return {"predictions": pictures.captioned(images, captions, right)}
@@ -302,7 +283,3 @@ def _odd(trainer: Any, count: int, batch_idx: int) -> str:
     if batch_idx and trainer is not None and trainer.is_last_batch and (size is None or size % 2 == 0):
         return f"the last batch of the epoch has {count}, an odd number, set drop_last to true for the training data"
     return f"a batch of {count} is odd, set an even batch_size"
-
-
-def _class_name(classes: Sequence[str] | None, index: int) -> str:
-    return str(index) if classes is None or index >= len(classes) else classes[index]

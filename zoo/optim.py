@@ -134,6 +134,7 @@ def create_optimizer(
         raise ValueError(f"unknown optimizer {optimizer!r}: {hint}")
     settings: dict[str, Any] = {"betas": betas and tuple(betas), "momentum": momentum, "eps": eps}
     settings = {name: value for name, value in settings.items() if value is not None}
+    asked = {"lr": lr, "weight_decay": weight_decay, **settings}
     info = get_optimizer_info(optimizer)
     for name in settings:
         if not getattr(info, f"has_{name}"):
@@ -154,6 +155,9 @@ def create_optimizer(
         created = create_optimizer_v2(groups, optimizer, lr=lr, weight_decay=weight_decay, **settings)
     except (AssertionError, ImportError) as error:  # what timm's wrappers of apex and bitsandbytes raise
         raise ValueError(f"optimizer {optimizer!r} cannot run here: {error}") from error
+    except ValueError as error:  # of a value that this optimizer alone refuses
+        given = ", ".join(f"{name} {value}" for name, value in asked.items())
+        raise ValueError(f"optimizer {optimizer!r} does not take one of {given}: {error}") from error
     # Lightning 2.6 does not clip gradients where a fused optimizer could unscale them by itself. Nobody asked it to.
     created._step_supports_amp_scaling = False  # type: ignore[attr-defined]
     return created
@@ -241,13 +245,13 @@ def lightning_schedule(
     """
     trainer: Any = module.trainer  # Any: the Trainer sets some of its attributes out of mypy's sight
     lr = float(optimizer.defaults["lr"])
-    if warmup_epochs < 0:
-        raise ValueError(f"warmup_epochs is {warmup_epochs}: expected 0 or more")
+    if not 0 <= warmup_epochs < math.inf:
+        raise ValueError(f"warmup_epochs is {warmup_epochs}: expected 0 or more, and finite")
     if not 0 <= min_lr <= lr:
         raise ValueError(f"min_lr is {min_lr}: expected a number from 0 to lr, which is {lr}")
     if staircase is not None:
         rate, epochs = staircase
-        if not 0 < rate <= 1 or epochs <= 0:
+        if not 0 < rate <= 1 or not epochs > 0:
             raise ValueError(
                 f"decay_rate is {rate}, decay_epochs {epochs}: expected a rate in (0, 1], and epochs above 0"
             )

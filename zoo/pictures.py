@@ -1,50 +1,134 @@
 """Pictures that modules hand to :class:`zoo.callbacks.SavePictures`: float images (B, 3, H, W) in [0, 1]."""
 
 import colorsys
+import re
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
 CAPTION_HEIGHT = 14
+"""Pixels of a line of text, with what is between lines."""
+MARGIN = 2
+"""Pixels between text and the edge of what it stands on."""
 COLORS: dict[bool | None, str] = {True: "#8fe388", False: "#ff8a80", None: "#ffffff"}
 DASH = 4
+SCORE = re.compile(r": \d+%$")
+"""How a score is written behind a name: a digit's name and its score would be one number without the colon."""
 
 
-def displayable(images: Tensor, least: int = 96) -> Tensor:
-    """Normalised images (B, C, H, W) as RGB in [0, 1], each stretched to its full contrast; small ones enlarged.
+def displayable(images: Tensor, least: int = 96, values: tuple[float, float] | None = None) -> Tensor:
+    """Images (B, C, H, W) as RGB in [0, 1]; small ones enlarged.
 
     Args:
         images: Of one channel, or of three or more, of which the first three are shown.
         least: Sides shorter than this many pixels are enlarged by whole factors, pixels staying sharp.
+        values: Those that are shown black and white, where the data's are known: an image of hardly any contrast then
+            looks like that. None: of each image its own, so that it has its full contrast, however it was normalised.
     """
     images = images.detach().float().cpu()
     images = images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
-    low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
-    images = (images - low) / (high - low).clamp_min(1e-6)
+    if values is None:
+        low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
+        images = (images - low) / (high - low).clamp_min(1e-6)
+    else:
+        images = ((images - values[0]) / (values[1] - values[0])).clamp(0, 1)
     factor = -(-least // min(images.shape[-2:]))
     return images.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
 
 
 def captioned(images: Tensor, captions: Sequence[str], right: Sequence[bool | None]) -> Tensor:
-    """Images with a line of text below each: (B, 3, H + 14, W). Text is green if right, red if wrong, white if neither.
+    """Images with text below each: (B, 3, H + 14 lines, W). Text is green if right, red if wrong, white if neither.
 
     Args:
         images: Normalised, (B, C, H, W); made presentable by :func:`displayable`.
-        captions: One line each; what does not fit the width is cut.
+        captions: One for each image, of one line or several; what is wider than the image is :func:`shortened`.
         right: One for each image.
     """
     images = displayable(images)
+    lines = [caption.split("\n") for caption in captions]
+    size = images.shape[-1], CAPTION_HEIGHT * max(map(len, lines), default=1)
     strips = []
-    for caption, is_right in zip(captions, right, strict=True):
-        strip = Image.new("RGB", (images.shape[-1], CAPTION_HEIGHT))
-        ImageDraw.Draw(strip).text((2, 1), caption, fill=COLORS[is_right])
+    for texts, is_right in zip(lines, right, strict=True):
+        draw = _draw_on(strip := Image.new("RGB", size))
+        for number, text in enumerate(texts):
+            text = shortened(text, size[0] - 2 * MARGIN)
+            draw.text((MARGIN, number * CAPTION_HEIGHT), text, fill=COLORS[is_right])
         strips.append(pil_to_tensor(strip).float() / 255)
     return torch.cat([images, torch.stack(strips)], dim=2)
+
+
+def class_name(classes: Sequence[str] | None, index: int) -> str:
+    """The name of a class, or its index where there is no name: a model may have more classes than the data."""
+    return str(classes[index]) if classes is not None and 0 <= index < len(classes) else str(index)
+
+
+def legible_name(classes: Sequence[str] | None, index: int) -> str:
+    """A class's name on one line, or ``class 7`` where the font has not all of its letters, as of Chinese."""
+    name = " ".join(class_name(classes, index).split())
+    return name if name and all(ord(letter) in _letters() for letter in name) else f"class {index}"
+
+
+def shortened(text: str, width: float) -> str:
+    """A line of text that is at most so many pixels wide: what is too long has an ellipsis in its middle.
+
+    Both ends of a name stay, since names may differ in either; and so does a score at the end, as in "disc: 93%".
+    """
+    if _width(text) <= width:
+        return text
+    found = SCORE.search(text)
+    for score in (found[0], found[0].lstrip(": ")) if found else ("",):
+        name = text[: found.start()] if found else text
+
+        def without(removed: int, name: str = name, score: str = score) -> str:
+            kept = len(name) - removed
+            return f"{name[: kept - kept // 2].rstrip()}…{name[len(name) - kept // 2 :].lstrip()}{score}"
+
+        removed = bisect_left(range(len(name) + 1), True, key=lambda count: _width(without(count)) <= width)
+        if removed <= len(name):
+            return without(removed)
+        if score and _width(score) <= width:
+            return score
+    return "…" if _width("…") <= width else ""
+
+
+@cache
+def _font() -> tuple[ImageFont.FreeTypeFont | ImageFont.ImageFont, Path | None]:
+    """The font of all text: matplotlib's own, which has European letters, Arabic and Hebrew; Pillow's has English ones.
+
+    Imported only where something is drawn.
+    """
+    import matplotlib
+
+    path = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+    return (ImageFont.truetype(path, 10), path) if path.is_file() else (ImageFont.load_default(), None)
+
+
+@cache
+def _letters() -> frozenset[int]:
+    """The code points that the font has a picture of."""
+    from matplotlib.ft2font import FT2Font
+
+    path = _font()[1]
+    return frozenset(range(32, 127)) if path is None else frozenset(FT2Font(str(path)).get_charmap())
+
+
+def _width(text: str) -> float:
+    """Pixels from where text begins to where the last of it ends."""
+    return _font()[0].getbbox(text)[2]
+
+
+def _draw_on(image: Image.Image) -> ImageDraw.ImageDraw:
+    draw = ImageDraw.Draw(image)
+    draw.font = _font()[0]
+    return draw
 
 
 def heated(images: Tensor, heat: Tensor) -> Tensor:
@@ -90,25 +174,21 @@ def boxed(
     drawn = []
     for number, image in enumerate(shown):
         canvas = to_pil_image(image)
-        draw = ImageDraw.Draw(canvas)
+        draw = _draw_on(canvas)
         found = detections[number]
         boxes, scores, labels = (found[key].detach().cpu() for key in ("boxes", "scores", "labels"))
         for i in scores.argsort().tolist():  # the best is drawn last, above the others
             if scores[i] >= threshold:
                 label = int(labels[i])
-                text = f"{_name(classes, label)} {100 * scores[i]:.0f}%"
+                text = f"{legible_name(classes, label)}: {100 * scores[i]:.0f}%"
                 _detection(draw, canvas.size, _corners(boxes[i], scale, canvas.size), _color(label), text)
         target = targets[number] if targets else {"boxes": []}
         ignored = target.get("iscrowd", [False] * len(target["boxes"]))
         for box, label, crowd in zip(target["boxes"], target.get("labels", []), ignored, strict=True):
-            color, text = "#a0a0a0" if crowd else "#ffffff", _name(classes, int(label))
+            color, text = "#a0a0a0" if crowd else "#ffffff", legible_name(classes, int(label))
             _dashed(draw, canvas.size, _corners(box, scale, canvas.size), color, text)
         drawn.append(pil_to_tensor(canvas).float() / 255)
     return torch.stack(drawn)
-
-
-def _name(classes: Sequence[str] | None, label: int) -> str:
-    return classes[label] if classes is not None and 0 <= label < len(classes) else str(label)
 
 
 def _color(label: int) -> str:
@@ -127,6 +207,7 @@ def _corners(box: Tensor, scale: float, size: tuple[int, int]) -> list[int]:
 def _detection(draw: ImageDraw.ImageDraw, size: tuple[int, int], corners: list[int], color: str, text: str) -> None:
     """A box with what it is on a label above, or inside where there is no room above."""
     draw.rectangle(corners, outline=color, width=2)
+    text = shortened(text, size[0] - 2)
     left, top, right, bottom = draw.textbbox((0, 0), text)
     height = int(bottom - top) + 2
     y = corners[1] - height if corners[1] >= height else corners[1]
@@ -145,6 +226,7 @@ def _dashed(draw: ImageDraw.ImageDraw, size: tuple[int, int], corners: list[int]
     for y in range(top, bottom + 1, 2 * DASH):
         for x in (left, right):
             draw.line((x, y, x, min(y + DASH - 1, bottom)), fill=color)
+    text = shortened(text, size[0] - 2)
     _, _, width, height = map(int, draw.textbbox((0, 0), text))
     at = _inside(left, width + 2, size[0]), _inside(bottom + 1, height + 2, size[1])
     draw.text((at[0] + 1, at[1]), text, fill=color, stroke_width=1, stroke_fill="black")

@@ -15,7 +15,7 @@ from jsonargparse import Namespace
 
 from zoo import continuing, imports, mistakes, outcome, outputs, recipes, settings
 from zoo._lightning import NAMESPACE, Callback, LightningDataModule, LightningModule
-from zoo.callbacks import RunDirectory, WriteDetections, WritePredictions
+from zoo.callbacks import LogInterval, RunDirectory, WriteDetections, WritePredictions
 from zoo.callbacks.run_directory import run_directory
 from zoo.checkpoints import newest
 from zoo.guards import guard, keep_optimizer_settings
@@ -267,9 +267,13 @@ class ZooCLI(LightningCLI):
         if evaluates and not path:
             reports = [report for module, report in loads if module is self.model]
             outputs.check_trained(self.model, reports, str(self.subcommand))
+        self._check_images()
         trainer: Any = self.trainer
         if self.subcommand == "predict" and not any(isinstance(c, WritePredictions) for c in trainer.callbacks):
             trainer.callbacks.append(WriteDetections() if hasattr(self.model, "detect") else WritePredictions())
+        if self.subcommand == "fit" and self.written.fit.get("trainer.log_every_n_steps") is None:
+            warnings.filterwarnings("ignore", message="The number of training batches .* smaller than the logging inte")
+            trainer.callbacks.insert(0, LogInterval())
         if not trainer.fast_dev_run:
             directory = RunDirectory(config.model.class_path.split(".")[-1])
             try:
@@ -304,6 +308,17 @@ class ZooCLI(LightningCLI):
         found = outputs.count(self.datamodule, written, file, known_later=source is not None and file is None)
         if found is not None:
             model.init_args.num_classes = found
+
+    def _check_images(self) -> None:
+        """Compares the images of model and data before anything is loaded, where both say what theirs are."""
+        shape, check = getattr(self.datamodule, "image_shape", None), getattr(self.model, "check_images", None)
+        if shape is None or check is None:
+            return
+        try:
+            check(shape)
+        except ValueError as error:
+            which = f"{type(self.datamodule).__name__} and {type(self.model).__name__}"
+            raise Mistake(f"{which} do not fit: {error}; set size and channels of one as the other's") from error
 
     def resolved(self) -> str:
         """The resolved configuration, as :class:`SaveConfig` writes it."""

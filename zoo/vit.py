@@ -7,6 +7,8 @@ Deviations: none in the network. Mixup and cutmix draw one ratio a batch, as tim
 without class token is shown as the mean over its queries, which neither paper on attention maps defines.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -22,8 +24,9 @@ from zoo import batch as batches
 from zoo import pictures
 from zoo._lightning import rank_zero_info
 from zoo.backbones import create_backbone, feature_width, name_of, own_image_shape, recompute_activations
-from zoo.classification import Classifier, Loss, check_ranges
+from zoo.classification import Classifier, Loss
 from zoo.norms import restore_layer_norm_eps, set_layer_norm_eps
+from zoo.ranges import check_ranges
 from zoo.weights import load as load_weights
 
 Pool = Literal["token", "avg", "map"]
@@ -142,10 +145,10 @@ class ViTClassifier(Classifier):
             drop_path=(drop_path, 0, 1),
             dropout=(dropout, 0, 1),
             patch_drop=(patch_drop, 0, 1),
+            layer_scale=(layer_scale, 0, None),
             head_std=(head_std, 0, None),
+            head_bias=(head_bias, -math.inf, None),
         )
-        if not 0 < layer_decay <= 1:
-            raise ValueError(f"layer_decay is {layer_decay}: expected a number above 0 and at most 1")
         given = isinstance(backbone, nn.Module)
         if not class_token:
             pool = pool or "avg"
@@ -200,6 +203,13 @@ class ViTClassifier(Classifier):
         if size is None:
             raise ValueError(f"{type(self.backbone).__name__} does not say what images it takes: set image_size")
         return channels or self.hparams.in_channels, *size
+
+    def check_images(self, shape: Sequence[int]) -> None:
+        """Raises ValueError for the shape (C, H, W) of images that it does not take, as far as the backbone tells."""
+        channels, size = own_image_shape(self.backbone)[0], strict_size(self.backbone)
+        if (channels or shape[0]) != shape[0] or (size or tuple(shape[1:])) != tuple(shape[1:]):
+            got, expected = ("x".join(map(str, each)) for each in (shape, self.input_shape))
+            raise ValueError(f"images are {got}, but the model was built for {expected}")
 
     def _check_given(self, image_size: int | tuple[int, int] | None, in_channels: int) -> None:
         """A module was built for the images it takes: what is said of them may not differ, where it tells."""

@@ -10,6 +10,7 @@ from zoo.callbacks.exact_resume import ExactResume
 from zoo.callbacks.export import ExportBackbone
 from zoo.callbacks.fail_together import FailTogether
 from zoo.callbacks.grad_norm import GradientNorm
+from zoo.callbacks.log_interval import LogInterval
 from zoo.callbacks.nonfinite import NonFiniteGuard, NonFiniteLossError, NonFiniteWeightError
 from zoo.callbacks.optimizer_settings import OptimizerSettings
 from zoo.callbacks.pictures import SavePictures
@@ -28,6 +29,7 @@ __all__ = [
     "ExportBackbone",
     "FailTogether",
     "GradientNorm",
+    "LogInterval",
     "NonFiniteGuard",
     "NonFiniteLossError",
     "NonFiniteWeightError",

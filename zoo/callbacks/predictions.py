@@ -1,9 +1,13 @@
 """Predictions in a file, row by row as they come."""
 
+import contextlib
 import csv
 import heapq
 import math
 import os
+import time
+import uuid
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -16,32 +20,45 @@ from zoo import loaders
 from zoo._lightning import Callback
 from zoo.callbacks.run_directory import run_directory
 from zoo.classes import names_of
+from zoo.pictures import class_name
+
+FEW_CLASSES = 100
+"""So many columns a table may have without being asked for them."""
 
 
 class WritePredictions(Callback):
     """Writes predictions to a CSV file in the run's directory, in the data's order, and keeps none of them in memory.
 
-    A classifier's probabilities (B, classes) become the columns file, class and probability; several labels an image,
-    those of probability 0.5 or more, are joined by "|". Class names are the module's ``classes``, which it has from its
-    checkpoint, else those of the data module if there are as many; a class without a name is its number. Values that
-    are no probabilities are called score. A module that predicts something else defines ``prediction_rows(outputs)``,
-    which gives for each sample one dictionary of columns, or a list of them for as many rows.
+    A classifier's probabilities (B, classes) become the columns file, class and probability, those of the most likely
+    class, and ``probability_NAME`` for each class, in the outputs' order. Several labels an image, those of probability
+    0.5 or more, are joined by "|"; where there is none, class is empty and probability the highest there is. Class
+    names are the module's ``classes``, which it has from its checkpoint, else those of the data module if there are as
+    many; a class without a name is its number. Values that are no probabilities are called score. A module that
+    predicts something else defines ``prediction_rows(outputs)``, which gives for each sample one dictionary of columns,
+    or a list of them for as many rows.
 
-    An image that could not be read has a row with empty columns. The file appears when all is predicted; an interrupted
-    run leaves none, and an older one as it was. With several processes it is merged in a file system they share.
+    An image that could not be read has a row with all other columns empty. The file appears when all is predicted; an
+    interrupted run leaves none, and an older one as it was. With several processes it is merged in a file system they
+    share. Runs that predict into one folder at a time do not disturb each other; the last to end writes the file.
 
     Args:
         filename: Name of the file.
+        all_classes: Whether there is a column for each class. None: if there are at most 100.
 
     Raises:
         ValueError: For predictions that are neither of these.
+        OSError: If what another process has written cannot be found.
     """
 
     writes = "predictions"
 
-    def __init__(self, filename: str = "predictions.csv") -> None:
-        self.filename = filename
+    patience = 10.0
+    """Seconds in which files of other processes have to appear: a shared file system may show them late."""
+
+    def __init__(self, filename: str = "predictions.csv", all_classes: bool | None = None) -> None:
+        self.filename, self.all_classes = filename, all_classes
         self.last_path: Path | None = None
+        self._whole = Path(filename)
         self._part: Path | None = None
         self._file: TextIO | None = None
         self._columns: list[str] | None = None
@@ -49,10 +66,10 @@ class WritePredictions(Callback):
 
     def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
         folder = run_directory(trainer)  # all ranks have to ask
-        folder.mkdir(parents=True, exist_ok=True)
-        self.last_path = folder / self.filename
-        self._part = folder / f".{self.filename}.rank{trainer.global_rank}"
-        self._file = self._part.open("w", newline="", encoding="utf-8", errors="surrogateescape")
+        run = trainer.strategy.broadcast(uuid.uuid4().hex[:12])  # another one may predict into the same folder
+        self.last_path, self._whole = folder / self.filename, folder / f".{self.filename}.{run}"
+        self._part = self._part_of(trainer.global_rank)
+        self._file = create_file(self._part)
         self._columns, self._count, self._before = None, 0, 0
 
     def on_predict_batch_end(
@@ -75,7 +92,7 @@ class WritePredictions(Callback):
 
     def _entries(self, module: Any, outputs: Any, data: Any) -> Sequence[Any]:
         """What is to be written of each image: here its rows, as dictionaries of columns."""
-        rows = _rows(module, outputs, names_of(module), names_of(data))
+        rows = _rows(module, outputs, names_of(module), names_of(data), self.all_classes)
         self._columns = self._columns or next((list(found[0]) for found in rows if found), None)
         return rows
 
@@ -112,21 +129,42 @@ class WritePredictions(Callback):
         assert self.last_path is not None
         self._file.close()
         trainer.strategy.barrier("predictions")
-        problem: str | None = None
+        problem: Exception | None = None
         if trainer.is_global_zero:
-            parts = [self._part.with_name(f".{self.filename}.rank{rank}") for rank in range(trainer.world_size)]
-            whole = self._part.with_name(f".{self.filename}")
+            parts = [self._part_of(rank) for rank in range(trainer.world_size)]
             try:
-                self._merge(parts, whole)
-                os.replace(whole, self.last_path)
-            except ValueError as error:
-                problem = str(error)
+                self._wait_for(parts)
+                self._merge(parts, self._whole)
+                os.replace(self._whole, self.last_path)
+            except (OSError, ValueError) as error:
+                problem = error
             finally:
-                whole.unlink(missing_ok=True)
-        problem = trainer.strategy.broadcast(problem)  # which all wait for
-        self._part.unlink(missing_ok=True)
-        if problem is not None:
-            raise ValueError(problem)
+                for file in (self._whole, *parts):  # of all ranks: who starts the run may look as soon as this one ends
+                    _remove(file)
+        kind, text = trainer.strategy.broadcast((type(problem), str(problem)))  # which all wait for
+        _remove(self._part)
+        if issubclass(kind, OSError):
+            raise OSError(f"{self.last_path} cannot be written: {text}")
+        if issubclass(kind, ValueError):
+            raise ValueError(text)
+
+    def _part_of(self, rank: int) -> Path:
+        """Where a process writes its rows until all are merged."""
+        return self._whole.with_name(f"{self._whole.name}.rank{rank}")
+
+    def _wait_for(self, parts: Sequence[Path]) -> None:
+        """Returns when the files of all processes are there, and raises FileNotFoundError if they do not appear."""
+        end = time.monotonic() + self.patience
+        for rank, part in enumerate(parts):
+            while not part.exists():
+                if time.monotonic() > end:
+                    raise FileNotFoundError(
+                        f"{part} of rank {rank} is not there; all processes have to write into one folder, in a file "
+                        "system they share"
+                    )
+                time.sleep(0.05)
+                with contextlib.suppress(OSError):
+                    os.listdir(part.parent)  # has network file systems look again
 
     def _merge(self, parts: Sequence[Path], whole: Path) -> None:
         _merge(parts, whole, ["file", *(self._columns or [])])
@@ -134,11 +172,29 @@ class WritePredictions(Callback):
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         if self._file is not None and self._part is not None:
             self._file.close()
-            self._part.unlink(missing_ok=True)
+            _remove(self._part)
+
+
+def create_file(path: Path) -> TextIO:
+    """A new file to write in, in a folder that others may be making, or clearing away, at the same time."""
+    for attempt in range(20):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return path.open("w", newline="", encoding="utf-8", errors="surrogateescape")
+        except FileNotFoundError:
+            if attempt == 19:
+                raise
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _remove(path: Path) -> None:
+    """Removes a file, if it is there and can be removed: what is left over of it harms nobody."""
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def _rows(
-    module: Any, outputs: Any, own: Sequence[str] | None, of_data: Sequence[str] | None
+    module: Any, outputs: Any, own: Sequence[str] | None, of_data: Sequence[str] | None, all_classes: bool | None
 ) -> list[list[Mapping[str, Any]]]:
     """The rows of each sample, as dictionaries of columns; ``own`` names the outputs, or else what the data says."""
     if hasattr(module, "prediction_rows"):
@@ -151,16 +207,22 @@ def _rows(
         )
     values = outputs.detach().float().cpu()
     count = values.shape[1]
-    classes = [] if own is None and len(of_data or ()) != count else list(own or of_data or ())
-    classes += map(str, range(len(classes), count))
+    classes = own or (of_data if of_data and len(of_data) == count else None)
     several = bool(module.hparams.get("multi_label", False))
     sums_to_one = bool(torch.isclose(values.sum(1), torch.ones(len(values)), atol=1e-2).all())
     column = "probability" if several or (sums_to_one and bool((values >= 0).all())) else "score"
+    if all_classes is None:
+        all_classes = count <= FEW_CLASSES
+    names = [class_name(classes, index) for index in range(count)]
+    often = Counter(names)
+    columns = [f"{column}_{name if often[name] == 1 else index}" for index, name in enumerate(names)]
     rows: list[list[Mapping[str, Any]]] = []
-    for scores in values:
-        chosen = (scores >= 0.5).nonzero().flatten().tolist() if several else [int(scores.argmax())]
-        names = "|".join(classes[index] for index in chosen)
-        rows.append([{"class": names, column: "|".join(f"{scores[index].item():.6f}" for index in chosen)}])
+    for scores, best in zip(values.tolist(), values.argmax(1).tolist(), strict=True):
+        chosen = [index for index, score in enumerate(scores) if score >= 0.5] if several else [best]
+        row = {"class": "|".join(names[index] for index in chosen)}
+        row[column] = "|".join(f"{scores[index]:.6f}" for index in chosen or [best])
+        row |= {name: f"{score:.6f}" for name, score in zip(columns, scores, strict=True)} if all_classes else {}
+        rows.append([row])
     return rows
 
 

@@ -40,6 +40,7 @@ from zoo.detection.pyramid import (
 )
 from zoo.labels import LabelWatch, is_remote
 from zoo.log import StepLog
+from zoo.ranges import check_above, check_ranges, check_training
 from zoo.seeding import differ_between_ranks
 from zoo.sharding import Shardable
 from zoo.weights import load as load_weights
@@ -188,6 +189,18 @@ class FPNDetector(SafeLoading, Shardable, NamedClasses, LightningModule):
         super().__init__()
         self.save_hyperparameters(ignore=["backbone", "weights"])
         self.hparams["backbone"] = name_of(backbone)
+        check_training(self.hparams)
+        check_ranges(
+            num_classes=(num_classes, 1, None),
+            max_detections=(max_detections, 1, None),
+            top_candidates=(top_candidates, 1, None),
+            channels=(channels, 1, None),
+            in_channels=(in_channels, 1, None),
+            image_size=(image_size, 1, None),
+            head_depth=(head_depth, 0, None),
+            norm_eps=(norm_eps, -math.inf, None),
+        )
+        check_above(center_radius=(center_radius, 0, math.inf))
         per_cell = anchors_per_cell(head)
         head_norm = head_norm or ("none" if head == "retinanet" else "group")
         self.box_loss: BoxLoss = box_loss or ("l1" if head == "retinanet" else "giou")
@@ -205,14 +218,6 @@ class FPNDetector(SafeLoading, Shardable, NamedClasses, LightningModule):
         for name, number in (("score_threshold", score_threshold), ("nms_threshold", nms_threshold)):
             if not 0 <= number <= 1:
                 raise ValueError(f"{name} is {number}: expected a number in [0, 1]")
-        for name, count in (
-            ("num_classes", num_classes),
-            ("max_detections", max_detections),
-            ("top_candidates", top_candidates),
-            ("channels", channels),
-        ):
-            if count < 1:
-                raise ValueError(f"{name} is {count}: expected at least 1")
         if self.box_loss == "l1" and head == "fcos":
             raise ValueError("box_loss 'l1' is of deltas, and head 'fcos' predicts distances: take 'giou'")
         if norm_eps is not None and (norm_eps < 0 or (norm_eps == 0 and not freeze_norm)):
@@ -385,6 +390,12 @@ class FPNDetector(SafeLoading, Shardable, NamedClasses, LightningModule):
     def input_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the images that ``zoo cost`` counts for."""
         return self.hparams.in_channels, *to_2tuple(self.hparams.image_size)
+
+    def check_images(self, shape: Sequence[int]) -> None:
+        """Raises ValueError for the shape (C, H, W) of images that it does not take."""
+        if shape[0] != self.hparams.in_channels:
+            got, expected = "x".join(map(str, shape)), self.hparams.in_channels
+            raise ValueError(f"images are {got}, but the model was built for {expected} channels")
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """As ``nn.Module.compile``, and the assignment and loss as one graph, which is the same for all sizes."""

@@ -1,5 +1,7 @@
 """The LightningModule: a network by the table or by the rule, and what it is trained with."""
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -12,6 +14,7 @@ from zoo._lightning import rank_zero_info
 from zoo.classification import Classifier, Loss
 from zoo.efficientnet.networks import V2, create_network, recompute_blocks
 from zoo.efficientnet.scaling import PUBLISHED, CompoundScaling, check_resolution
+from zoo.ranges import check_ranges
 from zoo.weights import describe
 from zoo.weights import load as load_weights
 
@@ -114,6 +117,7 @@ class EfficientNetClassifier(Classifier):
         super().__init__()
         self.save_hyperparameters(ignore=["weights"])
         self.make_metrics()
+        check_ranges(in_channels=(in_channels, 1, None), norm_eps=(norm_eps, -math.inf, None))
         for name, value, choices in (
             ("variant", variant, (None, *get_args(Variant))),
             ("padding", padding, (None, *get_args(Padding))),
@@ -186,6 +190,14 @@ class EfficientNetClassifier(Classifier):
         """(C, H, W) of the images it is meant for."""
         return self.hparams.in_channels, *to_2tuple(self.hparams.image_size)
 
+    def check_images(self, shape: Sequence[int]) -> None:
+        """Raises ValueError for the shape (C, H, W) of images that it does not take."""
+        channels, height, width = shape
+        if channels != self.hparams.in_channels:
+            expected = self.hparams.in_channels
+            raise ValueError(f"images are {channels}x{height}x{width}, but the model was built for {expected} channels")
+        check_resolution((height, width), self.hparams.stem_stride)
+
     def features(self, images: Tensor) -> Tensor:
         """Pooled embeddings (B, D) of images (B, C, H, W).
 
@@ -195,7 +207,7 @@ class EfficientNetClassifier(Classifier):
         channels = self.hparams.in_channels
         if images.ndim != 4 or images.shape[1] != channels:
             raise ValueError(f"images are {tuple(images.shape)}: expected (B, {channels}, H, W), by in_channels")
-        check_resolution((images.shape[2], images.shape[3]), self.hparams.stem_stride)
+        self.check_images(images.shape[1:])
         if self.hparams.channels_last:
             images = images.to(memory_format=torch.channels_last)  # contiguous() would leave a single channel as it is
         return self.backbone(images)

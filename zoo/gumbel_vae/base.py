@@ -2,7 +2,7 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from zoo.gumbel_vae.networks import create_networks
 from zoo.gumbel_vae.schedules import cosine
 from zoo.log import StepLog
 from zoo.precision import MeanMetric
+from zoo.ranges import check_ranges, check_training
 from zoo.seeding import differ_between_ranks
 from zoo.sharding import Shardable
 from zoo.weights import load as load_weights
@@ -28,6 +29,10 @@ VALUES_AT_A_TIME = 2**23
 
 One image may have more.
 """
+VALUES = (0.0, 1.0)
+"""Of black and of white in every image: of the data, and of what a model makes of it."""
+VARIED = 16
+"""How many latents are varied in a picture: the first ones."""
 
 
 class VAEOutput(NamedTuple):
@@ -49,7 +54,7 @@ class VAE(SafeLoading, Shardable, LightningModule):
     """A variational autoencoder. It has no constructor: a technique calls :meth:`build` in its own.
 
     A technique provides its latents: :meth:`encode`, :meth:`draw`, :meth:`draw_prior`, :meth:`log_ratio`, :meth:`kl`,
-    :meth:`objective`, :meth:`codes`, :meth:`between`, :meth:`variations`; and what it counts over an evaluation,
+    :meth:`objective`, :meth:`codes`, :meth:`between`, :meth:`latent_values`; and what it counts over an evaluation,
     :meth:`latent_metrics` and :meth:`latent_statistics`.
     """
 
@@ -62,6 +67,19 @@ class VAE(SafeLoading, Shardable, LightningModule):
     def build(self, encoder_outputs: int, decoder_inputs: int) -> None:
         """Networks, likelihood and metrics, out of ``self.hparams``."""
         hp = self.hparams
+        check_training(hp)
+        check_ranges(
+            image_size=(hp.image_size, 1, None),
+            in_channels=(hp.in_channels, 1, None),
+            latents=(hp.latents, 1, None),
+            levels=(hp.levels, 2, None),
+            width=(hp.width, 1, None),
+            blocks=(hp.blocks, 1, None),
+            kl_weight=(hp.kl_weight, 0, None),
+            kl_warmup_steps=(hp.kl_warmup_steps, 0, None),
+            elbo_samples=(hp.elbo_samples, 1, None),
+            iw_samples=(hp.iw_samples, 1, None),
+        )
         height, width = (hp.image_size, hp.image_size) if isinstance(hp.image_size, int) else hp.image_size
         self.input_shape = (hp.in_channels, height, width)
         """(C, H, W) of the images it takes."""
@@ -81,13 +99,6 @@ class VAE(SafeLoading, Shardable, LightningModule):
             hp.width,
             hp.blocks,
         )
-        if hp.kl_weight < 0 or hp.kl_warmup_steps < 0:
-            raise ValueError(f"kl_weight is {hp.kl_weight}, kl_warmup_steps {hp.kl_warmup_steps}: expected 0 or more")
-        if hp.elbo_samples < 1 or (hp.iw_samples is not None and hp.iw_samples < 1):
-            raise ValueError(
-                f"elbo_samples is {hp.elbo_samples}, iw_samples {hp.iw_samples}: expected at least 1, or null for "
-                "no importance-weighted bound"
-            )
         if hp.lr_schedule not in ("cosine", "constant"):
             raise ValueError(f"unknown lr_schedule {hp.lr_schedule!r}: expected one of cosine, constant")
         self.step_log = StepLog()
@@ -135,8 +146,8 @@ class VAE(SafeLoading, Shardable, LightningModule):
         """z (B, steps, N, D) from one z (B, N, D) to another, both included."""
 
     @abstractmethod
-    def variations(self, z: Tensor) -> Tensor:
-        """Of a single z (N, D), those that differ from it in one latent: (N, values, N, D)."""
+    def latent_values(self, z: Tensor) -> Tensor:
+        """What a latent is set to, one after the other, where it is varied: (values, D), like z in type and device."""
 
     @abstractmethod
     def latent_metrics(self) -> dict[str, Metric]:
@@ -243,6 +254,29 @@ class VAE(SafeLoading, Shardable, LightningModule):
         z = self.between(*ends, steps)
         return self._shown(z.flatten(0, 1)).unflatten(0, z.shape[:2])
 
+    def variations(self, z: Tensor, numbers: Sequence[int] | None = None) -> Tensor:
+        """Of a single z (N, D), those that differ from it in one of the first 16 latents: (latents, values, N, D).
+
+        Args:
+            z: On which all others stay.
+            numbers: Some of them alone, by their number in that order: (numbers, N, D). All at once have values * N * D
+                values for each latent, which is a great deal for a large codebook.
+        """
+        values, latents = self.latent_values(z), min(self.latents, VARIED)
+        chosen = torch.as_tensor(range(latents * len(values)) if numbers is None else numbers, device=z.device)
+        changed = z.expand(len(chosen), *z.shape).clone()
+        changed[torch.arange(len(chosen), device=z.device), chosen // len(values)] = values[chosen % len(values)]
+        return changed.unflatten(0, (latents, len(values))) if numbers is None else changed
+
+    @torch.no_grad()
+    def traverse(self, z: Tensor) -> Tensor:
+        """Images (latents, values, C, H, W) in [0, 1] of a single z's :meth:`variations`, few at a time."""
+        latents, values = min(self.latents, VARIED), len(self.latent_values(z))
+        numbers, chunk = range(latents * values), self.images_at_a_time()
+        parts = (numbers[start : start + chunk] for start in range(0, len(numbers), chunk))
+        shown = [self.likelihood.mean(self.decode(self.variations(z, part))) for part in parts]
+        return torch.cat(shown).unflatten(0, (latents, values))
+
     def _shown(self, z: Tensor) -> Tensor:
         """Images (B, C, H, W) in [0, 1] of z (B, N, D), the likelihood's means, few at a time."""
         return torch.cat([self.likelihood.mean(self.decode(some)) for some in z.split(self.images_at_a_time())])
@@ -253,11 +287,15 @@ class VAE(SafeLoading, Shardable, LightningModule):
 
     def _check(self, images: Tensor, values: bool = True) -> None:
         """Shape and, where asked, the values, for which the host has to wait."""
-        if images.shape[1:] != self.input_shape:
-            got, expected = ("x".join(map(str, shape)) for shape in (images.shape[1:], self.input_shape))
-            raise ValueError(f"images are {got}, but the model was built for {expected}")
+        self.check_images(images.shape[1:])
         if values and not (images.is_meta or torch.compiler.is_compiling()):
             self.likelihood.check(images)
+
+    def check_images(self, shape: Sequence[int]) -> None:
+        """Raises ValueError for the shape (C, H, W) of images that it does not take."""
+        if tuple(shape) != self.input_shape:
+            got, expected = ("x".join(map(str, each)) for each in (shape, self.input_shape))
+            raise ValueError(f"images are {got}, but the model was built for {expected}")
 
     def _parts(
         self, images: Tensor, posterior: Tensor, samples: int, chunk: int | None = None
@@ -369,12 +407,12 @@ class VAE(SafeLoading, Shardable, LightningModule):
         """
         images = batches.images(batch)
         pairs = torch.cat([images, self.reconstruct(images)], dim=3)
-        z = self.variations(self.codes(self.encode(images[:1]))[0])
-        changed = self._shown(z.flatten(0, 1))
-        rows = make_grid(pictures.displayable(changed, least=32), nrow=z.shape[1], pad_value=0.5)
+        changed = self.traverse(self.codes(self.encode(images[:1]))[0])
+        tiles = pictures.displayable(changed.flatten(0, 1), least=32, values=VALUES)
+        rows = make_grid(tiles, nrow=changed.shape[1], pad_value=0.5)
         return {
-            "reconstructions": pictures.displayable(pairs),
-            "samples": pictures.displayable(self.sample(len(images))),
+            "reconstructions": pictures.displayable(pairs, values=VALUES),
+            "samples": pictures.displayable(self.sample(len(images)), values=VALUES),
             "latents": rows[None],
         }
 

@@ -104,13 +104,9 @@ class GaussianVAE(VAE):
         weights = torch.sin((1 - share) * angle) / torch.sin(angle), torch.sin(share * angle) / torch.sin(angle)
         return (weights[0] * ends[0] + weights[1] * ends[1])[..., None]
 
-    def variations(self, z: Tensor) -> Tensor:
-        """The first 16 latents at 9 values from -2 to 2."""
-        latents, values = min(self.latents, 16), torch.linspace(-2, 2, 9, dtype=z.dtype, device=z.device)
-        changed = z.expand(latents, len(values), *z.shape).clone()
-        index = torch.arange(latents, device=z.device)
-        changed[index, :, index] = values[:, None]
-        return changed
+    def latent_values(self, z: Tensor) -> Tensor:
+        """Nine values from -2 to 2."""
+        return torch.linspace(-2, 2, 9, dtype=z.dtype, device=z.device)[:, None]
 
     # Training and evaluation.
 

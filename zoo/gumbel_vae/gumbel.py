@@ -1,5 +1,6 @@
 """GumbelVAE: an autoencoder whose latents are categories, and the gradient estimator it learns with."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -16,6 +17,7 @@ from zoo.gumbel_vae.estimators.sampling import full_precision
 from zoo.gumbel_vae.metrics import ActiveLatents, CodeUsage
 from zoo.gumbel_vae.networks import Activation, Network
 from zoo.gumbel_vae.schedules import SCHEDULES, check_temperatures
+from zoo.ranges import check_above, check_ranges
 
 KL = Literal["analytic", "sampled", "relaxed"]
 Prior = Literal["uniform", "learned"]
@@ -120,9 +122,13 @@ class GumbelVAE(VAE):
         self.save_hyperparameters(ignore=["weights"])
         if categories < 2:
             raise ValueError(f"categories is {categories}: expected at least 2, one category says nothing")
+        check_ranges(estimator_samples=(estimator_samples, 1, None), temperature_steps=(temperature_steps, 1, None))
+        check_above(
+            temperature=(temperature, 0, math.inf),
+            min_temperature=(min_temperature, 0, math.inf),
+            prior_temperature=(prior_temperature, 0, math.inf),
+        )
         check_temperatures(temperature_schedule, temperature, min_temperature, temperature_steps)
-        if prior_temperature is not None and prior_temperature <= 0:
-            raise ValueError(f"prior_temperature is {prior_temperature}: expected a number above 0")
         for name, value, choices in (("kl", kl, get_args(KL)), ("prior", prior, get_args(Prior))):
             if value not in choices:
                 raise ValueError(f"unknown {name} {value!r}: expected one of {', '.join(choices)}")
@@ -185,13 +191,10 @@ class GumbelVAE(VAE):
         changed = rank[:, None] <= (share * differ.sum(1)[:, None, None]).round()  # (B, steps, N)
         return torch.where(changed[..., None], second[:, None], first[:, None])
 
-    def variations(self, z: Tensor) -> Tensor:
-        """The first 16 latents at their first 16 categories."""
-        latents, categories = min(self.latents, 16), min(self.categories, 16)
-        changed = z.expand(latents, categories, *z.shape).clone()
-        index = torch.arange(latents, device=z.device)
-        changed[index, :, index] = torch.eye(self.categories, dtype=z.dtype, device=z.device)[:categories]
-        return changed
+    def latent_values(self, z: Tensor) -> Tensor:
+        """The first 16 categories."""
+        first = torch.arange(min(self.categories, 16), device=z.device)
+        return F.one_hot(first, self.categories).to(z.dtype)
 
     # A tokeniser of images.
 

@@ -1,5 +1,7 @@
 """MAEPretrainer: a plain ViT as encoder, a decoder that training throws away, and how the two learn."""
 
+import math
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
@@ -26,6 +28,7 @@ from zoo.mae.patches import (
 )
 from zoo.norms import restore_layer_norm_eps, set_layer_norm_eps
 from zoo.precision import MeanMetric
+from zoo.ranges import check_ranges, check_training
 from zoo.seeding import differ_between_ranks
 from zoo.sharding import Shardable
 from zoo.weights import load as load_weights
@@ -152,6 +155,21 @@ class MAEPretrainer(SafeLoading, Shardable, LightningModule):
         super().__init__()
         self.save_hyperparameters(ignore=["backbone", "weights"])
         self.hparams["backbone"] = name_of(backbone)
+        check_training(self.hparams)
+        check_ranges(
+            image_size=(image_size, 1, None),
+            in_channels=(in_channels, 1, None),
+            patch_size=(patch_size, 1, None),
+            width=(width, 1, None),
+            depth=(depth, 1, None),
+            heads=(heads, 1, None),
+            reg_tokens=(reg_tokens, 0, None),
+            mask_ratio=(mask_ratio, -math.inf, None),  # which of them leave something depends on the patches
+            predict_ratio=(predict_ratio, -math.inf, None),
+            decoder_dim=(decoder_dim, 1, None),
+            decoder_depth=(decoder_depth, 1, None),
+            decoder_heads=(decoder_heads, 1, None),
+        )
         given = isinstance(backbone, nn.Module)
         sizes: dict[str, Any] = {"patch_size": patch_size, "embed_dim": width, "depth": depth, "num_heads": heads}
         if not given:
@@ -179,10 +197,9 @@ class MAEPretrainer(SafeLoading, Shardable, LightningModule):
         self.predicted = patches - self.visible
         if decoder not in get_args(Decoder):
             raise ValueError(f"unknown decoder {decoder!r}: expected one of {', '.join(get_args(Decoder))}")
-        if decoder_depth < 1 or decoder_dim % decoder_heads:
+        if decoder_dim % decoder_heads:
             raise ValueError(
-                f"decoder_depth is {decoder_depth}, decoder_dim {decoder_dim}, decoder_heads {decoder_heads}: expected "
-                "at least one block, and heads that divide the width"
+                f"decoder_dim is {decoder_dim}, decoder_heads {decoder_heads}: expected heads that divide the width"
             )
         prefix = self.backbone.num_prefix_tokens
         size = (self.backbone.embed_dim, decoder_dim, decoder_depth, decoder_heads, self.grid_size, prefix, pixels)
@@ -244,6 +261,7 @@ class MAEPretrainer(SafeLoading, Shardable, LightningModule):
 
     def encode(self, images: Tensor) -> Tensor:
         """Tokens (B, prefix + L, D) after the final norm, nothing masked: class token, registers, patches in order."""
+        self.check_images(images.shape[1:])
         return self.backbone.forward_features(images)
 
     def features(self, images: Tensor) -> Tensor:
@@ -264,10 +282,7 @@ class MAEPretrainer(SafeLoading, Shardable, LightningModule):
 
     def _mask(self, images: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Patches (B, L, pixels), and the indices of visible and removed ones."""
-        expected = (self.backbone.patch_embed.proj.in_channels, *self.backbone.patch_embed.img_size)
-        if images.shape[1:] != expected:
-            got = "x".join(map(str, images.shape[1:]))
-            raise ValueError(f"images are {got}, but the model was built for {'x'.join(map(str, expected))}")
+        self.check_images(images.shape[1:])
         patches = patchify(images, self.patch_size)
         if noise is None:
             noise = torch.rand(patches.shape[:2], dtype=torch.float32, device=images.device)
@@ -287,6 +302,12 @@ class MAEPretrainer(SafeLoading, Shardable, LightningModule):
         """(C, H, W) of the images it takes."""
         embed = self.backbone.patch_embed
         return embed.proj.in_channels, *embed.img_size
+
+    def check_images(self, shape: Sequence[int]) -> None:
+        """Raises ValueError for the shape (C, H, W) of images that it does not take."""
+        if tuple(shape) != self.input_shape:
+            got, expected = ("x".join(map(str, each)) for each in (shape, self.input_shape))
+            raise ValueError(f"images are {got}, but the model was built for {expected}")
 
     def training_forward(self, images: Tensor) -> Tensor:
         """What a training step computes, which is less than :meth:`forward`."""

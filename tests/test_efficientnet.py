@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from zoo import EfficientNetClassifier, layouts, weights
 from zoo._lightning import Callback, Trainer
 from zoo.callbacks import EMA
+from zoo.cli import main
 from zoo.efficientnet import PUBLISHED, create_network
 from zoo.efficientnet.classifier import trained_with
 
@@ -319,6 +320,42 @@ def test_weights_say_what_they_were_trained_with(tmp_path):
     torch.save(named, tmp_path / "torchvision.pth")
     assert trained_with(str(tmp_path / "torchvision.pth"), "b5") == ("symmetric", 1e-3)
     assert trained_with(str(tmp_path / "torchvision.pth"), "b4") == ("symmetric", None)
+
+
+@pytest.mark.parametrize("options", [{}, {"padding": "same"}, {"norm_eps": 1e-4}])
+def test_an_exported_encoder_says_what_it_was_trained_with(tmp_path, options):
+    ours = EfficientNetClassifier("b0", num_classes=3, **options).eval()
+    weights.save(ours.backbone, tmp_path / "encoder.safetensors")
+    again = EfficientNetClassifier("b0", num_classes=3, weights=str(tmp_path / "encoder.safetensors")).eval()
+    assert {name: again.hparams[name] for name in again.from_weights} == {
+        name: ours.hparams[name] for name in ours.from_weights
+    }
+    images = batch(2, side=65)[0]
+    assert torch.equal(again.features(images), ours.features(images))
+
+
+def test_a_run_that_began_with_weights_goes_on_with_their_padding_and_epsilon(tmp_path):
+    """The file is not read again: it may be gone."""
+    start = tmp_path / "tf_efficientnet_b0.pth"
+    file_of(timm.create_model("tf_efficientnet_b0"), start)
+    few = ["--trainer.limit_train_batches", "1", "--trainer.limit_val_batches", "1", "--model.warmup_epochs", "0"]
+    line = ["fit", "-c", "efficientnet/digits", "--model.phi", "null", "--model.variant", "b0", *few]
+    line += ["--model.stem_stride", "2", "--model.image_size", "32", "--data.image_size", "32"]
+    line += ["--model.weights", str(start), "--trainer.max_epochs"]
+    first, second = (f"runs/efficientnet/digits/version_{run}/checkpoints/last.ckpt" for run in range(2))
+    assert main([*line, "1"]) == 0
+    start.unlink()
+    assert main([*line, "2", "--ckpt_path", first]) == 0
+    for file, epoch in ((first, 0), (second, 1)):
+        kept = torch.load(file, weights_only=True)
+        assert kept["epoch"] == epoch
+        assert (kept["hyper_parameters"]["padding"], kept["hyper_parameters"]["norm_eps"]) == ("same", 1e-3)
+    # Without the command line whoever builds another module is told.
+    module = EfficientNetClassifier("b0", num_classes=10, image_size=32)
+    with pytest.raises(ValueError, match="trained with padding same, and this module is built with symmetric"):
+        Trainer(accelerator="cpu", logger=False, enable_checkpointing=False).fit(
+            module, DataLoader([(torch.zeros(3, 32, 32), 0)] * 2, 2), ckpt_path=second
+        )
 
 
 @pytest.mark.parametrize("options", [{}, {"padding": "symmetric", "norm_eps": 1e-4}])

@@ -1,11 +1,11 @@
-"""The outputs of the model that a command builds: for how many classes, and whether they were trained."""
+"""The model that a command builds: for how many classes, with what that followed from weights, trained or not."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from zoo import continuing
-from zoo.checkpoints import classes_of
+from zoo.checkpoints import classes_of, hyperparameters_of
 from zoo.mistakes import Mistake
 from zoo.weights import Report
 
@@ -15,6 +15,18 @@ def on_disk(path: str | None) -> str | None:
     if path is None or "://" in path:
         return None
     return path if Path(path).is_file() or continuing.is_distributed(Path(path)) else None
+
+
+def followed(class_path: str, path: str) -> dict[str, Any]:
+    """The arguments of a checkpoint's module that followed from weights, which are not read again when it goes on.
+
+    Args:
+        class_path: The module's class. It names such arguments in ``from_weights``.
+        path: The checkpoint. One that lies elsewhere is not looked at.
+    """
+    names = getattr(continuing.class_of(class_path), "from_weights", ())
+    there = hyperparameters_of(path) if names and on_disk(path) else {}
+    return {name: there[name] for name in names if name in there}
 
 
 def count(data: Any, written: int | None, source: str | None, known_later: bool) -> int | None:

@@ -258,6 +258,9 @@ class ZooCLI(LightningCLI):
         model = config.model.clone()
         if path and model.get("init_args.weights"):
             model.init_args.weights = None  # the checkpoint holds all; the file it once started from may be gone
+        for name, value in outputs.followed(model.class_path, path).items() if path else ():
+            if model.init_args.get(name) is None:
+                model.init_args[name] = value
         with reported() as loads:
             self.model = self._instantiate(Namespace(model=model)).model
         source = outputs.on_disk(path) if path else weights

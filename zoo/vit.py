@@ -246,6 +246,7 @@ class ViTClassifier(Classifier):
         return features
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
         restore_layer_norm_eps(self, checkpoint)
 
     def train(self, mode: bool = True) -> "ViTClassifier":

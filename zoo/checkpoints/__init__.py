@@ -8,7 +8,16 @@ checkpoint may hold (``plain.py``). What made a checkpoint is put into it by :cl
 
 from zoo.checkpoints.files import claim, give_name, sweep
 from zoo.checkpoints.io import AtomicCheckpointIO, SafeLoading, TorchCheckpointIO
-from zoo.checkpoints.looking import classes_of, configuration, damage, free_path, made_by, newest, saved_at
+from zoo.checkpoints.looking import (
+    classes_of,
+    configuration,
+    damage,
+    free_path,
+    hyperparameters_of,
+    made_by,
+    newest,
+    saved_at,
+)
 from zoo.checkpoints.plain import objects
 
 __all__ = [
@@ -21,6 +30,7 @@ __all__ = [
     "damage",
     "free_path",
     "give_name",
+    "hyperparameters_of",
     "made_by",
     "newest",
     "objects",

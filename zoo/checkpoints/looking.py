@@ -79,11 +79,15 @@ def configuration(path: str | Path) -> str | None:
 
 def classes_of(path: str | Path) -> tuple[list[str] | None, int | None]:
     """What a checkpoint calls its model's outputs, by label, and for how many classes it was built; None if unknown."""
-    content = _content(Path(path))
-    hyperparameters = content.get("hyper_parameters")
-    count = hyperparameters.get("num_classes") if isinstance(hyperparameters, dict) else None
-    names, _ = in_checkpoint(content)
+    names, _ = in_checkpoint(_content(Path(path)))
+    count = hyperparameters_of(path).get("num_classes")
     return names, count if type(count) is int else None
+
+
+def hyperparameters_of(path: str | Path) -> dict[str, Any]:
+    """The arguments of the module that a checkpoint is of, by name; nothing if it does not say."""
+    found = _content(Path(path)).get("hyper_parameters")
+    return found if isinstance(found, dict) else {}
 
 
 def saved_at(path: str | Path) -> int:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from timm.layers import to_2tuple
@@ -73,6 +73,9 @@ class EfficientNetClassifier(Classifier):
         ValueError: For an unknown choice, with what there is to choose from; for both ``variant`` and ``phi``; for a
             phi that makes no network; for images smaller than the total stride; for weights that do not fit.
     """
+
+    # Left None they follow from ``weights``, which are not read again when a run goes on.
+    from_weights: ClassVar = ("padding", "norm_eps")
 
     def __init__(
         self,
@@ -198,6 +201,17 @@ class EfficientNetClassifier(Classifier):
             raise ValueError(f"images are {channels}x{height}x{width}, but the model was built for {expected} channels")
         check_resolution((height, width), self.hparams.stem_stride)
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        there = checkpoint.get("hyper_parameters", {})
+        for name in self.from_weights if self._trainer is not None else ():
+            if name in there and there[name] != self.hparams[name]:
+                raise ValueError(
+                    f"the checkpoint was trained with {name} {there[name]}, and this module is built with "
+                    f"{self.hparams[name]}: the same weights would compute something else; build it with "
+                    f"{name}={there[name]!r}"
+                )
+
     def features(self, images: Tensor) -> Tensor:
         """Pooled embeddings (B, D) of images (B, C, H, W).
 
@@ -229,7 +243,7 @@ def trained_with(weights: str, variant: Variant | None) -> tuple[Padding | None,
 
     timm's names say which of its two conventions they follow. torchvision pads symmetrically; its B5 to B7, as they
     came from TensorFlow, and its V2 have TensorFlow's epsilon. The package efficientnet_pytorch does as TensorFlow does
-    throughout. A checkpoint of :class:`EfficientNetClassifier` has both.
+    throughout. A checkpoint of :class:`EfficientNetClassifier`, and a file of :func:`zoo.weights.save`, has both.
     """
     path = Path(weights)
     if path.is_file():

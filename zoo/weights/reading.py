@@ -81,12 +81,14 @@ def describe(path: str | Path) -> tuple[str, Mapping[str, Any]]:
 
     Returns:
         What kind of file it is, if that can be told, as :func:`zoo.weights.load` reports it; and a Lightning
-        checkpoint's hyperparameters, of any other file nothing.
+        checkpoint's hyperparameters, or "padding" and "norm_eps" of convolutions that :func:`zoo.weights.save` wrote.
     """
-    content, _ = _content(Path(path))
+    content, stated = _content(Path(path))
     kind, _ = translated(*_tensors(str(path), content))
     hyperparameters = content.get("hyper_parameters")
-    return kind, hyperparameters if isinstance(hyperparameters, Mapping) else {}
+    if isinstance(hyperparameters, Mapping):
+        return kind, hyperparameters
+    return kind, {} if stated.padding is None else {"padding": stated.padding, "norm_eps": stated.batch_norm_eps}
 
 
 def _parts(index: Path) -> tuple[dict[str, Tensor], Stated]:

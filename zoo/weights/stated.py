@@ -3,10 +3,11 @@
 import json
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import timm
+from timm.layers import Conv2dSame
 from torch import nn
 
 from zoo.norms import layer_norm_eps
@@ -26,6 +27,8 @@ class Stated:
         decoder_heads: The same of a masked autoencoder's decoder.
         norm_eps: Epsilon of its LayerNorms.
         activation: By the name that Hugging Face has for it.
+        padding: How its convolutions pad: "same", as TensorFlow's do, or "symmetric".
+        batch_norm_eps: Epsilon of its BatchNorms.
     """
 
     grid: Size | None = None
@@ -35,6 +38,8 @@ class Stated:
     decoder_heads: int | None = None
     norm_eps: float | None = None
     activation: str | None = None
+    padding: str | None = None
+    batch_norm_eps: float | None = None
 
     def grids(self, kernel: Size | None) -> Iterator[Size]:
         """The grids that this may mean, the surest first.
@@ -116,14 +121,14 @@ def by_metadata(metadata: Mapping[str, str] | None) -> Stated:
         heads=_of(int, found.get("heads")),
         decoder_heads=_of(int, found.get("decoder_heads")),
         norm_eps=_of(float, found.get("norm_eps")),
+        padding=_of(str, found.get("padding")),
+        batch_norm_eps=_of(float, found.get("batch_norm_eps")),
     )
 
 
 def to_metadata(module: nn.Module) -> dict[str, str]:
     """What a file of a module's weights says of it, for safetensors, which keeps text alone."""
-    stated = by_module(module)
-    said = {name: getattr(stated, name) for name in ("grid", "heads", "decoder_heads", "norm_eps")}
-    said = {name: value for name, value in said.items() if value is not None}
+    said = {name: value for name, value in asdict(by_module(module)).items() if value is not None}
     return {"format": "pt"} | ({"zoo": json.dumps(said)} if said else {})
 
 
@@ -136,7 +141,17 @@ def by_module(module: nn.Module) -> Stated:
         heads=_heads(encoder),
         decoder_heads=_heads(getattr(module, "decoder", None)),
         norm_eps=layer_norm_eps(encoder) if hasattr(encoder, "blocks") else None,
+        **_convolutions(encoder),
     )
+
+
+def _convolutions(encoder: nn.Module) -> dict[str, Any]:
+    """Padding and epsilon of a network of convolutions, where all BatchNorms have the same."""
+    found = {part.eps for part in encoder.modules() if isinstance(part, nn.BatchNorm2d)}
+    if len(found) != 1:
+        return {}
+    is_same = any(isinstance(part, Conv2dSame) for part in encoder.modules())
+    return {"padding": "same" if is_same else "symmetric", "batch_norm_eps": found.pop()}
 
 
 def encoder_of(module: nn.Module) -> nn.Module:

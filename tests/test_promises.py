@@ -61,6 +61,9 @@ PROMISES = [
         ("in any form that",),
         "pairs, tensors alone, dicts under all keys, named tuples, and whatever stands where labels do, in all steps",
         (
+            "any_batch::test_every_form_of_a_batch_gives_one_loss",
+            "any_batch::test_a_technique_without_labels_takes_anything_beside_the_images",
+            "any_batch::test_named_tuples_of_a_loader_are_trained_on_evaluated_and_drawn",
             "batch::test_images_are_found",
             "batch::test_targets_are_found",
             "batch::test_what_holds_no_images_is_refused",
@@ -102,7 +105,9 @@ PROMISES = [
             "Any recipe of an",
             "any other file with timm's",
             "Any other file does not say",
-            "of any other file nothing",
+            "If there are any, but for what pools",
+            "do not show in any shape",
+            "an image of hardly any contrast",
             "before any rounding",
             "if there are any",
             "before any of them is decoded",
@@ -237,6 +242,26 @@ PROMISES = [
         (
             "precision::test_states_of_every_metric_stay_float32_or_wider",
             "precision::test_metrics_are_those_of_float32_within_rounding",
+        ),
+    ),
+    Promise(
+        ("the labels of any data module with ``classes``", "in any order and any subset"),
+        "folders and files of annotations: reordered, renumbered, subsets, one class, other Unicode forms; validated, "
+        "tested, predicted, continued",
+        (
+            "classes::test_any_data_module_with_classes_is_read_by_name",
+            "classes::test_a_folder_is_read_by_name",
+            "classes::test_a_json_is_read_by_name",
+            "classes::test_a_folder_with_an_unknown_class_is_refused_and_predicted",
+        ),
+    ),
+    Promise(
+        ("Labels may be any numbers", "of 0 and 1, of any dtype"),
+        "from negative ones to the largest, all whole dtypes",
+        (
+            "any_batch::test_neighbours_are_those_of_known_class_and_their_numbers_do_not_matter",
+            "any_batch::test_classes_of_every_whole_dtype_are_read",
+            "any_batch::test_several_labels_of_another_form_are_refused_too",
         ),
     ),
 ]

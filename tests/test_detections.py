@@ -348,13 +348,24 @@ def test_what_is_no_detection_is_refused_in_one_line(tmp_path, answers, message)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_one_loader_at_a_time(tmp_path):
-    class Takes(Finds):
-        def predict_step(self, batch, batch_idx, dataloader_idx=0):
-            return super().predict_step(batch, batch_idx)
+@pytest.mark.parametrize("ids", [None, "the same", "others"])
+def test_each_of_several_loaders_has_a_file_of_its_own(tmp_path, ids):
+    """Their images may have the same ids: two lists of one image each, whatever these are called."""
 
-    with pytest.raises(ValueError, match=r"2 loaders to predict: detections\.json holds the images of one"):
-        predict(tmp_path, Takes([found()]), [DataLoader(torch.zeros(1, 3, 4, 4))] * 2)
+    class Takes(LightningModule):
+        def predict_step(self, batch, batch_idx, dataloader_idx=0):
+            box = torch.tensor([[0.0, 0, 1 + dataloader_idx, 2]])
+            one = {"boxes": box, "scores": torch.tensor([0.5]), "labels": torch.tensor([0])}
+            return [one if ids is None else one | {"image_id": 7 if ids == "the same" else 7 + dataloader_idx}]
+
+    trainer = Trainer(default_root_dir=tmp_path, callbacks=[WriteDetections()], **QUIET)
+    trainer.predict(Takes(), [DataLoader(torch.zeros(1, 3, 4, 4))] * 2, return_predictions=False)
+    names = [f"detections_dataloader_idx_{loader}.json" for loader in range(2)]
+    assert sorted(file.name for file in tmp_path.iterdir()) == names
+    lists = [json.loads((tmp_path / name).read_text()) for name in names]
+    assert [[found["bbox"] for found in each] for each in lists] == [[[0, 0, 1, 2]], [[0, 0, 2, 2]]]
+    expected = {None: [0, 1], "the same": [7, 7], "others": [7, 8]}[ids]
+    assert [found["image_id"] for each in lists for found in each] == expected
 
 
 # Pictures with boxes.

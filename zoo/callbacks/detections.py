@@ -9,7 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
+from zoo import loaders
 from zoo.callbacks.predictions import WritePredictions
+from zoo.callbacks.run_directory import run_directory
 from zoo.classes import category_ids
 
 
@@ -25,15 +27,15 @@ class WriteDetections(WritePredictions):
     A module predicts for each image a dict of ``boxes`` (n, 4) xyxy in pixels of the original image, ``scores`` (n,),
     ``labels`` (n,), and ``image_id`` if it knows one. All else is as :class:`WritePredictions` does it: nothing is kept
     in memory, parts of several processes are merged, the file appears when all is predicted. An image that comes more
-    than once, as where a sampler fills ranks up, is written once.
+    than once, as where a sampler fills ranks up, is written once. Each of several loaders has a file of its own, since
+    their images may have the same ids: ``detections_dataloader_idx_0.json`` and so on, by Lightning's names.
 
     Args:
         filename: Name of the file.
 
     Raises:
         ValueError: For predictions of another form, for numbers that are not finite and labels that have no category,
-            for two images of one ``image_id``, for images of which some have one and others none, and for several
-            loaders, whose images one list cannot tell apart.
+            for two images of a loader with one ``image_id``, and for images of which some have one and others none.
     """
 
     writes = "detections"
@@ -42,14 +44,20 @@ class WriteDetections(WritePredictions):
         super().__init__(filename)
 
     def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
-        if len(trainer.num_predict_batches) > 1:
-            raise ValueError(
-                f"{len(trainer.num_predict_batches)} loaders to predict: {self.filename} holds the images of one"
-            )
         self._categories = category_ids(pl_module, trainer.datamodule)
-        self._names: dict[str, str] = {}  # by image_id, what the image is called
-        self._named: bool | None = None  # whether images have an image_id of their own
+        self._names: dict[tuple[int, str], str] = {}  # by loader and image_id, what the image is called
+        self._named: dict[int, bool] = {}  # by loader, whether images have an image_id of their own
         super().on_predict_start(trainer, pl_module)
+        assert self.last_path is not None
+        if len(trainer.num_predict_batches) > 1:
+            self.last_path = _of_loader(self.last_path, 0)
+
+    def _files(self, trainer: Any) -> list[tuple[Path, Path]]:
+        count = len(trainer.num_predict_batches)
+        if count == 1:
+            return super()._files(trainer)
+        path = run_directory(trainer) / self.filename
+        return [(_of_loader(self._whole, loader), _of_loader(path, loader)) for loader in range(count)]
 
     def _entries(self, module: Any, outputs: Any, data: Any) -> Sequence[Any]:
         """What is to be written of each image: its detections, as they are."""
@@ -61,7 +69,7 @@ class WriteDetections(WritePredictions):
         return outputs
 
     def _write(self, loader: int, index: int, name: str, entry: Any) -> None:
-        """Writes one line: number, id and records of an image, none of which holds a tab, since JSON escapes them."""
+        """Writes one line: loader, number, id and records of an image, none of which holds a tab: JSON escapes them."""
         assert self._file is not None
         if entry is None:  # it could not be read; the data module says so
             return
@@ -71,11 +79,11 @@ class WriteDetections(WritePredictions):
         image_id = image_id[0] if isinstance(image_id, list) and len(image_id) == 1 else image_id
         if not isinstance(image_id, int | str):
             raise ValueError(f"image {name} has the image_id {image_id!r:.60}: expected a whole number or a text")
-        self._named = named if self._named is None else self._named
-        if named is not self._named:
-            having = "has no image_id, but others have one" if self._named else "has an image_id, but others have none"
+        if named is not self._named.setdefault(loader, named):
+            having = "has an image_id, but others have none" if named else "has no image_id, but others have one"
             raise ValueError(f"image {name} {having}: expected one of each image, or of none")
-        other = self._names.setdefault(key := json.dumps(image_id), name)
+        key = json.dumps(image_id)
+        other = self._names.setdefault((loader, key), name)
         if other != name:
             raise ValueError(f"images {other} and {name} both have the image_id {key}: expected one of each image")
         file = {} if name == str(index) else {"file_name": name}  # data without names gives numbers
@@ -83,16 +91,17 @@ class WriteDetections(WritePredictions):
             records = [{"image_id": image_id, **found, **file} for found in _records(entry, self._categories)]
         except ValueError as error:
             raise ValueError(f"image {name}: {error}") from error
-        self._file.write("\t".join(map(str, [index, *map(json.dumps, [image_id, *records])])) + "\n")
+        self._file.write("\t".join(map(str, [loader, index, *map(json.dumps, [image_id, *records])])) + "\n")
 
-    def _merge(self, parts: Sequence[Path], whole: Path) -> None:
-        """Merges parts that are sorted by index, without reading them into memory."""
+    def _merge(self, parts: Sequence[Path], whole: Path, loader: int) -> None:
+        """Merges what parts that are sorted by index have of a loader, without reading them into memory."""
 
         def images(part: Path) -> Iterator[tuple[int, str, list[str]]]:
             with part.open(encoding="utf-8") as file:
                 for line in file:
-                    index, image_id, *records = line.rstrip("\n").split("\t")
-                    yield int(index), image_id, records
+                    of, index, image_id, *records = line.rstrip("\n").split("\t")
+                    if int(of) == loader:
+                        yield int(index), image_id, records
 
         seen: dict[str, str] = {}
         repeated, separator = 0, "[\n"
@@ -112,6 +121,11 @@ class WriteDetections(WritePredictions):
                     file.write(separator + record)
                     separator = ",\n"
             file.write("[]\n" if separator == "[\n" else "\n]\n")
+
+
+def _of_loader(path: Path, loader: int) -> Path:
+    """A file's name for one of several loaders."""
+    return path.with_name(f"{path.stem}{loaders.SUFFIX.replace('/', '_')}{loader}{path.suffix}")
 
 
 def _file(record: str) -> str | None:

@@ -132,15 +132,18 @@ class WritePredictions(Callback):
         problem: Exception | None = None
         if trainer.is_global_zero:
             parts = [self._part_of(rank) for rank in range(trainer.world_size)]
+            files = self._files(trainer)
             try:
                 self._wait_for(parts)
-                self._merge(parts, self._whole)
-                os.replace(self._whole, self.last_path)
+                for loader, (whole, _) in enumerate(files):
+                    self._merge(parts, whole, loader)
+                for whole, file in files:
+                    os.replace(whole, file)
             except (OSError, ValueError) as error:
                 problem = error
-            finally:
-                for file in (self._whole, *parts):  # of all ranks: who starts the run may look as soon as this one ends
-                    _remove(file)
+            finally:  # of all ranks: who starts the run may look as soon as this one ends
+                for left in (*(whole for whole, _ in files), *parts):
+                    _remove(left)
         kind, text = trainer.strategy.broadcast((type(problem), str(problem)))  # which all wait for
         _remove(self._part)
         if issubclass(kind, OSError):
@@ -166,7 +169,13 @@ class WritePredictions(Callback):
                 with contextlib.suppress(OSError):
                     os.listdir(part.parent)  # has network file systems look again
 
-    def _merge(self, parts: Sequence[Path], whole: Path) -> None:
+    def _files(self, trainer: Any) -> list[tuple[Path, Path]]:
+        """What is written, each file by the name that it has until it is whole, and by its own."""
+        assert self.last_path is not None
+        return [(self._whole, self.last_path)]
+
+    def _merge(self, parts: Sequence[Path], whole: Path, loader: int) -> None:
+        """Merges the parts of all processes into one file, the first and here only one, which is of all loaders."""
         _merge(parts, whole, ["file", *(self._columns or [])])
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:

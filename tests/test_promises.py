@@ -33,7 +33,7 @@ class Promise(NamedTuple):
 
 PROMISES = [
     Promise(
-        ("any network of timm, above all vision", "any timm model, or one that states D"),
+        ("any network of timm ([docs/timm.md]", "any timm model, or one that states D"),
         "a network of every module file of timm with a classifier: built, trained, explained, counted, kept",
         ("families::test_no_family_of_timm_is_left_out", "families::test_a_classifier_on_any_family"),
     ),

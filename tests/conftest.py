@@ -25,13 +25,6 @@ torch.set_num_threads(1)
 SIGNALS = [signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A slow test may take three times as long as another: a machine may be half as quick, and busy."""
-    for item in items:
-        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
-            item.add_marker(pytest.mark.timeout(360))
-
-
 @pytest.fixture(autouse=True)
 def _empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs are written to where the program stands: not into the checkout."""
@@ -82,6 +75,9 @@ def longest(item: pytest.Item) -> float:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What may take longest goes first, lest it be left over for one process; accelerators are not always there."""
     items.sort(key=longest, reverse=True)
+    for item in items:  # a slow one may take three times as long: a machine may be half as quick, and busy
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(360))
     if not torch.accelerator.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -121,14 +121,7 @@ def test_a_classifier_with_more_outputs_than_the_data_has_names_draws():
         "vit_tiny_patch16_224", num_classes=10, image_size=8, patch_size=4, in_channels=1, width=16, depth=1, heads=2
     )
     module.head.bias.data[7] = 100.0
-
-    class Data:
-        classes = ("ring", "disc", "star")
-
-    class Trainer:
-        datamodule = Data()
-
-    module._trainer = Trainer()
+    module.classes = ["ring", "disc", "star"]
     drawn = module.pictures((torch.rand(2, 1, 8, 8), torch.tensor([1, 7])))["predictions"]
     captions = pictures.captioned(torch.rand(2, 1, 8, 8), ["7: 100%\nis disc", "7: 100%"], [False, True])
     assert torch.equal(drawn[:, :, 96:], captions[:, :, 96:])

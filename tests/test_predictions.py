@@ -73,7 +73,10 @@ def test_a_table_is_as_wide_as_can_be_read_or_is_asked_for(tmp_path, classes, ex
         (["class", "file", "probability"], ["probability_class", "probability_file", "probability_probability"]),
         (["a", "b", "a"], ["probability_0", "probability_b", "probability_2"]),
         (["猫", "a,b", 'a"b'], ["probability_猫", "probability_a,b", 'probability_a"b']),
-        (["a"], ["probability_a", "probability_1", "probability_2"]),  # the model has more outputs than the data names
+        (
+            ["a"],
+            ["probability_0", "probability_1", "probability_2"],
+        ),  # of other classes: they are not the model's names
         (None, ["probability_0", "probability_1", "probability_2"]),
     ],
 )

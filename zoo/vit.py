@@ -148,6 +148,7 @@ class ViTClassifier(Classifier):
             layer_scale=(layer_scale, 0, None),
             head_std=(head_std, 0, None),
             head_bias=(head_bias, -math.inf, None),
+            norm_eps=(norm_eps, 0, None),
         )
         given = isinstance(backbone, nn.Module)
         if not class_token:

@@ -164,6 +164,7 @@ class MAEPretrainer(SafeLoading, Shardable, LightningModule):
             depth=(depth, 1, None),
             heads=(heads, 1, None),
             reg_tokens=(reg_tokens, 0, None),
+            norm_eps=(norm_eps, 0, None),
             mask_ratio=(mask_ratio, -math.inf, None),  # which of them leave something depends on the patches
             predict_ratio=(predict_ratio, -math.inf, None),
             decoder_dim=(decoder_dim, 1, None),

@@ -89,7 +89,7 @@ def test_columns_are_told_apart_whatever_the_classes_are_called(tmp_path, names,
 
     header, *rows = predict(tmp_path, Tells(torch.tensor([[0.1, 0.2, 0.7], [0.8, 0.1, 0.1]])), Named())
     assert header == ["file", "class", "probability", *columns]
-    last, first = ("2", "0") if names is None else ([*names, "1", "2"][2] if len(names) == 1 else names[2], names[0])
+    last, first = ("2", "0") if names is None or len(names) < 3 else (names[2], names[0])
     assert [row[1] for row in rows] == [last, first]
     assert [row[3:] for row in rows] == [["0.100000", "0.200000", "0.700000"], ["0.800000", "0.100000", "0.100000"]]
 

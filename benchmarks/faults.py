@@ -2,7 +2,7 @@
 
     python benchmarks/faults.py                              # all, in a quarter of an hour
     python benchmarks/faults.py --only kill --kills 50       # names that begin so; --list names all
-    python benchmarks/faults.py --only signal --signals 20   # 20 in all, 4 of each kind
+    python benchmarks/faults.py --only signal --signals 28   # 28 in all, 4 of each kind
 
 Each run is a process of its own, forked from this one, which never trains; of several processes each has torchrun's
 environment variables. Both columns train the same module on the same samples with the same seed and settings: stock

@@ -18,9 +18,13 @@ import numpy as np
 import pytest
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
+from torch.utils.data import BatchSampler, DataLoader
 
 torch.set_num_threads(1)
 
+# As in a terminal, also where all of this runs in the background or under nohup, which ignore them.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # SIGALRM is not among them: it belongs to pytest-timeout.
 SIGNALS = [signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2]
 
@@ -62,6 +66,11 @@ def _restored_process() -> Iterator[None]:
     torch.backends.cudnn.benchmark = benchmark
     torch.set_default_dtype(dtype)
     torch.set_num_threads(threads)
+    for loader in (DataLoader, BatchSampler):  # Lightning leaves them patched when a hook that makes them fails
+        for name in ("__init__", "__setattr__", "__delattr__"):
+            if f"__old{name}" in loader.__dict__:
+                setattr(loader, name, loader.__dict__[f"__old{name}"])
+                delattr(loader, f"__old{name}")
     if rank is not None:  # else Lightning was first imported by the test, and has set it
         rank_zero_only.rank = rank
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import rich
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCheckpoint
@@ -466,6 +467,7 @@ def test_without_a_terminal_a_line_for_each_validation(tmp_path, capsys):
 def test_on_a_terminal_the_bar_shows_learning_rate_and_loss_and_no_version(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")  # which is how rich is told that it writes to a terminal
     monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setattr(rich, "_console", None)  # one for all of a process, which is not to colour what others print
 
     class Shows(Net):
         def training_step(self, batch, batch_idx):

@@ -132,7 +132,7 @@ def test_every_technique_draws_samples_from_all_over_the_split(tmp_path, kind):
 
 
 def subset(whole: TensorDataset, **options) -> DataLoader:
-    return DataLoader(whole, 8, sampler=SubsetRandomSampler(range(10, 30)), **options)
+    return DataLoader(whole, batch_size=8, sampler=SubsetRandomSampler(range(10, 30)), **options)
 
 
 class SortedStream(IterableDataset):
@@ -160,14 +160,17 @@ class BySize(Dataset):
 
 
 LOADERS = {
-    "plain": (lambda: DataLoader(sorted_set(), 8), [0, 0, 1, 1, 2, 2, 3, 3]),
-    "shuffled": (lambda: DataLoader(sorted_set(), 8, shuffle=True), [0, 0, 1, 1, 2, 2, 3, 3]),
+    "plain": (lambda: DataLoader(sorted_set(), batch_size=8), [0, 0, 1, 1, 2, 2, 3, 3]),
+    "shuffled": (lambda: DataLoader(sorted_set(), batch_size=8, shuffle=True), [0, 0, 1, 1, 2, 2, 3, 3]),
     "subset": (lambda: subset(sorted_set()), [1, 1, 1, 1, 2, 2, 2, 2]),
-    "workers": (lambda: DataLoader(sorted_set(), 8, num_workers=1), [0, 0, 1, 1, 2, 2, 3, 3]),
-    "small": (lambda: DataLoader(sorted_set(4), 8), [0, 1, 2, 3]),
-    "list": (lambda: [DataLoader(sorted_set(), 4), DataLoader(sorted_set(8), 4)], [0, 1, 2, 3]),
-    "dict": (lambda: {"a": DataLoader(sorted_set(), 4), "b": DataLoader(sorted_set(8), 4)}, [0, 1, 2, 3]),
-    "stream": (lambda: DataLoader(SortedStream(), 8), [0] * 8),
+    "workers": (lambda: DataLoader(sorted_set(), batch_size=8, num_workers=1), [0, 0, 1, 1, 2, 2, 3, 3]),
+    "small": (lambda: DataLoader(sorted_set(4), batch_size=8), [0, 1, 2, 3]),
+    "list": (lambda: [DataLoader(sorted_set(), batch_size=4), DataLoader(sorted_set(8), batch_size=4)], [0, 1, 2, 3]),
+    "dict": (
+        lambda: {"a": DataLoader(sorted_set(), batch_size=4), "b": DataLoader(sorted_set(8), batch_size=4)},
+        [0, 1, 2, 3],
+    ),
+    "stream": (lambda: DataLoader(SortedStream(), batch_size=8), [0] * 8),
     "keys": (lambda: DataLoader(BySize(), batch_sampler=SizedBatches(SequentialSampler(range(40)), 8, False)), [0] * 8),
     "batches": (lambda: DataLoader([sorted_set()[:8], sorted_set()[8:16]], batch_size=None), [0] * 8),
     "batch_sampler": (
@@ -191,7 +194,7 @@ def test_somebody_elses_loader(tmp_path, kind):
     make, expected = LOADERS[kind]
     module = ShownAnywhere()
     run = trainer(tmp_path, SavePictures(), max_epochs=2, limit_train_batches=1, num_sanity_val_steps=1)
-    run.fit(module, DataLoader(sorted_set(), 8), make())
+    run.fit(module, DataLoader(sorted_set(), batch_size=8), make())
     assert [labels.tolist() for _, labels in module.shown] == [expected] * 2
     assert torch.equal(module.shown[0][0], module.shown[1][0])
     module.shown.clear()
@@ -203,7 +206,7 @@ class OwnData(LightningDataModule):
     """A user's data module, with hooks of its own."""
 
     def val_dataloader(self):
-        return DataLoader(sorted_set(), 8)
+        return DataLoader(sorted_set(), batch_size=8)
 
     train_dataloader = test_dataloader = val_dataloader
 
@@ -243,7 +246,7 @@ def test_a_sample_that_cannot_be_read_stops_no_run(tmp_path):
     module = Shown()
     run = trainer(tmp_path, SavePictures(), max_epochs=3, limit_train_batches=1, limit_val_batches=1)
     with pytest.warns(UserWarning, match="pictures show the first batch.*sample 12 is not there") as told:
-        run.fit(module, DataLoader(sorted_set(), 8), DataLoader(PartlyThere(), 8))
+        run.fit(module, DataLoader(sorted_set(), batch_size=8), DataLoader(PartlyThere(), batch_size=8))
     assert [labels.tolist() for _, labels in module.shown] == [[0] * 8] * 3
     assert len([warning for warning in told if "pictures show" in str(warning.message)]) == 1
 
@@ -255,7 +258,7 @@ def test_two_processes_show_what_one_shows(tmp_path):
         (tmp_path / name).mkdir()
         module = Shown()
         run = trainer(tmp_path / name, saves := SavePictures(), limit_predict_batches=1, **options)
-        run.predict(module, DataLoader(sorted_set(), 8), return_predictions=False)
+        run.predict(module, DataLoader(sorted_set(), batch_size=8), return_predictions=False)
         with Image.open(tmp_path / name / "images" / "predict_predictions.png") as image:
             shown.append(np.asarray(image))
         assert saves is not None
@@ -280,9 +283,9 @@ def test_loading_changes_no_random_state_and_takes_no_step_of_the_loader():
         return default_collate(samples)
 
     before = torch.get_rng_state()
-    loader = DataLoader(sorted_set(), 8, collate_fn=collate)
+    loader = DataLoader(sorted_set(), batch_size=8, collate_fn=collate)
     assert spread_batch(loader, 3)[1].tolist() == [0, 2, 3]
     assert calls == [3]
-    assert spread_batch(DataLoader(sorted_set(), 2), 3)[1].tolist() == [1, 3]
+    assert spread_batch(DataLoader(sorted_set(), batch_size=2), 3)[1].tolist() == [1, 3]
     assert spread_batch([1, 2], 3) is None
     torch.set_rng_state(before)

@@ -182,9 +182,10 @@ def test_a_folder_that_others_clear_away_is_made_again(tmp_path):
     thread.start()
     try:
         for number in range(200):
-            with create_file(tmp_path / "a" / "b" / f"{number}") as file:
+            with create_file(path := tmp_path / "a" / "b" / f"{number}") as file:
                 file.write("x")
-            (tmp_path / "a" / "b" / f"{number}").unlink()
+            assert path.read_text() == "x"
+            path.unlink()
     finally:
         stop.set()
         thread.join()

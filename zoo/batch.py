@@ -132,7 +132,7 @@ def _dicts(batch: Any) -> Sequence[Mapping[str, Any]] | None:
 
 
 def _labels(batch: Any) -> Any:
-    """What a batch carries where labels are expected, whatever it is; None if there is nothing."""
+    """The part of a batch where labels are expected, whatever it is; None if there is nothing."""
     batch = _by_name(batch)
     if isinstance(batch, Mapping):
         return next((batch[key] for key in LABEL_KEYS if key in batch), None)

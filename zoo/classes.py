@@ -17,7 +17,7 @@ from zoo._lightning import rank_zero_info
 
 
 def names_of(owner: Any) -> list[str] | None:
-    """What a data module or a module calls its classes, by label: ``owner.classes``, if that is a list of texts."""
+    """Class names of a data module or a module, by label: ``owner.classes``, if that is a list of texts."""
     return _names(getattr(owner, "classes", None))
 
 
@@ -114,7 +114,7 @@ class NamedClasses:
 
     @property
     def num_labels(self) -> int:
-        """How many classes the labels of the data at hand are of: the outputs', or those of the data if they differ."""
+        """Number of classes that the labels at hand are of: the outputs', or those of the data if they differ."""
         self._look()
         return self.hparams.num_classes if self.label_table is None else len(self.label_table)
 

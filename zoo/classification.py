@@ -278,7 +278,7 @@ class Classifier(SafeLoading, Shardable, NamedClasses, LightningModule):
 
 
 def _odd(trainer: Any, count: int, batch_idx: int) -> str:
-    """What to do about a batch that cannot be cut into pairs."""
+    """Advice for a batch that cannot be cut into pairs."""
     size = getattr(trainer.train_dataloader, "batch_size", None) if trainer is not None and trainer.training else None
     if batch_idx and trainer is not None and trainer.is_last_batch and (size is None or size % 2 == 0):
         return f"the last batch of the epoch has {count}, an odd number, set drop_last to true for the training data"

@@ -44,7 +44,7 @@ def numbers(trainer: Any) -> list[int]:
 
 
 def metric(module: nn.Module, name: str, dataloader_idx: int = 0) -> Any:
-    """What counts one loader's evaluation: ``module.NAME`` the first one's, ``module.NAME_1`` the second one's.
+    """The metric of one loader: ``module.NAME`` is the first one's, ``module.NAME_1`` the second one's.
 
     A further loader's is made when it is first asked for, after the first one's.
     """

@@ -1,4 +1,4 @@
-"""What other programs call the tensors of vision transformers, whose names here are timm's."""
+"""Names of other programs for the tensors of vision transformers, whose names here are timm's."""
 
 import re
 from collections.abc import Mapping

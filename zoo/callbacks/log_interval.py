@@ -1,4 +1,4 @@
-"""How often loggers are written to, where epochs are short."""
+"""The logging interval, for short epochs."""
 
 import math
 from typing import Any

@@ -170,7 +170,7 @@ class WritePredictions(Callback):
                     os.listdir(part.parent)  # has network file systems look again
 
     def _files(self, trainer: Any) -> list[tuple[Path, Path]]:
-        """What is written, each file by the name that it has until it is whole, and by its own."""
+        """The files to write, each by the name that it has until it is whole, and by its own."""
         assert self.last_path is not None
         return [(self._whole, self.last_path)]
 
@@ -190,7 +190,7 @@ def create_file(path: Path) -> TextIO:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             return path.open("w", newline="", encoding="utf-8", errors="surrogateescape")
-        except FileNotFoundError:
+        except (FileNotFoundError, FileExistsError):  # mkdir's, for a folder that goes while it looks at it
             if attempt == 19:
                 raise
     raise AssertionError("the last attempt returns or raises")

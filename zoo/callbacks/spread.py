@@ -65,7 +65,7 @@ def spread_batch(loader: Any, count: int) -> Any | None:
 
 
 def _indices(sampler: Any, dataset: Any) -> Sequence[int] | None:
-    """What a sampler goes through, in ascending order; None if it does not tell, or not by number."""
+    """The indices a sampler goes through, in ascending order; None if it does not tell, or not by number."""
     whole = type(sampler) in (SequentialSampler, RandomSampler) or isinstance(sampler, DistributedSampler)
     source: Any = getattr(sampler, "data_source", getattr(sampler, "dataset", None))
     if whole and source is dataset:

@@ -78,7 +78,7 @@ def configuration(path: str | Path) -> str | None:
 
 
 def classes_of(path: str | Path) -> tuple[list[str] | None, int | None]:
-    """What a checkpoint calls its model's outputs, by label, and for how many classes it was built; None if unknown."""
+    """Names of a checkpoint's outputs, by label, and the number of classes that it was built for; None if unknown."""
     names, _ = in_checkpoint(_content(Path(path)))
     count = hyperparameters_of(path).get("num_classes")
     return names, count if type(count) is int else None
@@ -106,7 +106,7 @@ def _head(path: Path) -> tuple[dict[str, Any], int | None]:
 
 
 def _content(path: Path) -> dict[str, Any]:
-    """What a checkpoint holds, without reading its tensors; nothing if it cannot be read."""
+    """The content of a checkpoint, without reading its tensors; nothing if it cannot be read."""
     try:
         content = torch.load(
             path / "meta.pt" if path.is_dir() else path, map_location="meta", weights_only=True, mmap=True

@@ -63,7 +63,7 @@ def assign(
 
 
 def parts_of_a_batch(cells: Cells, targets: Targets) -> int:
-    """In how many parts a batch is looked at such that none has over MAX_PAIRS pairs, or is of one image: mostly 1."""
+    """Number of parts of a batch such that none has over MAX_PAIRS pairs, or is of one image: mostly 1."""
     images, slots = targets.valid.shape
     at_once = max(1, MAX_PAIRS // (slots * len(cells.anchors)))
     return max(1, -(-images // at_once))

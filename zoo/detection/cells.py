@@ -36,7 +36,7 @@ class Cells(NamedTuple):
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """How many anchors each level has. Sizes of tensors: a compiled loss takes them as sizes, not as constants."""
+        """Numbers of anchors by level. Sizes of tensors: a compiled loss takes them as sizes, not as constants."""
         return tuple(len(level) for level in self.levels)
 
     @property

@@ -147,7 +147,7 @@ class VAE(SafeLoading, Shardable, LightningModule):
 
     @abstractmethod
     def latent_values(self, z: Tensor) -> Tensor:
-        """What a latent is set to, one after the other, where it is varied: (values, D), like z in type and device."""
+        """Values (values, D), like z in type and device, that a latent is set to, one after the other."""
 
     @abstractmethod
     def latent_metrics(self) -> dict[str, Metric]:
@@ -255,7 +255,7 @@ class VAE(SafeLoading, Shardable, LightningModule):
         return self._shown(z.flatten(0, 1)).unflatten(0, z.shape[:2])
 
     def variations(self, z: Tensor, numbers: Sequence[int] | None = None) -> Tensor:
-        """Of a single z (N, D), those that differ from it in one of the first 16 latents: (latents, values, N, D).
+        """Copies of a single z (N, D) that differ from it in one of the first 16 latents: (latents, values, N, D).
 
         Args:
             z: On which all others stay.

@@ -340,6 +340,7 @@ class MAEPretrainer(SafeLoading, Shardable, LightningModule):
         return torch.rand(shape, dtype=torch.float32, generator=generator, device=images.device)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
         restore_layer_norm_eps(self, checkpoint)
 
     def on_fit_start(self) -> None:

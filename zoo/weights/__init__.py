@@ -33,7 +33,7 @@ _loads: ContextVar[list[tuple[nn.Module, "Report"]] | None] = ContextVar("loads"
 
 @dataclass(frozen=True)
 class Report:
-    """What :func:`load` did; ``str(report)`` is the one line to show.
+    """Report of :func:`load`; ``str(report)`` is the one line to show.
 
     Attributes:
         source: Where the weights came from.
@@ -132,7 +132,7 @@ def load(module: nn.Module, source: str | Path) -> Report:
 
 @contextmanager
 def reported() -> Iterator[list[tuple[nn.Module, Report]]]:
-    """What :func:`load` does meanwhile: modules, and the reports on them."""
+    """Collects what :func:`load` does meanwhile: modules, and the reports on them."""
     found: list[tuple[nn.Module, Report]] = []
     token = _loads.set(found)
     try:
@@ -189,7 +189,7 @@ def _settle_eps(module: nn.Module, eps: float | None) -> list[str]:
 
 
 def _advice(module: Any, conventions: Mapping[str, Any]) -> str:
-    """What of a source's conventions the module was not built with."""
+    """The conventions of a source that the module was not built with."""
     here = getattr(module, "hparams", {})
     missing = [f"{name}={value}" for name, value in conventions.items() if name not in here or here[name] != value]
     return f"to detect as there, build with {', '.join(missing)}" if missing else ""

@@ -1,4 +1,4 @@
-"""In what a source's network differs from the one to fill, so that its weights would compute something else here.
+"""Differences of a source's network from the one to fill, by which its weights would compute something else here.
 
 Each is found by its name and refused in a line; what may differ, and what is resized, is not looked at.
 """

@@ -1,4 +1,4 @@
-"""Which values a module gets from a source, in which shapes, or why it gets none."""
+"""Fitting a source's values into a module, in its shapes, or saying why they do not fit."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from zoo.weights.stated import encoder_of
 
 @dataclass
 class Fit:
-    """What a module gets.
+    """The values that a module gets.
 
     Attributes:
         values: For names in the module: the name in the source, and the value in the module's shape.
@@ -31,7 +31,7 @@ class Fit:
 
 
 def fit(module: nn.Module, source: Source) -> Fit:
-    """What a module gets from a source whose names are translated.
+    """Finds what a module gets from a source whose names are translated.
 
     Raises:
         ValueError: If it does not fit, in one line: in what, and how to build the module alike.

@@ -133,7 +133,7 @@ def grid_of(owner: Any) -> Size | None:
 
 @dataclass(frozen=True)
 class Way:
-    """How a source's numbers may be meant.
+    """A meaning that a source's numbers may have.
 
     Attributes:
         patches: Positions of patches; None if it has none.
@@ -154,7 +154,7 @@ class Way:
 
 
 def _ways(encoder: Any, theirs: Mapping[str, Tensor], own: Size) -> list[Way]:
-    """How what a source has of a grid may be meant, the likeliest first; nothing, if nothing depends on a grid.
+    """Meanings of what a source has of a grid, the likeliest first; nothing, if nothing depends on a grid.
 
     Some networks give the tokens before the patches no positions. It is likely that both do as the encoder does.
     """
@@ -174,7 +174,7 @@ def _ways(encoder: Any, theirs: Mapping[str, Tensor], own: Size) -> list[Way]:
 
 
 def offsets(grid: Size) -> int:
-    """How many offsets there are between the patches of a grid, of all rows and columns."""
+    """Number of offsets between the patches of a grid, of all rows and columns."""
     return (2 * grid[0] - 1) * (2 * grid[1] - 1)
 
 

@@ -77,7 +77,7 @@ def read(source: str | Path) -> tuple[str, dict[str, Tensor]]:
 
 
 def describe(path: str | Path) -> tuple[str, Mapping[str, Any]]:
-    """What a file of weights says of itself. Errors: see :func:`zoo.weights.load`.
+    """Describes a file of weights by what it says of itself. Errors: see :func:`zoo.weights.load`.
 
     Returns:
         What kind of file it is, if that can be told, as :func:`zoo.weights.load` reports it; and a Lightning
@@ -106,7 +106,7 @@ def _parts(index: Path) -> tuple[dict[str, Tensor], Stated]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """What a JSON file holds; nothing, if there is none or it holds anything else than a mapping."""
+    """The mapping in a JSON file; nothing, if there is no file or it holds anything else."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -115,7 +115,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _content(path: Path) -> tuple[Any, Stated]:
-    """What a file holds, and what it says, or a ``config.json`` that belongs to it."""
+    """The content of a file, and what it says, or a ``config.json`` that belongs to it."""
     name = str(path)
     config = _json(path.with_name("config.json")) if path.name in IN_FOLDERS else {}
     if path.suffix == ".safetensors":

@@ -1,4 +1,4 @@
-"""What sources of weights say of their networks beside the tensors: sizes, heads, epsilons."""
+"""Statements of sources about their networks, beside the tensors: sizes, heads, epsilons."""
 
 import json
 from argparse import Namespace
@@ -17,7 +17,7 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Stated:
-    """What is known of a network; None where nothing is said.
+    """Statements about a network; None where nothing is said.
 
     Attributes:
         grid: Rows and columns of its patches.
@@ -64,7 +64,7 @@ def trained_on(backbone: str | None) -> list[Size]:
 
 
 def by_checkpoint(content: Any) -> Stated:
-    """What a file of torch's says: Lightning's hyperparameters, of our modules or with the same names, or its ``args``.
+    """Reads a file of torch's: Lightning's hyperparameters, of our modules or with the same names, or its ``args``.
 
     timm's training and the MAE releases keep the command's arguments under that name.
     """
@@ -88,7 +88,7 @@ def by_checkpoint(content: Any) -> Stated:
 
 
 def by_config(config: Any) -> Stated:
-    """What the ``config.json`` beside weights says, as Hugging Face's or timm's ``save_pretrained`` writes it."""
+    """Reads the ``config.json`` beside weights, as Hugging Face's or timm's ``save_pretrained`` writes it."""
     if not isinstance(config, Mapping):
         return Stated()
     if "model_type" in config:
@@ -109,7 +109,7 @@ def by_config(config: Any) -> Stated:
 
 
 def by_metadata(metadata: Mapping[str, str] | None) -> Stated:
-    """What :func:`zoo.weights.save` wrote beside the tensors: see :func:`to_metadata`."""
+    """Reads what :func:`zoo.weights.save` wrote beside the tensors: see :func:`to_metadata`."""
     try:
         found = json.loads((metadata or {}).get("zoo", "{}"))
     except ValueError:
@@ -127,13 +127,13 @@ def by_metadata(metadata: Mapping[str, str] | None) -> Stated:
 
 
 def to_metadata(module: nn.Module) -> dict[str, str]:
-    """What a file of a module's weights says of it, for safetensors, which keeps text alone."""
+    """Metadata for a file of a module's weights, for safetensors, which keeps text alone."""
     said = {name: value for name, value in asdict(by_module(module)).items() if value is not None}
     return {"format": "pt"} | ({"zoo": json.dumps(said)} if said else {})
 
 
 def by_module(module: nn.Module) -> Stated:
-    """What a module, or its ``backbone``, is."""
+    """Statements about a module at hand, or its ``backbone``."""
     encoder = encoder_of(module)
     grid = getattr(getattr(encoder, "patch_embed", None), "grid_size", None)
     return Stated(

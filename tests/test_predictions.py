@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import math
 import threading
 from pathlib import Path
 
@@ -173,19 +174,24 @@ def test_a_folder_that_others_clear_away_is_made_again(tmp_path):
 
     def clear():
         while not stop.is_set():
-            with contextlib.suppress(OSError):
-                (tmp_path / "a" / "b").rmdir()
-            with contextlib.suppress(OSError):
-                (tmp_path / "a").rmdir()
+            for folder in (tmp_path / "a" / "b", tmp_path / "a"):
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
 
     thread = threading.Thread(target=clear)
     thread.start()
     try:
-        for number in range(200):
-            with create_file(path := tmp_path / "a" / "b" / f"{number}") as file:
+        for number in range(100):
+            with create_file(path := tmp_path / "a" / "b" / f"{number}", patience=60) as file:
                 file.write("x")
             assert path.read_text() == "x"
             path.unlink()
     finally:
         stop.set()
         thread.join()
+
+
+def test_a_file_in_the_folders_place_is_an_error_at_once(tmp_path):
+    (tmp_path / "a").write_text("a file where the folder should be")
+    with pytest.raises(FileExistsError):
+        create_file(tmp_path / "a" / "file", patience=math.inf)

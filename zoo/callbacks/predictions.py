@@ -184,16 +184,21 @@ class WritePredictions(Callback):
             _remove(self._part)
 
 
-def create_file(path: Path) -> TextIO:
-    """A new file to write in, in a folder that others may be making, or clearing away, at the same time."""
-    for attempt in range(20):
+def create_file(path: Path, patience: float = 10.0) -> TextIO:
+    """A new file to write in, in a folder that others may be making, or clearing away, at the same time.
+
+    However often they clear it, it is made again until ``patience`` seconds are over: a count of attempts would be used
+    up by one who clears in a loop. The last error is raised then, and a file in the folder's place is one at once.
+    """
+    end = time.monotonic() + patience
+    while True:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             return path.open("w", newline="", encoding="utf-8", errors="surrogateescape")
         except (FileNotFoundError, FileExistsError):  # mkdir's, for a folder that goes while it looks at it
-            if attempt == 19:
+            if path.parent.is_file() or time.monotonic() > end:
                 raise
-    raise AssertionError("the last attempt returns or raises")
+            time.sleep(0.001)  # whoever clears is let past
 
 
 def _remove(path: Path) -> None:

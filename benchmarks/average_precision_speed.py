@@ -23,7 +23,7 @@ from pycocotools.cocoeval import COCOeval
 from side_by_side import where
 from torchmetrics.detection import MeanAveragePrecision
 
-from zoo.average_precision import CocoAveragePrecision
+from zoo.metrics.average_precision import CocoAveragePrecision
 
 BATCH = 16
 Images = list[dict]

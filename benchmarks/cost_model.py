@@ -15,10 +15,10 @@ Nothing is measured: operations and parameters are counted, the rest is arithmet
 
 import argparse
 
-from zoo.blueprint import read
-from zoo.cli import PACKAGES
-from zoo.cost import count
-from zoo.recipes import find
+from zoo.cli.blueprint import read
+from zoo.cli.main import PACKAGES
+from zoo.cli.recipes import find
+from zoo.common.cost import count
 
 RECIPES = (
     "vit/base_imagenet_deit3",

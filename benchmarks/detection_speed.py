@@ -29,7 +29,8 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from zoo import FPNDetector, optim, weights
+from zoo import FPNDetector, weights
+from zoo.common import optim
 from zoo.detection import DenseMaps, assign, pad_targets
 
 CLASSES = 10

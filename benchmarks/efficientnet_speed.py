@@ -19,7 +19,8 @@ from side_by_side import Row, Training, add_arguments, measure, report, where
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
-from zoo import EfficientNetClassifier, optim
+from zoo import EfficientNetClassifier
+from zoo.common import optim
 from zoo.efficientnet import PUBLISHED
 
 RMSPROP = {"lr": 0.016, "weight_decay": 1e-5, "momentum": 0.9, "eps": 1e-3}

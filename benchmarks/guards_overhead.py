@@ -42,8 +42,8 @@ from zoo.callbacks import (
     Provenance,
     ResumePoint,
 )
+from zoo.common.log import StepLog
 from zoo.guards import guard
-from zoo.log import StepLog
 
 DIGITS = Path(__file__).parents[1] / "configs" / "vit" / "digits.yaml"
 EACH = (OptimizerSettings, NonFiniteGuard, Provenance, FailTogether, ExactResume, PreemptionGuard, ResumePoint)

@@ -16,8 +16,8 @@ from statistics import mean, stdev
 from side_by_side import where
 
 from datamodules import DigitsDataModule
-from zoo.recipes import recipes
-from zoo.sweep import sweep_seeds
+from zoo.cli.recipes import recipes
+from zoo.cli.sweep import sweep_seeds
 
 JITTER = 0.2  # of both recipes
 RECIPES = ("gumbel_vae/digits", "gaussian_vae/digits")

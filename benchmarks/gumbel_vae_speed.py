@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from side_by_side import Row, Training, add_arguments, measure, report, where
 from torch import Tensor, nn
 
-from zoo import GumbelVAE, optim
+from zoo import GumbelVAE
+from zoo.common import optim
 
 LATENTS, CATEGORIES, HIDDEN, TEMPERATURE = 32, 10, (512, 256), 0.7
 

@@ -22,7 +22,8 @@ from side_by_side import Row, Training, add_arguments, measure, report, where
 from torch import Tensor
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
-from zoo import MAEPretrainer, optim
+from zoo import MAEPretrainer
+from zoo.common import optim
 
 SIZES = {  # width, depth, heads, patch
     "tiny": (192, 12, 3, 16),

@@ -5,8 +5,8 @@
 
 Every row trains the same small network on the same batches with the same optimizer and schedule. Logger and callbacks
 are those of configs/defaults.yaml, guards those of zoo/guards.py: with both, and without the
-idle profiler (zoo/profiler.py), it is what ``zoo fit`` runs. Rows take turns, so that a busy moment of the machine hits
-all of them alike.
+idle profiler (zoo/cli/profiler.py), it is what ``zoo fit`` runs. Rows take turns, so that a busy moment of the machine
+hits all of them alike.
 """
 
 import argparse
@@ -29,10 +29,10 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from zoo import optim
+from zoo.cli.profiler import unprofiled
+from zoo.common import optim
+from zoo.common.log import StepLog
 from zoo.guards import guard
-from zoo.log import StepLog
-from zoo.profiler import unprofiled
 
 DEFAULTS = Path(__file__).parents[1] / "configs" / "defaults.yaml"
 NAMES = ("train/loss", "train/a", "train/b", "train/c", "train/d")

@@ -462,8 +462,8 @@ class ImageDataModule(LightningDataModule):
                 there = forms[1][wrong[0]] if wrong[0] < len(saved) else "nothing"
                 raise ValueError(
                     f"the checkpoint's classes are others than this data's: label {wrong[0]} is {there} there and "
-                    f"{forms[0][wrong[0]]} here, and {type(module).__name__} goes by labels (zoo.classes.NamedClasses "
-                    "reads them by name)"
+                    f"{forms[0][wrong[0]]} here, and {type(module).__name__} goes by labels "
+                    "(zoo.common.classes.NamedClasses reads them by name)"
                 )
         if self.trainer is None or self.trainer.state.fn != "fit":
             return

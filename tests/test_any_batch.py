@@ -14,14 +14,14 @@ from test_detection_parts import NeverWaits
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-import zoo.classification
+import zoo.common.classification
+import zoo.common.labels
 import zoo.detection.detector
-import zoo.labels
 from zoo import EfficientNetClassifier, FPNDetector, GaussianVAE, GumbelVAE, MAEPretrainer, ViTClassifier
 from zoo._lightning import Callback, Trainer
 from zoo.callbacks import SavePictures
-from zoo.knn import LeaveOneOutKNN
-from zoo.labels import LabelWatch
+from zoo.common.labels import LabelWatch
+from zoo.metrics.knn import LeaveOneOutKNN
 
 QUIET = {
     "accelerator": "cpu",
@@ -463,7 +463,7 @@ def test_a_label_out_of_range_is_told_when_values_are_logged_where_looking_would
     monkeypatch, name, every, told_after
 ):
     """The CPU stands for the device: its labels count as far away, and the loss runs on what is in range."""
-    for module in (zoo.classification, zoo.detection.detector, zoo.labels):
+    for module in (zoo.common.classification, zoo.detection.detector, zoo.common.labels):
         monkeypatch.setattr(module, "is_remote", lambda tensor: True)
     labels = labels_for(name, 16)
     if name in DETECTORS:
@@ -488,7 +488,7 @@ class Losses(Callback):
 
 
 def test_a_label_out_of_range_is_told_at_the_end_of_a_run_at_the_latest(monkeypatch):
-    for module in (zoo.classification, zoo.labels):
+    for module in (zoo.common.classification, zoo.common.labels):
         monkeypatch.setattr(module, "is_remote", lambda tensor: True)
     labels = labels_for("vit", 16)
     labels[5] = -1
@@ -501,7 +501,7 @@ def test_a_label_out_of_range_is_told_at_the_end_of_a_run_at_the_latest(monkeypa
 
 
 def test_what_watches_labels_never_waits_for_the_device(monkeypatch):
-    monkeypatch.setattr(zoo.labels, "is_remote", lambda tensor: True)
+    monkeypatch.setattr(zoo.common.labels, "is_remote", lambda tensor: True)
     module, watch = vit(), LabelWatch()
     module._trainer = SimpleNamespace(training=True, log_every_n_steps=50)
     with NeverWaits():

@@ -18,7 +18,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from zoo.average_precision import CocoAveragePrecision
+from zoo.metrics.average_precision import CocoAveragePrecision
 
 BOX, ELSEWHERE = (10, 10, 50, 50), (100, 100, 140, 140)  # medium, as COCO has it
 TEN = [(20 * index, 0, 20 * index + 10, 10) for index in range(10)]  # ten boxes beside each other

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torchvision import tv_tensors
 
-from zoo import batch as batches
+from zoo.common import batch as batches
 
 IMAGES = torch.rand(2, 3, 4, 4)
 LABELS = torch.tensor([1, 0])

@@ -11,13 +11,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import zoo
-from zoo import recipes
-from zoo.benchmark import cells, command, operations, peers, process, report
-from zoo.benchmark.cells import Cell
-from zoo.benchmark.clock import Clock, Goal, percentiles
-from zoo.benchmark.measure import Waits, limit_of, random_batch
-from zoo.benchmark.peaks import PEAKS, peak_of
-from zoo.cli import PACKAGES, main
+from zoo.cli import main, recipes
+from zoo.cli.benchmark import cells, command, operations, peers, process, report
+from zoo.cli.benchmark.cells import Cell
+from zoo.cli.benchmark.clock import Clock, Goal, percentiles
+from zoo.cli.benchmark.measure import Waits, limit_of, random_batch
+from zoo.cli.benchmark.peaks import PEAKS, peak_of
+from zoo.cli.main import PACKAGES
 
 CPU = torch.device("cpu")
 

@@ -32,7 +32,7 @@ import zoo
 from datamodules import DigitsDataModule
 from zoo.callbacks.provenance import Provenance, provenance
 from zoo.checkpoints import AtomicCheckpointIO, SafeLoading, claim, configuration, damage, newest
-from zoo.mistakes import on_purpose
+from zoo.cli.mistakes import on_purpose
 
 QUIET = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False, "logger": False}
 GOLDEN = Path(__file__).parent / "golden"

@@ -29,8 +29,8 @@ from zoo._lightning import LightningDataModule, LightningModule, Trainer
 from zoo.callbacks import WriteDetections, WritePredictions
 from zoo.checkpoints import classes_of
 from zoo.cli import main
+from zoo.cli.mistakes import Mistake
 from zoo.guards import guard
-from zoo.mistakes import Mistake
 
 CLASSES = ["abricot", "blé", "citron", "daim"]
 NFD = unicodedata.normalize("NFD", "blé")

@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader, Dataset
 
 import datamodules
 import zoo
-from zoo import mistakes, recipes
 from zoo._lightning import Callback, LightningDataModule, LightningModule, Trainer
-from zoo.cli import COMMANDS, main
+from zoo.cli import main, mistakes, recipes
+from zoo.cli.main import COMMANDS
 
 ROOT = Path(zoo.__file__).parent.parent
 
@@ -538,7 +538,7 @@ def test_a_checkpoint_of_another_network(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_the_private_methods_we_override_exist() -> None:
-    from zoo.run import LightningCLI, ZooCLI
+    from zoo.cli.run import LightningCLI, ZooCLI
 
     for name in ("_parse_ckpt_path", "_prepare_subcommand_parser", "_run_subcommand"):
         assert callable(getattr(LightningCLI, name))
@@ -609,7 +609,7 @@ def test_strict_imports_allow_the_shipped_recipes_and_little_else() -> None:
         "os.system",
         "torch.hub.load",
         "lightning.pytorch.cli.instantiate_class",
-        "zoo.cli.os.system",
+        "zoo.cli.recipes.importlib.import_module",
         reexport,
     ]
     denied = [["--model", "evil_module.Net"], *([*hook, name] for name in functions)]

@@ -17,11 +17,11 @@ from PIL import Image
 from torch import Tensor
 
 from zoo.cli import main
+from zoo.cli.mistakes import Mistake
+from zoo.cli.plots import OUTSIDE, lines
+from zoo.cli.sweep import write_json
 from zoo.gumbel_vae import GumbelVAE, compare, measure
 from zoo.gumbel_vae.estimators import ESTIMATORS
-from zoo.mistakes import Mistake
-from zoo.plots import OUTSIDE, lines
-from zoo.sweep import write_json
 
 TINY = {"latents": 2, "categories": 3, "image_size": 4, "hidden": [8]}
 DIGITS = {"latents": 2, "categories": 3, "image_size": 8, "hidden": [16], "iw_samples": 3}

@@ -26,10 +26,9 @@ from lightning.pytorch.loggers import Logger
 from test_resume import assert_same
 from torch import nn
 
-from zoo import continuing
 from zoo.callbacks import resume_point
 from zoo.checkpoints import newest
-from zoo.cli import main
+from zoo.cli import continuing, main
 
 SCORES = (0.2, 0.9, 0.5, 0.4, 0.3, 0.35, 0.1, 0.15)
 """val/score by epoch: the best is that of epoch 1, and after it there is a plateau."""

@@ -17,8 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from zoo import EfficientNetClassifier, MAEPretrainer, ViTClassifier
 from zoo._lightning import LightningModule
 from zoo.cli import main
-from zoo.cost import Cost, count
-from zoo.recipes import recipes
+from zoo.cli.recipes import recipes
+from zoo.common.cost import Cost, count
 
 TINY_VIT = {"image_size": 16, "patch_size": 4, "in_channels": 1, "width": 24, "depth": 2, "heads": 2}
 TINY_DECODER = {"decoder_dim": 16, "decoder_depth": 2, "decoder_heads": 2}

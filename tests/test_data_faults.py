@@ -18,9 +18,10 @@ from torchmetrics import MeanMetric, SumMetric
 
 from datamodules import BatchOrder, ImageFolderDataModule, SeededBatches, ShapesDetectionDataModule
 from datamodules.base import ImageDataModule
-from zoo import EfficientNetClassifier, FPNDetector, GumbelVAE, MAEPretrainer, ViTClassifier, mistakes
+from zoo import EfficientNetClassifier, FPNDetector, GumbelVAE, MAEPretrainer, ViTClassifier
 from zoo.callbacks import WritePredictions
 from zoo.checkpoints import AtomicCheckpointIO
+from zoo.cli import mistakes
 
 QUIET = {
     "accelerator": "cpu",

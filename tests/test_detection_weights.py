@@ -30,9 +30,10 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-from zoo import FPNDetector, MAEPretrainer, layouts, weights
+from zoo import FPNDetector, MAEPretrainer, weights
 from zoo.callbacks import ExportBackbone
 from zoo.detection import FPN
+from zoo.weights import layouts
 
 COCO_NAMES = FCOS_ResNet50_FPN_Weights.COCO_V1.meta["categories"]  # 91, by category id
 USED = [number for number, name in enumerate(COCO_NAMES) if name not in ("__background__", "N/A")]

@@ -19,11 +19,12 @@ from PIL import Image
 from torch.utils.data import DataLoader, DistributedSampler
 
 from datamodules import DigitsDataModule, ImageFolderDataModule
-from zoo import FPNDetector, MAEPretrainer, ViTClassifier, pictures
-from zoo.average_precision import CocoAveragePrecision
+from zoo import FPNDetector, MAEPretrainer, ViTClassifier
 from zoo.callbacks import SavePictures, WriteDetections, WritePredictions
 from zoo.cli import main
-from zoo.outcome import metric
+from zoo.cli.outcome import metric
+from zoo.common import pictures
+from zoo.metrics.average_precision import CocoAveragePrecision
 
 QUIET = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False, "logger": False}
 CATEGORIES = [3, 7, 90]

@@ -16,12 +16,13 @@ from timm.models._registry import generate_default_cfgs
 from torch import nn
 from torch.utils.data import DataLoader
 
-from zoo import EfficientNetClassifier, layouts, weights
+from zoo import EfficientNetClassifier, weights
 from zoo._lightning import Callback, Trainer
 from zoo.callbacks import EMA
 from zoo.cli import main
 from zoo.efficientnet import PUBLISHED, create_network
 from zoo.efficientnet.classifier import trained_with
+from zoo.weights import layouts
 
 SMALL = {"depth": 0.3, "width": 0.25, "num_classes": 7, "image_size": 32}
 QUIET = {

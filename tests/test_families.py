@@ -15,8 +15,8 @@ from timm.models import _registry
 from torch.overrides import TorchFunctionMode
 
 from zoo import FPNDetector, MAEPretrainer, ViTClassifier
-from zoo.backbones import feature_width
-from zoo.cost import count
+from zoo.common.backbones import feature_width
+from zoo.common.cost import count
 from zoo.vit import block_attentions, shows_attention
 
 FAMILIES = {

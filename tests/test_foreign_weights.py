@@ -14,7 +14,8 @@ from timm.layers import SwiGLUPacked, resample_abs_pos_embed
 from torch import nn
 from torch.utils.data import DataLoader
 
-from zoo import MAEPretrainer, ViTClassifier, layouts, weights
+from zoo import MAEPretrainer, ViTClassifier, weights
+from zoo.weights import layouts
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": (16, 24), "patch_size": 4}
 OURS: dict[str, Any] = {"image_size": (16, 24), "patch_size": 4, "width": 32, "depth": 2, "heads": 2}

@@ -20,10 +20,10 @@ from torchvision import ops
 from datamodules import ShapesDetectionDataModule
 from zoo import FPNDetector
 from zoo._lightning import Callback, Trainer
-from zoo.average_precision import CocoAveragePrecision
-from zoo.cost import count
+from zoo.common.cost import count
 from zoo.detection import DenseMaps, SimpleFeaturePyramid, SingleLevel, assign, pad_targets
 from zoo.detection.detections import suppressed, to_original
+from zoo.metrics.average_precision import CocoAveragePrecision
 
 HEADS = ("fcos", "atss", "retinanet")
 SMALL = {"backbone": "test_resnet", "num_classes": 3, "channels": 16, "head_depth": 1, "image_size": 64}

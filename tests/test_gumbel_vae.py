@@ -14,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 from datamodules import DigitsDataModule
-from zoo import GaussianVAE, GumbelVAE, cost, weights
+from zoo import GaussianVAE, GumbelVAE, weights
 from zoo.cli import main
+from zoo.common import cost
 from zoo.gumbel_vae import base
 from zoo.gumbel_vae.estimators import ESTIMATORS, gumbel_softmax
 from zoo.gumbel_vae.gumbel import log_concrete_density

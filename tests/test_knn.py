@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from zoo.knn import LeaveOneOutKNN
+from zoo.metrics.knn import LeaveOneOutKNN
 
 
 def by_hand(features: Tensor, labels: Tensor, neighbors: int, temperature: float) -> float:

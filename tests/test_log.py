@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from zoo._lightning import Callback, LightningModule, Trainer
-from zoo.log import StepLog
+from zoo.common.log import StepLog
 
 QUIET = {
     "accelerator": "cpu",

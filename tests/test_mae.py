@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader
 
 from datamodules import DigitsDataModule
 from zoo import MAEPretrainer, ViTClassifier, weights
-from zoo.batch import images as images_of
 from zoo.cli import main
+from zoo.common.batch import images as images_of
 from zoo.mae import patches as cutting
 from zoo.mae.decoders import SelfDecoder
 from zoo.mae.encoder import encode_visible

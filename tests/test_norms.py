@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from datamodules import DigitsDataModule
 from zoo import EfficientNetClassifier, ViTClassifier
 from zoo.callbacks import EMA, DistributeBatchNorm
-from zoo.norms import restore_activations
+from zoo.common.norms import restore_activations
 
 QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
 QUIET |= {"num_sanity_val_steps": 0, "enable_checkpointing": False}

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from zoo import optim
 from zoo._lightning import Callback, LightningModule, Trainer
+from zoo.common import optim
 
 QUIET = {
     "accelerator": "cpu",

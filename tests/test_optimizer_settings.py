@@ -54,7 +54,7 @@ from torch.optim.lr_scheduler import (
 
 from zoo import ViTClassifier
 from zoo.callbacks import ExactResume, OptimizerSettings
-from zoo.mistakes import on_purpose
+from zoo.cli.mistakes import on_purpose
 
 EPOCHS, STEPS = 3, 4
 

@@ -29,7 +29,7 @@ from torch.optim.lr_scheduler import (
     StepLR,
 )
 
-from zoo.optimizer_state import Schedule, continued, described
+from zoo.common.optimizer_state import Schedule, continued, described
 
 
 class Loop:

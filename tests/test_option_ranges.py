@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from zoo import EfficientNetClassifier, FPNDetector, GaussianVAE, GumbelVAE, MAEPretrainer, ViTClassifier
-from zoo.ranges import TRAINING, check_above, check_ranges, check_training
+from zoo.common.ranges import TRAINING, check_above, check_ranges, check_training
 
 VIT = {"backbone": "vit_tiny_patch16_224", "image_size": 8, "patch_size": 4, "in_channels": 1}
 VIT |= {"width": 16, "depth": 1, "heads": 2}

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from zoo import ViTClassifier, pictures
+from zoo import ViTClassifier
+from zoo.common import pictures
 
 NAMES = [
     "0",

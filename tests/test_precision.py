@@ -12,10 +12,10 @@ from datamodules import DigitsDataModule, ShapesDetectionDataModule
 from datamodules.detection import DetectionDataModule
 from zoo import EfficientNetClassifier, FPNDetector, GaussianVAE, GumbelVAE, MAEPretrainer, ViTClassifier
 from zoo._lightning import Callback, LightningModule, Trainer
-from zoo.classification import classification_metrics
+from zoo.common.classification import classification_metrics
+from zoo.common.precision import MeanMetric
 from zoo.gumbel_vae import estimators
-from zoo.knn import LeaveOneOutKNN
-from zoo.precision import MeanMetric
+from zoo.metrics.knn import LeaveOneOutKNN
 
 QUIET = {
     "accelerator": "cpu",

@@ -6,7 +6,7 @@ from lightning.pytorch.profilers import SimpleProfiler
 from torch import nn
 from torch.utils.data import DataLoader
 
-from zoo.profiler import NoProfiler, unprofiled
+from zoo.cli.profiler import NoProfiler, unprofiled
 
 QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
 

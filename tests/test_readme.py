@@ -10,8 +10,7 @@ from PIL import Image
 
 import datamodules
 import zoo
-from zoo import recipes
-from zoo.cli import main
+from zoo.cli import main, recipes
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -16,8 +16,8 @@ from torchvision.models import detection
 from torchvision.models._meta import _COCO_CATEGORIES
 
 from zoo.cli import main
+from zoo.cli.recipes import hardware, recipes
 from zoo.efficientnet import PUBLISHED, CompoundScaling
-from zoo.recipes import hardware, recipes
 
 SMALL_VIT = ["--model.width", "24", "--model.depth", "1", "--model.heads", "2", "--model.compile", "false"]
 SMALL_DECODER = ["--model.decoder_dim", "16", "--model.decoder_depth", "1", "--model.decoder_heads", "2"]

@@ -23,7 +23,7 @@ from datamodules.base import ImageDataModule
 from datamodules.order import mix
 from zoo.callbacks import EMA, ExactResume, GradientNorm
 from zoo.checkpoints import damage
-from zoo.log import StepLog
+from zoo.common.log import StepLog
 
 QUIET: dict[str, Any] = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
 

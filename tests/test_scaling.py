@@ -10,7 +10,7 @@ import torch
 from timm.models._efficientnet_builder import round_channels
 from torch.utils.flop_counter import FlopCounterMode
 
-from zoo.cost import count
+from zoo.common.cost import count
 from zoo.efficientnet import (
     PUBLISHED,
     CompoundScaling,

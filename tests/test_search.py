@@ -17,10 +17,10 @@ from torch.utils.data import DataLoader
 from datamodules import DigitsDataModule
 from zoo._lightning import LightningDataModule, LightningModule
 from zoo.cli import main
+from zoo.cli.mistakes import Mistake
+from zoo.cli.plots import lines
+from zoo.cli.sweep import sweep, write_json
 from zoo.efficientnet import CompoundScaling, EfficientNetClassifier, search
-from zoo.mistakes import Mistake
-from zoo.plots import lines
-from zoo.sweep import sweep, write_json
 
 RECIPE = "efficientnet/digits_scaling"
 SHORT = ["--trainer.accelerator=cpu", "--trainer.max_epochs=1", "--trainer.limit_train_batches=2"]

@@ -11,7 +11,7 @@ from torch import nn
 
 from zoo import EfficientNetClassifier, ViTClassifier
 from zoo._lightning import Trainer
-from zoo.classification import check_labels, classification_loss, classification_metrics
+from zoo.common.classification import check_labels, classification_loss, classification_metrics
 from zoo.vit import block_attentions
 
 TINY = {

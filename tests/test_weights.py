@@ -18,7 +18,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.utils.data import DataLoader
 
-from zoo import EfficientNetClassifier, ViTClassifier, layouts, weights
+from zoo import EfficientNetClassifier, ViTClassifier, weights
+from zoo.weights import layouts
 
 TINY = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
 NAME = "vit_tiny_patch16_224"

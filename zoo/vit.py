@@ -20,13 +20,13 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_relpos import RelPosAttention, VisionTransformerRelPos
 from torch import Tensor, nn
 
-from zoo import batch as batches
-from zoo import pictures
 from zoo._lightning import rank_zero_info
-from zoo.backbones import create_backbone, feature_width, name_of, own_image_shape, recompute_activations
-from zoo.classification import Classifier, Loss
-from zoo.norms import restore_layer_norm_eps, set_layer_norm_eps
-from zoo.ranges import check_ranges
+from zoo.common import batch as batches
+from zoo.common import pictures
+from zoo.common.backbones import create_backbone, feature_width, name_of, own_image_shape, recompute_activations
+from zoo.common.classification import Classifier, Loss
+from zoo.common.norms import restore_layer_norm_eps, set_layer_norm_eps
+from zoo.common.ranges import check_ranges
 from zoo.weights import load as load_weights
 
 Pool = Literal["token", "avg", "map"]
@@ -72,7 +72,7 @@ class ViTClassifier(Classifier):
         linear_probe: Train the head alone: the backbone is frozen and in evaluation mode, and the head is BatchNorm
             without affine parameters followed by a linear layer (He et al. 2022, appendix A.1).
         multi_label: Several labels an image.
-        loss: See :func:`zoo.classification.classification_loss`.
+        loss: See :func:`zoo.common.classification.classification_loss`.
         label_smoothing: In [0, 1).
         mixup, cutmix: Alpha of each; 0 is off (Zhang et al. 2018, Yun et al. 2019).
         head_std, head_bias: Initial weights (truncated normal) and bias of the head.

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from zoo import loaders
 from zoo.callbacks.predictions import WritePredictions
 from zoo.callbacks.run_directory import run_directory
-from zoo.classes import category_ids
+from zoo.common import loaders
+from zoo.common.classes import category_ids
 
 
 class WriteDetections(WritePredictions):
@@ -22,7 +22,7 @@ class WriteDetections(WritePredictions):
     ``score``; and ``file_name`` where the data names its images, which pycocotools and faster-coco-eval read over.
     ``image_id`` is the prediction's own, a number or a text, else the image's number in the data. ``category_id`` is
     the data's for the class of that name (``datamodule.classes`` and ``category_ids``), else the one that the module
-    has from its checkpoint (:class:`zoo.classes.NamedClasses`), or the label where nobody says.
+    has from its checkpoint (:class:`zoo.common.classes.NamedClasses`), or the label where nobody says.
 
     A module predicts for each image a dict of ``boxes`` (n, 4) xyxy in pixels of the original image, ``scores`` (n,),
     ``labels`` (n,), and ``image_id`` if it knows one. All else is as :class:`WritePredictions` does it: nothing is kept

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from zoo._lightning import Callback, rank_zero_warn
-from zoo.log import StepLog
+from zoo.common.log import StepLog
 
 KEY = "exact_resume"
 TUNER = ".lr_find_", ".scale_batch_size_"  # files that Lightning's Tuner takes back within a run: nothing to continue

@@ -7,7 +7,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from zoo._lightning import Callback
-from zoo.log import StepLog
+from zoo.common.log import StepLog
 
 
 class GradientNorm(Callback):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from zoo._lightning import Callback, rank_zero_warn
-from zoo.optimizer_state import KEPT_APART, REMEDY, Record, Schedule, continued, described, same
+from zoo.common.optimizer_state import KEPT_APART, REMEDY, Record, Schedule, continued, described, same
 
 KEY = "optimizer_settings"
 # What a checkpoint without a record shows. Nothing changes these during a run: where they differ, somebody has asked.

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
-from zoo import loaders
 from zoo._lightning import Callback
 from zoo.callbacks.run_directory import run_directory
-from zoo.classes import names_of
-from zoo.pictures import class_name
+from zoo.common import loaders
+from zoo.common.classes import names_of
+from zoo.common.pictures import class_name
 
 FEW_CLASSES = 100
 """So many columns a table may have without being asked for them."""

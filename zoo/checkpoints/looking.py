@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from zoo._lightning import rank_zero_warn
-from zoo.classes import in_checkpoint
+from zoo.common.classes import in_checkpoint
 
 SKEW = 60 * 10**9  # nanoseconds by which the clock of a file server may be behind
 

@@ -17,13 +17,16 @@ from timm.layers import to_2tuple
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from zoo import batch as batches
-from zoo import loaders, norms, optim, pictures
 from zoo._lightning import LightningModule, rank_zero_info
-from zoo.average_precision import CocoAveragePrecision
-from zoo.backbones import name_of, recompute_activations
 from zoo.checkpoints import SafeLoading
-from zoo.classes import NamedClasses, names_of
+from zoo.common import batch as batches
+from zoo.common import loaders, norms, optim, pictures
+from zoo.common.backbones import name_of, recompute_activations
+from zoo.common.classes import NamedClasses, names_of
+from zoo.common.labels import LabelWatch, is_remote
+from zoo.common.log import StepLog
+from zoo.common.ranges import check_above, check_ranges, check_training
+from zoo.common.seeding import differ_between_ranks
 from zoo.detection.assign import assign, parts_of_a_batch
 from zoo.detection.cells import Anchors, Cells, Head, Targets, anchors_per_cell, make_cells, pad_targets
 from zoo.detection.detections import best_candidates, suppressed, to_original
@@ -38,10 +41,7 @@ from zoo.detection.pyramid import (
     create_pyramid_backbone,
     freeze_stages,
 )
-from zoo.labels import LabelWatch, is_remote
-from zoo.log import StepLog
-from zoo.ranges import check_above, check_ranges, check_training
-from zoo.seeding import differ_between_ranks
+from zoo.metrics.average_precision import CocoAveragePrecision
 from zoo.sharding import Shardable
 from zoo.weights import load as load_weights
 
@@ -78,15 +78,16 @@ class FPNDetector(SafeLoading, Shardable, NamedClasses, LightningModule):
     """Dense object detector on a feature pyramid: FCOS, ATSS or RetinaNet.
 
     Batch: images (B, C, H, W) of any one size, normalised, and for each a dictionary of ``boxes`` (n, 4) xyxy in pixels
-    and ``labels`` (n,) from 0, in any form that :func:`zoo.batch.images_and_targets` reads. Optional: ``iscrowd`` (n,),
-    regions in which nothing is learned; ``area`` (n,), ``image_id``, ``size``, ``orig_size``, (height, width) before
-    padding and before resizing, by which boxes are scored and predicted in pixels of the original image. The module
-    resizes, pads and normalises nothing.
+    and ``labels`` (n,) from 0, in any form that :func:`zoo.common.batch.images_and_targets` reads. Optional:
+    ``iscrowd`` (n,), regions in which nothing is learned; ``area`` (n,), ``image_id``, ``size``, ``orig_size``,
+    (height, width) before padding and before resizing, by which boxes are scored and predicted in pixels of the
+    original image. The module resizes, pads and normalises nothing.
 
     One pass in validation gives both, ``val/loss`` with its parts ``val/loss_class``, ``val/loss_box``,
     ``val/loss_centerness``, and ``val/ap``, ``val/ap50``, ``val/ap75`` and those by size, as COCO scores
-    (:class:`zoo.average_precision.CocoAveragePrecision`). The same for ``test``, and there ``test/ar100`` and so on,
-    and ``test/ap_by_class/NAME``; ``train/loss`` and its parts. Several loaders are counted apart: :mod:`zoo.loaders`.
+    (:class:`zoo.metrics.average_precision.CocoAveragePrecision`). The same for ``test``, and there ``test/ar100`` and
+    so on, and ``test/ap_by_class/NAME``; ``train/loss`` and its parts. Several loaders are counted apart:
+    :mod:`zoo.common.loaders`.
 
     Args:
         backbone: A timm network by name, with maps at the levels' strides, or a plain ViT, which gets a simple feature
@@ -129,7 +130,7 @@ class FPNDetector(SafeLoading, Shardable, NamedClasses, LightningModule):
         lr: Learning rate, as it is used.
         weight_decay: Not applied to norms and biases.
         momentum, betas: Of the optimizer. None: its own.
-        layer_decay: Of the backbone's learning rates: see :func:`zoo.optim.parameter_groups`.
+        layer_decay: Of the backbone's learning rates: see :func:`zoo.common.optim.parameter_groups`.
         schedule: "cosine", or "steps": a tenth of the learning rate from each milestone on.
         milestones: In epochs.
         warmup_epochs: Linear warm-up, in epochs; fractions count.

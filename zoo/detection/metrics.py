@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from zoo.common.precision import FullPrecision
 from zoo.detection.losses import LossSums
-from zoo.precision import FullPrecision
 
 
 class TotalLosses(FullPrecision, Metric):

@@ -14,7 +14,7 @@ from timm.layers import Format, LayerNorm2d, to_2tuple
 from timm.models import group_parameters, is_model_in_modules
 from torch import Tensor, nn
 
-from zoo.backbones import create_backbone
+from zoo.common.backbones import create_backbone
 
 # timm's files whose vision transformers take images of every size, if they are told to.
 DYNAMIC = ("vision_transformer", "vision_transformer_hybrid", "deit", "eva")
@@ -107,7 +107,7 @@ def create_pyramid_backbone(backbone: str | nn.Module, in_channels: int, image_s
     """A timm network whose maps can be had, or the module that was given: see :class:`zoo.FPNDetector`.
 
     Raises:
-        ValueError: As :func:`zoo.backbones.create_backbone`; and for a network that gives no maps.
+        ValueError: As :func:`zoo.common.backbones.create_backbone`; and for a network that gives no maps.
     """
     if isinstance(backbone, nn.Module):
         return backbone

@@ -9,12 +9,12 @@ import torch
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
-from zoo import optim
 from zoo._lightning import rank_zero_info
-from zoo.classification import Classifier, Loss
+from zoo.common import optim
+from zoo.common.classification import Classifier, Loss
+from zoo.common.ranges import check_ranges
 from zoo.efficientnet.networks import V2, create_network, recompute_blocks
 from zoo.efficientnet.scaling import PUBLISHED, CompoundScaling, check_resolution
-from zoo.ranges import check_ranges
 from zoo.weights import describe
 from zoo.weights import load as load_weights
 
@@ -56,7 +56,7 @@ class EfficientNetClassifier(Classifier):
         channels_last: Keep images and weights with channels last in memory, which convolutions are faster on.
         grad_checkpointing: Recompute blocks in the backward pass: less memory, about a third more time.
         multi_label: Several labels an image.
-        loss: See :func:`zoo.classification.classification_loss`.
+        loss: See :func:`zoo.common.classification.classification_loss`.
         label_smoothing: In [0, 1).
         mixup, cutmix: Alpha of each; 0 is off (Zhang et al. 2018, Yun et al. 2019).
         optimizer: Name of an optimizer of timm.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from zoo.cost import Cost
+    from zoo.common.cost import Cost
 
 DIVISOR = 8
 STRIDE = 32
@@ -264,7 +264,7 @@ def _count(
 ) -> "Cost":
     import torch
 
-    from zoo.cost import count
+    from zoo.common.cost import count
     from zoo.efficientnet.networks import create_network
 
     with torch.device("meta"):

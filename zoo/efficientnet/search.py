@@ -9,10 +9,10 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from zoo import plots
+from zoo.cli import plots
+from zoo.cli.mistakes import Mistake
+from zoo.cli.sweep import sweep_seeds, write_table
 from zoo.efficientnet.scaling import CompoundScaling
-from zoo.mistakes import Mistake
-from zoo.sweep import sweep_seeds, write_table
 
 EQUAL = 0.8  # of the budget: less is not called equal cost
 
@@ -50,7 +50,7 @@ def search(
 
     Args:
         base: The network that is to be scaled; its own coefficients do not matter.
-        configs, options, out, jobs: See :func:`zoo.sweep.sweep`.
+        configs, options, out, jobs: See :func:`zoo.cli.sweep.sweep`.
         num_classes: Of the data, for counting what the networks cost.
         step: See :func:`candidates`.
         seeds: Runs of each candidate, with seeds from 0.
@@ -104,7 +104,7 @@ def compare(
 
     Args:
         base: The network that is scaled, and the coefficients of the compound.
-        configs, options, out, jobs: See :func:`zoo.sweep.sweep`.
+        configs, options, out, jobs: See :func:`zoo.cli.sweep.sweep`.
         num_classes: Of the data, for counting what the networks cost.
         multiples: Budgets, in multiples of the base's multiply-accumulates. The largest network within each counts.
         seeds: Runs of each, with seeds from 0.

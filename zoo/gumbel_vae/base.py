@@ -10,17 +10,17 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchvision.utils import make_grid
 
-from zoo import batch as batches
-from zoo import loaders, optim, pictures
 from zoo._lightning import LightningModule, rank_zero_info
 from zoo.checkpoints import SafeLoading
+from zoo.common import batch as batches
+from zoo.common import loaders, optim, pictures
+from zoo.common.log import StepLog
+from zoo.common.precision import MeanMetric
+from zoo.common.ranges import check_ranges, check_training
+from zoo.common.seeding import differ_between_ranks
 from zoo.gumbel_vae import likelihoods
 from zoo.gumbel_vae.networks import create_networks
 from zoo.gumbel_vae.schedules import cosine
-from zoo.log import StepLog
-from zoo.precision import MeanMetric
-from zoo.ranges import check_ranges, check_training
-from zoo.seeding import differ_between_ranks
 from zoo.sharding import Shardable
 from zoo.weights import load as load_weights
 

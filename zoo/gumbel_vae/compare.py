@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo import batch as batches
-from zoo import plots, weights
+from zoo import weights
+from zoo.cli import plots
+from zoo.cli.mistakes import Mistake, did_you_mean
+from zoo.cli.sweep import sweep_seeds, write_json, write_table
+from zoo.common import batch as batches
 from zoo.gumbel_vae import estimators as known
 from zoo.gumbel_vae.estimators.exact import MOST_STATES
 from zoo.gumbel_vae.gumbel import GumbelVAE
 from zoo.gumbel_vae.measure import gradients, last_knobs, relative, step_times
-from zoo.mistakes import Mistake, did_you_mean
-from zoo.sweep import sweep_seeds, write_json, write_table
 
 
 def compare(
@@ -40,7 +41,7 @@ def compare(
     Args:
         arguments: The model's, of its constructor.
         data: The recipe's data module; if it has ``nats()``, log-likelihoods of other models by name, they are shown.
-        configs, options, out, jobs: See :func:`zoo.sweep.sweep`.
+        configs, options, out, jobs: See :func:`zoo.cli.sweep.sweep`.
         estimators: Names out of :data:`zoo.gumbel_vae.estimators.ESTIMATORS`. None: all that can do the recipe.
             Gradients are measured at the first one's model of seed 0.
         seeds: Runs of each, with seeds from 0.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from zoo import batch as batches
+from zoo.common import batch as batches
 from zoo.gumbel_vae.base import VAE, VAEOutput
 from zoo.gumbel_vae.estimators import GaussianPathwise
 from zoo.gumbel_vae.estimators.sampling import full_precision

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from zoo import batch as batches
+from zoo.common import batch as batches
+from zoo.common.ranges import check_above, check_ranges
 from zoo.gumbel_vae import estimators
 from zoo.gumbel_vae.base import VAE, VAEOutput
 from zoo.gumbel_vae.estimators.base import log_prob
@@ -17,7 +18,6 @@ from zoo.gumbel_vae.estimators.sampling import full_precision
 from zoo.gumbel_vae.metrics import ActiveLatents, CodeUsage
 from zoo.gumbel_vae.networks import Activation, Network
 from zoo.gumbel_vae.schedules import SCHEDULES, check_temperatures
-from zoo.ranges import check_above, check_ranges
 
 KL = Literal["analytic", "sampled", "relaxed"]
 Prior = Literal["uniform", "learned"]
@@ -27,9 +27,9 @@ INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 class GumbelVAE(VAE):
     """Variational autoencoder with N latents of K categories each.
 
-    Batch: images (B, C, H, W) in [0, 1] in any form that :mod:`zoo.batch` reads; labels are not learned from. Logs
-    ``train/loss``, ``train/distortion``, ``train/kl``, ``train/temperature``, ``train/kl_weight``; ``val/elbo``, of
-    hard samples whatever the estimator, in nats an image, and minus it as ``val/loss``; ``val/kl``,
+    Batch: images (B, C, H, W) in [0, 1] in any form that :mod:`zoo.common.batch` reads; labels are not learned from.
+    Logs ``train/loss``, ``train/distortion``, ``train/kl``, ``train/temperature``, ``train/kl_weight``; ``val/elbo``,
+    of hard samples whatever the estimator, in nats an image, and minus it as ``val/loss``; ``val/kl``,
     ``val/bits_per_dim``, ``val/active_latents`` (those that tell more than 0.01 nats of an image) and
     ``val/perplexity`` (of the codes in use, at most K). The same for ``test``, and with ``iw_samples``
     ``test/log_likelihood``. Predicts codes.

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from zoo import optim
+from zoo.common import optim
 from zoo.gumbel_vae.gumbel import GumbelVAE
 from zoo.gumbel_vae.schedules import SCHEDULES
 

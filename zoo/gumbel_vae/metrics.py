@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from zoo.precision import FullPrecision
+from zoo.common.precision import FullPrecision
 
 Moments = tuple[Tensor, Tensor, Tensor]
 """A count (), the mean of as many values (N,), and the sum of their squared differences from it (N,)."""

@@ -9,7 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from zoo.backbones import create_backbone, name_of
+from zoo.common.backbones import create_backbone, name_of
 from zoo.mae.patches import sincos_positions, take
 
 
@@ -17,7 +17,7 @@ def plain_vit(backbone: str | nn.Module, **options: Any) -> Any:
     """A ViT whose patches are independent of each other until its blocks, without head or pooling of its own.
 
     Raises:
-        ValueError: For anything else; options are those of :func:`zoo.backbones.create_backbone`.
+        ValueError: For anything else; options are those of :func:`zoo.common.backbones.create_backbone`.
     """
     hint = "a masked autoencoder needs a plain ViT such as vit_base_patch16_224, whose patches can be left out"
     try:

@@ -8,13 +8,16 @@ import torch
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
-from zoo import batch as batches
-from zoo import loaders, optim, pictures
 from zoo._lightning import LightningModule, rank_zero_info
-from zoo.backbones import name_of
 from zoo.checkpoints import SafeLoading
-from zoo.knn import LeaveOneOutKNN
-from zoo.log import StepLog
+from zoo.common import batch as batches
+from zoo.common import loaders, optim, pictures
+from zoo.common.backbones import name_of
+from zoo.common.log import StepLog
+from zoo.common.norms import restore_layer_norm_eps, set_layer_norm_eps
+from zoo.common.precision import MeanMetric
+from zoo.common.ranges import check_ranges, check_training
+from zoo.common.seeding import differ_between_ranks
 from zoo.mae.decoders import CrossDecoder, SelfDecoder
 from zoo.mae.encoder import encode_visible, fix_positions, initialize, plain_vit
 from zoo.mae.patches import (
@@ -26,10 +29,7 @@ from zoo.mae.patches import (
     unpatchify,
     visible_patches,
 )
-from zoo.norms import restore_layer_norm_eps, set_layer_norm_eps
-from zoo.precision import MeanMetric
-from zoo.ranges import check_ranges, check_training
-from zoo.seeding import differ_between_ranks
+from zoo.metrics.knn import LeaveOneOutKNN
 from zoo.sharding import Shardable
 from zoo.weights import load as load_weights
 
@@ -73,11 +73,12 @@ class Reconstruction(NamedTuple):
 class MAEPretrainer(SafeLoading, Shardable, LightningModule):
     """Masked autoencoder.
 
-    Batch: images (B, C, H, W) in any form that :mod:`zoo.batch` reads; what lies beside them is not learned from. Logs
-    ``train/loss``; ``val/loss`` over removed and ``val/loss_visible`` over visible patches, each image with the same
-    mask in every epoch; where validation data has classes, ``val/acc_knn``, the leave-one-out accuracy of 20 nearest
-    neighbours by their features. Classes are integers (B,), negative ones not known, that not all differ. The same for
-    ``test``; several loaders are counted apart, as :mod:`zoo.loaders` says. Predicts pooled features (B, D).
+    Batch: images (B, C, H, W) in any form that :mod:`zoo.common.batch` reads; what lies beside them is not learned
+    from. Logs ``train/loss``; ``val/loss`` over removed and ``val/loss_visible`` over visible patches, each image with
+    the same mask in every epoch; where validation data has classes, ``val/acc_knn``, the leave-one-out accuracy of 20
+    nearest neighbours by their features. Classes are integers (B,), negative ones not known, that not all differ. The
+    same for ``test``; several loaders are counted apart, as :mod:`zoo.common.loaders` says. Predicts pooled features
+    (B, D).
 
     ``ViTClassifier(weights=...)`` starts from a checkpoint of this; ``zoo.weights.save(model.backbone, FILE)`` writes
     the encoder alone, by timm's names.

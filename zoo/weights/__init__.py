@@ -18,9 +18,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from zoo import layouts
-from zoo.classes import NamedClasses
-from zoo.norms import layer_norm_eps, set_layer_norm_eps
+from zoo.common.classes import NamedClasses
+from zoo.common.norms import layer_norm_eps, set_layer_norm_eps
+from zoo.weights import layouts
 from zoo.weights.fitting import fit
 from zoo.weights.names import CLASSES, brief
 from zoo.weights.reading import Source, describe, find, read, translated
@@ -79,7 +79,7 @@ def load(module: nn.Module, source: str | Path) -> Report:
     size, or a part that the source does not have at all, is left as it is; half of a decoder, or one of another size,
     is refused. So is a detector of another kind; one of other classes is taken but for its outputs by class, which are
     left as they are. Of torchvision's 91 classes a detector of 80 gets the 80 that COCO uses, by category id. A module
-    that gets all from a Lightning checkpoint gets the names of its outputs too (:class:`zoo.classes.NamedClasses`).
+    that gets all from a Lightning checkpoint gets the names of its outputs too (:mod:`zoo.common.classes`).
 
     Args:
         module: Any module. The encoder has timm's parameter names.

@@ -7,7 +7,7 @@ from timm.layers import resample_patch_embed
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
-from zoo import layouts
+from zoo.weights import layouts
 from zoo.weights.differences import cause, check_heads, check_tokens, check_whole
 from zoo.weights.names import CLASSES, HEADS, brief, head_part, is_encoder, is_needed, place, relative, unwrapped
 from zoo.weights.positions import TABLE, Grid, adapt, find_grid, fold

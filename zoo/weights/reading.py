@@ -18,7 +18,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from zoo import layouts
+from zoo.weights import layouts
 from zoo.weights.stated import Stated, by_checkpoint, by_config, by_metadata, by_module
 
 # Where checkpoints keep the tensors; an average comes before what it is the average of.

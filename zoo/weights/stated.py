@@ -10,7 +10,7 @@ import timm
 from timm.layers import Conv2dSame
 from torch import nn
 
-from zoo.norms import layer_norm_eps
+from zoo.common.norms import layer_norm_eps
 
 Size = tuple[int, int]
 

@@ -10,8 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor
 
+from zoo.common.precision import FullPrecision
 from zoo.gumbel_vae.estimators.base import Cost, Estimator, add_gradient, check_samples, draw, log_prob
-from zoo.precision import FullPrecision
 
 
 class Reinforce(Estimator):

@@ -1,4 +1,4 @@
-"""LightningCLI with the zoo's conventions. This file imports torch; ``zoo/cli.py`` calls it when there is work."""
+"""LightningCLI with the zoo's conventions. This file imports torch; ``zoo/cli/main.py`` calls it when there is work."""
 
 import logging
 import os
@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 
-from zoo import continuing, imports, mistakes, outcome, outputs, recipes, settings
 from zoo._lightning import NAMESPACE, Callback, LightningDataModule, LightningModule
 from zoo.callbacks import LogInterval, RunDirectory, WriteDetections, WritePredictions
 from zoo.callbacks.run_directory import run_directory
 from zoo.checkpoints import newest
+from zoo.cli import continuing, imports, mistakes, outcome, outputs, recipes, settings
+from zoo.cli.mistakes import Mistake
+from zoo.cli.profiler import unprofiled
+from zoo.cli.sweep import write_json
 from zoo.guards import guard, keep_optimizer_settings
-from zoo.mistakes import Mistake
-from zoo.profiler import unprofiled
-from zoo.sweep import write_json
 from zoo.weights import reported
 
 if TYPE_CHECKING or NAMESPACE == "lightning":

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
-from zoo import loaders
+from zoo.common import loaders
 
 IMAGE_KEYS = ("image", "images", "pixel_values")
 LABEL_KEYS = ("label", "labels")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class LabelWatch:
-    """Looks on an accelerator at the labels that a module learns from, when its :class:`zoo.log.StepLog` waits anyway.
+    """Looks on an accelerator at the labels that a module learns from, when its :class:`~zoo.common.log.StepLog` waits.
 
     A label beyond the classes is a failed assertion there, somewhere in the loss, after which nothing works and nobody
     knows what was wrong. So labels are brought into range, and the least and the largest of them are remembered on the

@@ -10,7 +10,7 @@ from typing import get_args, get_type_hints
 from jsonargparse import Namespace
 
 from zoo._lightning import Trainer
-from zoo.mistakes import Mistake, locate
+from zoo.cli.mistakes import Mistake, locate
 
 # The Trainer divides by some of these, and goes on with a negative value of others.
 LEAST = {

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from zoo import batch as batches
-from zoo import optim
 from zoo._lightning import LightningModule
-from zoo.mistakes import Mistake
+from zoo.cli.mistakes import Mistake
+from zoo.common import batch as batches
+from zoo.common import optim
 from zoo.sharding import Shardable
 
 TRAINING = ("step", "fit")

@@ -19,16 +19,16 @@ from torchmetrics.classification import (
     MultilabelF1Score,
 )
 
-from zoo import batch as batches
-from zoo import loaders, norms, optim, pictures
 from zoo._lightning import LightningModule
 from zoo.checkpoints import SafeLoading
-from zoo.classes import NamedClasses, names_of
-from zoo.labels import LabelWatch, check_range, is_remote
-from zoo.log import StepLog
-from zoo.precision import MeanMetric, Metrics
-from zoo.ranges import check_ranges, check_training
-from zoo.seeding import differ_between_ranks
+from zoo.common import batch as batches
+from zoo.common import loaders, norms, optim, pictures
+from zoo.common.classes import NamedClasses, names_of
+from zoo.common.labels import LabelWatch, check_range, is_remote
+from zoo.common.log import StepLog
+from zoo.common.precision import MeanMetric, Metrics
+from zoo.common.ranges import check_ranges, check_training
+from zoo.common.seeding import differ_between_ranks
 from zoo.sharding import Shardable
 
 Loss = Literal["cross_entropy", "bce", "sigmoid"]
@@ -124,7 +124,7 @@ def check_labels(labels: Tensor, num_classes: int, batch_idx: int, multi_label: 
 class Classifier(SafeLoading, Shardable, NamedClasses, LightningModule):
     """The steps of an image classifier. It has no constructor: a technique builds ``backbone`` and ``head`` itself.
 
-    Several loaders of an evaluation are counted apart, as :mod:`zoo.loaders` says.
+    Several loaders of an evaluation are counted apart, as :mod:`zoo.common.loaders` says.
 
     A subclass sets, in its constructor: ``hparams`` with ``num_classes``, ``multi_label``, ``loss``,
     ``label_smoothing``, ``mixup``, ``cutmix``, ``optimizer``, ``lr``, ``weight_decay``, ``betas``, ``layer_decay``,

@@ -8,7 +8,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from zoo.precision import FullPrecision
+from zoo.common.precision import FullPrecision
 
 
 class LeaveOneOutKNN(FullPrecision, Metric):

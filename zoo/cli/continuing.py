@@ -18,7 +18,7 @@ import yaml
 
 from zoo._lightning import Checkpoint, rank_zero_info
 from zoo.checkpoints import configuration, made_by, newest
-from zoo.mistakes import Mistake
+from zoo.cli.mistakes import Mistake
 
 WORDS = ("last", "best", "hpc")
 """Which --ckpt_path takes beside a path: the newest of this model and data, its run's best, a requeued job's."""

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 import yaml
 
-from zoo import mistakes
 from zoo._lightning import rank_zero_only
-from zoo.benchmark import peers
-from zoo.benchmark.clock import Goal
-from zoo.benchmark.measure import measure
-from zoo.blueprint import Blueprint, read
 from zoo.callbacks.provenance import provenance
-from zoo.sweep import write_json
+from zoo.cli import mistakes
+from zoo.cli.benchmark import peers
+from zoo.cli.benchmark.clock import Goal
+from zoo.cli.benchmark.measure import measure
+from zoo.cli.blueprint import Blueprint, read
+from zoo.cli.sweep import write_json
 
 
 class NoDeviceError(RuntimeError):
@@ -32,7 +32,7 @@ def answer(asked: Path, found: Path, runs: Path, strict: bool, packages: Iterabl
         asked: The JSON file with the cell.
         found: The JSON file to write.
         runs: A folder for what a run leaves behind.
-        strict, packages: See :func:`zoo.run.run`.
+        strict, packages: See :func:`zoo.cli.run.run`.
     """
     setting = json.loads(asked.read_text(encoding="utf-8"))
     content: dict[str, Any]

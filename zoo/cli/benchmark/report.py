@@ -7,8 +7,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from zoo.benchmark.cells import FAILED, NOT_HERE, SCHEMA
-from zoo.mistakes import Mistake
+from zoo.cli.benchmark.cells import FAILED, NOT_HERE, SCHEMA
+from zoo.cli.mistakes import Mistake
 
 Row = Mapping[str, Any]
 TITLES = ("images/s", "ms a step (p10 to p90)", "GiB", "MFU", "limit", "relative", "of `step`")

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from zoo import continuing
 from zoo.checkpoints import classes_of, hyperparameters_of
-from zoo.mistakes import Mistake
+from zoo.cli import continuing
+from zoo.cli.mistakes import Mistake
 from zoo.weights import Report
 
 

@@ -10,7 +10,7 @@ from types import ModuleType
 import yaml
 
 import zoo
-from zoo.mistakes import Mistake, did_you_mean
+from zoo.cli.mistakes import Mistake, did_you_mean
 
 _HERE = Path(zoo.__file__).parent
 # In a wheel the recipes lie inside the package, in a checkout or an editable install beside it.

@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 
-from zoo import mistakes
-from zoo.cost import count
-from zoo.mistakes import Mistake
-from zoo.run import LightningArgumentParser, ZooCLI, launch
+from zoo.cli import mistakes
+from zoo.cli.mistakes import Mistake
+from zoo.cli.run import LightningArgumentParser, ZooCLI, launch
+from zoo.common.cost import count
 
 
 def cost(configs: list[str], options: list[str], strict: bool, packages: Iterable[ModuleType]) -> str:
     """What ``zoo cost`` prints: parameters and operations of the model that ``zoo fit`` would train.
 
-    The model is built on the meta device, where tensors have no memory. Arguments: see :func:`zoo.run.run`.
+    The model is built on the meta device, where tensors have no memory. Arguments: see :func:`zoo.cli.run.run`.
     """
     cli = launch(Blueprint, "fit", configs, options, strict, packages)
     name = cli.config.fit.model.class_path.split(".")[-1]
@@ -39,7 +39,8 @@ def cost(configs: list[str], options: list[str], strict: bool, packages: Iterabl
             raise
         line = str(reason).split("\n")[0]
         raise Mistake(
-            f"{name} looks at values, and on the meta device tensors have none: count it with zoo.cost.count. {line}"
+            f"{name} looks at values, and on the meta device tensors have none: "
+            f"count it with zoo.common.cost.count. {line}"
         ) from error
     part = "the forward pass" if found.macs == found.training_macs else "the part of it that training computes"
     return "\n".join(
@@ -55,7 +56,7 @@ def cost(configs: list[str], options: list[str], strict: bool, packages: Iterabl
 def read(configs: list[str], options: list[str], strict: bool, packages: Iterable[ModuleType]) -> "Blueprint":
     """Model, data and Trainer as ``zoo fit`` would build them, but for the data's number of classes.
 
-    Arguments: see :func:`zoo.run.run`.
+    Arguments: see :func:`zoo.cli.run.run`.
     """
     cli: Blueprint = launch(Blueprint, "fit", configs, options, strict, packages)
     return cli

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from zoo import vit_layouts
-from zoo.vit_layouts import renamed
+from zoo.weights import vit_layouts
+from zoo.weights.vit_layouts import renamed
 
 # The releases of He et al. 2022: an encoder by timm's names, and decoder_blocks.0.norm1.weight and so on beside it.
 MAE_RELEASE = (

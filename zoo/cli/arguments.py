@@ -4,7 +4,7 @@ import math
 from argparse import ArgumentParser, ArgumentTypeError
 from typing import NoReturn
 
-from zoo.mistakes import Mistake
+from zoo.cli.mistakes import Mistake
 
 
 class Arguments(ArgumentParser):

@@ -8,11 +8,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from zoo import recipes
-from zoo.benchmark import cells, peers, report
-from zoo.blueprint import Blueprint, read
-from zoo.mistakes import Mistake, did_you_mean
-from zoo.sweep import taking_runs_along
+from zoo.cli import recipes
+from zoo.cli.benchmark import cells, peers, report
+from zoo.cli.blueprint import Blueprint, read
+from zoo.cli.mistakes import Mistake, did_you_mean
+from zoo.cli.sweep import taking_runs_along
 
 OWN = ("mode", "peers", "out", "repeats", "steps", "seconds", "limit")
 FITS = ("seed_everything", "guards", "model", "data", "trainer")  # options of zoo fit without a dot, which all may have
@@ -36,12 +36,12 @@ def run(
     """Measures every cell and returns what is printed, the table and where it is, and a line for each failure.
 
     Args:
-        configs, options, strict, packages: Of the recipe; see :func:`zoo.run.run`.
+        configs, options, strict, packages: Of the recipe; see :func:`zoo.cli.run.run`.
         out: The folder for JSON files, table and plot. None: a new one under runs/benchmark.
         mode: What is measured.
         peers: Who is measured as well: names, an empty list for all, None for nobody.
         repeats: Processes of each cell.
-        steps, seconds, limit: See :class:`zoo.benchmark.clock.Goal`.
+        steps, seconds, limit: See :class:`zoo.cli.benchmark.clock.Goal`.
         axes: By axis, its values, or None.
 
     Raises:

@@ -8,8 +8,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from zoo.mistakes import MARK
-from zoo.sweep import apart, write_json
+from zoo.cli.mistakes import MARK
+from zoo.cli.sweep import apart, write_json
 
 SCHEMA = 1
 

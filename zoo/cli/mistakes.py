@@ -201,7 +201,7 @@ def _is_a_librarys(error: BaseException) -> bool:
 
 
 def _is_ours(filename: str) -> bool:
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     return any(Path(filename).is_relative_to(root / package) for package in PACKAGES)
 
 

@@ -6,16 +6,8 @@ from jsonargparse import set_parsing_settings
 # torchvision and torchmetrics, some of whose parts download, unpickle, or call what their arguments name, and of
 # Lightning and torch the parts that a recipe needs.
 ALLOWED = ["zoo", "datamodules", "torch.optim", "torch.nn"]
-NEVER = [
-    "zoo.cli",
-    "zoo.run",
-    "zoo.imports",
-    "zoo.blueprint",
-    "zoo.continuing",  # imports by name
-    "zoo.sweep",
-    "zoo.efficientnet.search",
-    "zoo.gumbel_vae.compare",
-]
+# The command line itself, which imports by name and starts programs; so do the sweeps of techniques.
+NEVER = ["zoo.cli", "zoo.efficientnet.search", "zoo.gumbel_vae.compare"]
 NEVER += ["torch.nn.attention"]  # imports modules by name
 for _package, _fabric in (("lightning.pytorch", "lightning.fabric"), ("pytorch_lightning", "lightning_fabric")):
     ALLOWED += [f"{_package}.{part}" for part in ("callbacks", "plugins", "profilers", "strategies", "accelerators")]

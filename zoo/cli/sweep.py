@@ -16,7 +16,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from zoo.mistakes import MARK, Mistake
+from zoo.cli.mistakes import MARK, Mistake
 
 _running: set["subprocess.Popen[bytes]"] = set()
 

@@ -2,8 +2,8 @@
 
     zoo fit -c vit/digits --model.lr 3e-4
 
-``zoo/recipes.py`` knows the recipes, ``zoo/run.py`` is the LightningCLI, ``zoo/imports.py`` says what a configuration
-may name, ``zoo/blueprint.py`` reads a configuration without running it, ``zoo/mistakes.py`` words what went wrong.
+``recipes.py`` knows the recipes, ``run.py`` is the LightningCLI, ``imports.py`` says what a configuration may name,
+``blueprint.py`` reads a configuration without running it, ``mistakes.py`` words what went wrong.
 With ``ZOO_DEBUG=1`` every error shows its traceback.
 """
 
@@ -17,9 +17,9 @@ from pathlib import Path
 
 import datamodules
 import zoo
-from zoo import mistakes, recipes
-from zoo.arguments import Arguments, percent, positive, seconds
-from zoo.mistakes import Mistake, did_you_mean
+from zoo.cli import mistakes, recipes
+from zoo.cli.arguments import Arguments, percent, positive, seconds
+from zoo.cli.mistakes import Mistake, did_you_mean
 
 PACKAGES = {"modules": zoo, "data": datamodules}
 """Whose classes go by their names alone. Nothing else of the zoo knows of the data."""
@@ -220,11 +220,11 @@ def _dispatch(args: list[str]) -> int:
             return (_benchmark if command == "benchmark" else partial(_sweep, command))(files, options, strict)
         options = ["--help" if option == "--trainer.help" else option for option in options]
         if command == "cost":  # imports only here: torch and Lightning take seconds
-            from zoo import blueprint
+            from zoo.cli import blueprint
 
             print(blueprint.cost(files, options, strict, PACKAGES.values()))
         else:
-            from zoo import run
+            from zoo.cli import run
 
             run.run(command, files, options, strict, PACKAGES.values())
     return 0
@@ -245,7 +245,7 @@ def _sweep(command: str, files: list[str], args: list[str], strict: bool) -> int
     own, options = parser.parse_known_args(args)
     if not files:
         raise Mistake(f"{command} needs a recipe: zoo {command} RECIPE (zoo list)")
-    from zoo import blueprint
+    from zoo.cli import blueprint
 
     plan = blueprint.read(files, options, strict, PACKAGES.values())
     plan.ask_data()
@@ -275,12 +275,12 @@ def _sweep(command: str, files: list[str], args: list[str], strict: bool) -> int
 def _benchmark(files: list[str], args: list[str], strict: bool) -> int:
     """Reads the options of ``zoo benchmark`` and measures; or is the process of one cell. 1 if a cell failed."""
     if args[:1] == ["--cell"]:
-        from zoo.benchmark import process
+        from zoo.cli.benchmark import process
 
         asked, found, runs = map(Path, args[1:4])
         process.answer(asked, found, runs, strict, PACKAGES.values())
         return 0
-    from zoo.benchmark import cells
+    from zoo.cli.benchmark import cells
 
     parser = Arguments(prog="zoo benchmark", allow_abbrev=False, add_help=False)
     parser.add_argument("--mode", nargs="+", default=["step"])
@@ -295,7 +295,7 @@ def _benchmark(files: list[str], args: list[str], strict: bool) -> int:
     own, options = parser.parse_known_args(args)
     if not files:
         raise Mistake("benchmark needs a recipe: zoo benchmark RECIPE (zoo list)")
-    from zoo.benchmark import command
+    from zoo.cli.benchmark import command
 
     text, failures = command.run(files, options, strict, PACKAGES.values(), **vars(own))
     print(text)
@@ -304,7 +304,7 @@ def _benchmark(files: list[str], args: list[str], strict: bool) -> int:
 
 def _compare(args: list[str]) -> int:
     """``zoo benchmark compare BEFORE AFTER``: prints the table; 1 if something has become too slow, or is lost."""
-    from zoo.benchmark import report
+    from zoo.cli.benchmark import report
 
     parser = Arguments(prog="zoo benchmark compare", allow_abbrev=False, add_help=False)
     parser.add_argument("before", type=Path)

@@ -1,7 +1,7 @@
 """One cell, measured in the process that was started for it.
 
 In every mode Lightning sets up device, precision, strategy and optimizer as for ``zoo fit``. What differs is who drives
-the steps, and on what: see ``zoo.benchmark.cells.MODES``. A batch that stays on the device is of random values.
+the steps, and on what: see ``zoo.cli.benchmark.cells.MODES``. A batch that stays on the device is of random values.
 Validation is left out, and with it what waits for its metrics: checkpoints, early stopping.
 """
 
@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from zoo import mistakes
 from zoo._lightning import NAMESPACE, Callback, Checkpoint, Trainer
-from zoo.benchmark import operations
-from zoo.benchmark.clock import Clock, Goal, percentiles
-from zoo.benchmark.peaks import peak_of
-from zoo.blueprint import Blueprint
-from zoo.cost import count
+from zoo.cli import mistakes
+from zoo.cli.benchmark import operations
+from zoo.cli.benchmark.clock import Clock, Goal, percentiles
+from zoo.cli.benchmark.peaks import peak_of
+from zoo.cli.blueprint import Blueprint
+from zoo.cli.mistakes import Mistake
+from zoo.cli.profiler import unprofiled
+from zoo.common.cost import count
 from zoo.guards import guard
-from zoo.mistakes import Mistake
-from zoo.profiler import unprofiled
 
 if TYPE_CHECKING or NAMESPACE == "lightning":
     from lightning.pytorch.profilers import Profiler
@@ -41,7 +41,7 @@ def measure(plan: Blueprint, mode: str, goal: Goal, peer: Any = None) -> dict[st
 
     Args:
         plan: The configuration of ``zoo fit``.
-        mode: One of ``zoo.benchmark.cells.MODES``.
+        mode: One of ``zoo.cli.benchmark.cells.MODES``.
         goal: How much to measure.
         peer: A module in the place of the recipe's; for ``data``, a function that makes a loader of the data module.
     """

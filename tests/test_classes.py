@@ -27,9 +27,9 @@ from zoo import (
 )
 from zoo._lightning import LightningDataModule, LightningModule, Trainer
 from zoo.callbacks import WriteDetections, WritePredictions
-from zoo.checkpoints import classes_of
 from zoo.cli import main
 from zoo.cli.mistakes import Mistake
+from zoo.common.classes import classes_of
 from zoo.guards import guard
 
 CLASSES = ["abricot", "blé", "citron", "daim"]

@@ -9,8 +9,8 @@ checkpoint may hold (``plain.py``). What made a checkpoint is put into it by :cl
 from zoo.checkpoints.files import claim, give_name, sweep
 from zoo.checkpoints.io import AtomicCheckpointIO, SafeLoading, TorchCheckpointIO
 from zoo.checkpoints.looking import (
-    classes_of,
     configuration,
+    content_of,
     damage,
     free_path,
     hyperparameters_of,
@@ -25,8 +25,8 @@ __all__ = [
     "SafeLoading",
     "TorchCheckpointIO",
     "claim",
-    "classes_of",
     "configuration",
+    "content_of",
     "damage",
     "free_path",
     "give_name",

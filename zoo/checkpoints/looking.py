@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from zoo._lightning import rank_zero_warn
-from zoo.common.classes import in_checkpoint
 
 SKEW = 60 * 10**9  # nanoseconds by which the clock of a file server may be behind
 
@@ -77,16 +76,9 @@ def configuration(path: str | Path) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def classes_of(path: str | Path) -> tuple[list[str] | None, int | None]:
-    """Names of a checkpoint's outputs, by label, and the number of classes that it was built for; None if unknown."""
-    names, _ = in_checkpoint(_content(Path(path)))
-    count = hyperparameters_of(path).get("num_classes")
-    return names, count if type(count) is int else None
-
-
 def hyperparameters_of(path: str | Path) -> dict[str, Any]:
     """The arguments of the module that a checkpoint is of, by name; nothing if it does not say."""
-    found = _content(Path(path)).get("hyper_parameters")
+    found = content_of(path).get("hyper_parameters")
     return found if isinstance(found, dict) else {}
 
 
@@ -98,15 +90,16 @@ def saved_at(path: str | Path) -> int:
 
 def _head(path: Path) -> tuple[dict[str, Any], int | None]:
     """The provenance in a checkpoint, and when it was saved."""
-    content = _content(path)
+    content = content_of(path)
     made, saved = content.get("provenance"), None
     with suppress(AttributeError):  # whatever is in a file that is not ours
         saved = content.get("callbacks", {}).get("Provenance", {}).get("saved")
     return made if isinstance(made, dict) else {}, saved if isinstance(saved, int) else None
 
 
-def _content(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint, without reading its tensors; nothing if it cannot be read."""
+def content_of(path: str | Path) -> dict[str, Any]:
+    """Content of a checkpoint, its tensors on the meta device and not read; empty if it cannot be read."""
+    path = Path(path)
     try:
         content = torch.load(
             path / "meta.pt" if path.is_dir() else path, map_location="meta", weights_only=True, mmap=True

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from zoo.checkpoints import classes_of, hyperparameters_of
+from zoo.checkpoints import hyperparameters_of
 from zoo.cli import continuing
 from zoo.cli.mistakes import Mistake
+from zoo.common.classes import classes_of
 from zoo.weights import Report
 
 

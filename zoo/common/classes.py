@@ -7,6 +7,7 @@ keeps them in its checkpoints, and from then on reads the labels of any data mod
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 from unicodedata import normalize
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from zoo._lightning import rank_zero_info
+from zoo.checkpoints import content_of, hyperparameters_of
 
 
 def names_of(owner: Any) -> list[str] | None:
@@ -30,6 +32,13 @@ def in_checkpoint(content: Mapping[str, Any]) -> tuple[list[str] | None, list[in
         if (names := _names(state.get("classes"))) is not None:
             return names, _ids(state.get("category_ids"), len(names))
     return None, None
+
+
+def classes_of(path: str | Path) -> tuple[list[str] | None, int | None]:
+    """Names of a checkpoint's outputs, by label, and the number of classes that it was built for; None if unknown."""
+    names, _ = in_checkpoint(content_of(path))
+    count = hyperparameters_of(path).get("num_classes")
+    return names, count if type(count) is int else None
 
 
 def matched(data: Sequence[str], model: Sequence[str]) -> list[int] | None:

@@ -21,14 +21,13 @@ from zoo import (
     GumbelVAE,
     MAEPretrainer,
     ViTClassifier,
-    classes,
-    outputs,
     weights,
 )
 from zoo._lightning import LightningDataModule, LightningModule, Trainer
 from zoo.callbacks import WriteDetections, WritePredictions
-from zoo.cli import main
+from zoo.cli import main, outputs
 from zoo.cli.mistakes import Mistake
+from zoo.common import classes
 from zoo.common.classes import classes_of
 from zoo.guards import guard
 

@@ -1,6 +1,7 @@
 """Copies of compiled modules, by deepcopy as EMA makes them or by pickle, run their own weights: every technique."""
 
 import copy
+import io
 import pickle
 
 import pytest
@@ -28,32 +29,79 @@ MODULES = {
 }
 
 
-def outputs(module: nn.Module) -> float:
-    """Something of the forward pass that all weights have a part in. Nothing is traced: it is about whose code runs."""
-    torch.manual_seed(0)
+BOXES = {"boxes": torch.tensor([[4.0, 4.0, 20.0, 24.0]]), "labels": torch.tensor([1])}
+TWINS = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda module: pickle.loads(pickle.dumps(module)),
+    "torch.save": lambda module: saved_and_read(module),
+}
+
+
+def saved_and_read(module: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def outputs(module: nn.Module) -> tuple[float, float]:
+    """Something of the forward pass, and of a training step, that all weights have a part in.
+
+    Nothing is traced: it is about whose code runs.
+    """
     side = 8 if "VAE" in type(module).__name__ else 32
-    images = torch.rand(1, 1 if side == 8 else 3, side, side).round()
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(1, 1 if side == 8 else 3, side, side, generator=generator).round()
+    module.eval()
     with torch.compiler.set_stance("force_eager"), torch.no_grad():
-        found = module.eval()(images)
-    return sum(part.abs().sum().item() for part in ([found] if isinstance(found, Tensor) else found[:2]))
+        torch.manual_seed(0)
+        found = module(images)
+        loss = module.training_step((images, [BOXES] if isinstance(module, FPNDetector) else BOXES["labels"]), 0)
+    parts = [found] if isinstance(found, Tensor) else found[:2]
+    return sum(part.abs().sum().item() for part in parts), loss.item()
 
 
-@pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+def zero(module: nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.zero_()
+
+
+@pytest.mark.parametrize("twin_of", TWINS)
 @pytest.mark.parametrize("name", MODULES)
 def test_a_copy_of_a_compiled_module_runs_its_own_weights(name, twin_of):
     module = MODULES[name]()
     module.compile(backend="eager")
     before = outputs(module)
-    twin = twin_of(module)
-    with torch.no_grad():
-        for parameter in twin.parameters():
-            parameter.zero_()
+    twin = TWINS[twin_of](module)
+    assert list(twin.state_dict()) == list(module.state_dict()) == list(MODULES[name]().state_dict())
+    assert outputs(twin) == before
+    zero(twin)
     assert outputs(module) == before
-    assert outputs(twin) != before
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.zero_()
+    assert all(one != other for one, other in zip(outputs(twin), before, strict=True))
+    zero(module)
     assert outputs(twin) == outputs(module)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_copy_holds_nothing_of_a_compiled_module_and_compiles_anew(name):
+    module = MODULES[name](compile=True)
+    module.compile(backend="eager")
+    twin = copy.deepcopy(module)
+    assert all(part._compiled_call_impl is None and not compiled_parts(part) for part in twin.modules())
+    twin.compile(backend="eager")
+    assert compiled_parts(twin) == dict.fromkeys(type(module).compiled, twin)
+    assert compiled_parts(module) == dict.fromkeys(type(module).compiled, module)
+
+
+def compiled_parts(module: nn.Module) -> dict[str, object]:
+    """What torch.compile has made, by name of the attribute: whose method it is. The call is compiled beside it."""
+    found = {name: getattr(value, "_torchdynamo_orig_callable", None) for name, value in vars(module).items()}
+    return {
+        name: original.__self__
+        for name, original in found.items()
+        if original is not None and name != "_compiled_call_impl"
+    }
 
 
 @pytest.mark.parametrize("name", ["ViTClassifier", "EfficientNetClassifier"])
@@ -62,8 +110,6 @@ def test_a_copy_of_a_module_with_a_compiled_backbone_runs_its_own_weights(name):
     module.backbone.compile(backend="eager")
     twin = copy.deepcopy(module)
     before = outputs(module)
-    with torch.no_grad():
-        for parameter in twin.parameters():
-            parameter.zero_()
+    zero(twin)
     assert outputs(module) == before
-    assert outputs(twin) == 0
+    assert outputs(twin)[0] == 0

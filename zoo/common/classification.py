@@ -24,6 +24,7 @@ from zoo.checkpoints import SafeLoading
 from zoo.common import batch as batches
 from zoo.common import loaders, norms, optim, pictures
 from zoo.common.classes import NamedClasses, names_of
+from zoo.common.compiling import Compilable
 from zoo.common.labels import LabelWatch, check_range, is_remote
 from zoo.common.log import StepLog
 from zoo.common.precision import MeanMetric, Metrics
@@ -121,7 +122,7 @@ def check_labels(labels: Tensor, num_classes: int, batch_idx: int, multi_label: 
         check_range(int(labels.min()), int(labels.max()), num_classes)
 
 
-class Classifier(SafeLoading, Shardable, NamedClasses, LightningModule):
+class Classifier(SafeLoading, Compilable, Shardable, NamedClasses, LightningModule):
     """The steps of an image classifier. It has no constructor: a technique builds ``backbone`` and ``head`` itself.
 
     Several loaders of an evaluation are counted apart, as :mod:`zoo.common.loaders` says.
@@ -200,10 +201,6 @@ class Classifier(SafeLoading, Shardable, NamedClasses, LightningModule):
                 for text, is_right, label in zip(captions, right, labels.tolist(), strict=True)
             ]
         return {"predictions": pictures.captioned(images, captions, right)}
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy is not compiled: what was compiled here would run on the weights here."""
-        return {name: value for name, value in super().__getstate__().items() if name != "_compiled_call_impl"}
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
         """As ``nn.Module.add_module``. Conversions of BatchNorm, and back, end in it: they put each child in anew."""

@@ -23,6 +23,7 @@ from zoo.common import batch as batches
 from zoo.common import loaders, norms, optim, pictures
 from zoo.common.backbones import name_of, recompute_activations
 from zoo.common.classes import NamedClasses, names_of
+from zoo.common.compiling import Compilable
 from zoo.common.labels import LabelWatch, is_remote
 from zoo.common.log import StepLog
 from zoo.common.ranges import check_above, check_ranges, check_training
@@ -53,8 +54,6 @@ Schedule = Literal["cosine", "steps"]
 
 Outputs = tuple[Tensor, Tensor, Tensor | None]  # logits, boxes and centerness of all cells
 
-_COMPILED = ("_local_loss", "_dense_loss")  # methods that compile() compiles, besides the call; in this order
-
 
 class DenseMaps(NamedTuple):
     """What :meth:`FPNDetector.forward` gives: raw predictions for N anchors, all levels, finest first.
@@ -74,7 +73,7 @@ class DenseMaps(NamedTuple):
     image_size: tuple[int, int]
 
 
-class FPNDetector(SafeLoading, Shardable, NamedClasses, LightningModule):
+class FPNDetector(SafeLoading, Compilable, Shardable, NamedClasses, LightningModule):
     """Dense object detector on a feature pyramid: FCOS, ATSS or RetinaNet.
 
     Batch: images (B, C, H, W) of any one size, normalised, and for each a dictionary of ``boxes`` (n, 4) xyxy in pixels
@@ -146,6 +145,7 @@ class FPNDetector(SafeLoading, Shardable, NamedClasses, LightningModule):
     hparams: Any  # Lightning calls it a mapping, and makes its keys attributes
     # While a run goes on: they say how it is evaluated.
     changeable: ClassVar = ("score_threshold", "nms_threshold", "max_detections")
+    compiled: ClassVar = ("_local_loss", "_dense_loss")  # assignment and loss as one graph, the same for all sizes
 
     def __init__(
         self,
@@ -324,7 +324,7 @@ class FPNDetector(SafeLoading, Shardable, NamedClasses, LightningModule):
         outputs = (maps.logits, maps.boxes, maps.centerness)
         cells, padded = self.cells(maps), pad_targets(targets, maps.logits.device)
         padded = padded._replace(labels=self.label_watch(self, padded.labels, self.hparams.num_classes))
-        if _COMPILED[0] in self.__dict__:
+        if self.compiled[0] in self.__dict__:
             mark_sizes(outputs, cells, padded)
         return outputs, cells, padded, parts_of_a_batch(cells, padded)
 
@@ -397,20 +397,6 @@ class FPNDetector(SafeLoading, Shardable, NamedClasses, LightningModule):
         if shape[0] != self.hparams.in_channels:
             got, expected = "x".join(map(str, shape)), self.hparams.in_channels
             raise ValueError(f"images are {got}, but the model was built for {expected} channels")
-
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        """As ``nn.Module.compile``, and the assignment and loss as one graph, which is the same for all sizes."""
-        super().compile(*args, **kwargs)
-        for name in _COMPILED:
-            self.__dict__[name] = torch.compile(getattr(self, name), *args, **kwargs)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy is not compiled: what was compiled here would run on the weights here."""
-        return {
-            name: value
-            for name, value in super().__getstate__().items()
-            if name not in ("_compiled_call_impl", *_COMPILED)
-        }
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
         """As ``nn.Module.add_module``. Conversions of BatchNorm, and back, end in it: they put each child in anew."""

@@ -14,6 +14,7 @@ from zoo._lightning import LightningModule, rank_zero_info
 from zoo.checkpoints import SafeLoading
 from zoo.common import batch as batches
 from zoo.common import loaders, optim, pictures
+from zoo.common.compiling import Compilable
 from zoo.common.log import StepLog
 from zoo.common.precision import MeanMetric
 from zoo.common.ranges import check_ranges, check_training
@@ -50,7 +51,7 @@ class VAEOutput(NamedTuple):
     kl: Tensor
 
 
-class VAE(SafeLoading, Shardable, LightningModule):
+class VAE(SafeLoading, Compilable, Shardable, LightningModule):
     """A variational autoencoder. It has no constructor: a technique calls :meth:`build` in its own.
 
     A technique provides its latents: :meth:`encode`, :meth:`draw`, :meth:`draw_prior`, :meth:`log_ratio`, :meth:`kl`,
@@ -63,6 +64,7 @@ class VAE(SafeLoading, Shardable, LightningModule):
     hparams: Any  # Lightning calls it a mapping, and makes its keys attributes
     changeable: ClassVar = ("elbo_samples", "iw_samples")  # while a run goes on: they say how it is evaluated
     unpredicted: ClassVar = ("decoder",)  # parts that no prediction needs
+    compiled: ClassVar = ("objective",)
 
     def build(self, encoder_outputs: int, decoder_inputs: int) -> None:
         """Networks, likelihood and metrics, out of ``self.hparams``."""
@@ -318,16 +320,6 @@ class VAE(SafeLoading, Shardable, LightningModule):
     def training_forward(self, images: Tensor) -> Tensor:
         """What a training step computes."""
         return self.objective(images, *self.knobs().values()).loss
-
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        """As ``nn.Module.compile``, and what training runs as well."""
-        super().compile(*args, **kwargs)
-        self.__dict__["objective"] = torch.compile(self.objective, *args, **kwargs)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy compiles for itself: what was compiled here would run on the weights here."""
-        state = super().__getstate__().items()
-        return {name: value for name, value in state if name not in ("objective", "_compiled_call_impl")}
 
     @property
     def step(self) -> int:

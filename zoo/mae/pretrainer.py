@@ -13,6 +13,7 @@ from zoo.checkpoints import SafeLoading
 from zoo.common import batch as batches
 from zoo.common import loaders, optim, pictures
 from zoo.common.backbones import name_of
+from zoo.common.compiling import Compilable
 from zoo.common.log import StepLog
 from zoo.common.norms import restore_layer_norm_eps, set_layer_norm_eps
 from zoo.common.precision import MeanMetric
@@ -70,7 +71,7 @@ class Reconstruction(NamedTuple):
     uses_target_statistics: bool
 
 
-class MAEPretrainer(SafeLoading, Shardable, LightningModule):
+class MAEPretrainer(SafeLoading, Compilable, Shardable, LightningModule):
     """Masked autoencoder.
 
     Batch: images (B, C, H, W) in any form that :mod:`zoo.common.batch` reads; what lies beside them is not learned
@@ -123,6 +124,7 @@ class MAEPretrainer(SafeLoading, Shardable, LightningModule):
     layer_norm_eps: ClassVar = True  # norm_eps is LayerNorm's, for zoo.weights to set
     changeable: ClassVar = ("predict_ratio",)  # while a run goes on: they say how it is evaluated
     unpredicted: ClassVar = ("decoder",)  # parts that no prediction needs
+    compiled: ClassVar = ("masked_loss",)
 
     def __init__(
         self,
@@ -314,16 +316,6 @@ class MAEPretrainer(SafeLoading, Shardable, LightningModule):
     def training_forward(self, images: Tensor) -> Tensor:
         """What a training step computes, which is less than :meth:`forward`."""
         return self.masked_loss(images)
-
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        """As ``nn.Module.compile``, and what training runs as well."""
-        super().compile(*args, **kwargs)
-        self.__dict__["masked_loss"] = torch.compile(self.masked_loss, *args, **kwargs)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy compiles for itself: what was compiled here would run on the weights here."""
-        state = super().__getstate__().items()  # Lightning's, which forgets to leave out what torch's leaves out
-        return {name: value for name, value in state if name not in ("masked_loss", "_compiled_call_impl")}
 
     @torch.no_grad()
     def pictures(self, batch: Any) -> dict[str, Tensor]:

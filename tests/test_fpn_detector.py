@@ -22,7 +22,7 @@ from zoo import FPNDetector
 from zoo._lightning import Callback, Trainer
 from zoo.common.cost import count
 from zoo.detection import DenseMaps, SimpleFeaturePyramid, SingleLevel, assign, pad_targets
-from zoo.detection.detections import suppressed, to_original
+from zoo.detection.postprocessing import suppressed, to_original
 from zoo.metrics.average_precision import CocoAveragePrecision
 
 HEADS = ("fcos", "atss", "retinanet")

@@ -13,8 +13,9 @@ Sources:
 from zoo.detection.assign import BACKGROUND, IGNORE, assign, assign_atss, assign_fcos, assign_retinanet
 from zoo.detection.cells import Cells, Targets, make_cells, pad_targets
 from zoo.detection.detector import DenseMaps, FPNDetector
+from zoo.detection.heads import DenseHead
 from zoo.detection.losses import centerness_of, dense_loss, focal_loss, giou_loss
-from zoo.detection.pyramid import FPN, DenseHead, SimpleFeaturePyramid, SingleLevel
+from zoo.detection.necks import FPN, SimpleFeaturePyramid, SingleLevel
 
 __all__ = [
     "BACKGROUND",

@@ -30,18 +30,12 @@ from zoo.common.ranges import check_above, check_ranges, check_training
 from zoo.common.seeding import differ_between_ranks
 from zoo.detection.assign import assign, parts_of_a_batch
 from zoo.detection.cells import Anchors, Cells, Head, Targets, anchors_per_cell, make_cells, pad_targets
-from zoo.detection.detections import best_candidates, suppressed, to_original
+from zoo.detection.heads import DenseHead
 from zoo.detection.losses import BoxLoss, LossSums, dense_loss, mark_sizes
+from zoo.detection.maps import Maps, create_pyramid_backbone, freeze_stages
 from zoo.detection.metrics import TotalLosses
-from zoo.detection.pyramid import (
-    FPN,
-    DenseHead,
-    Maps,
-    SimpleFeaturePyramid,
-    SingleLevel,
-    create_pyramid_backbone,
-    freeze_stages,
-)
+from zoo.detection.necks import FPN, SimpleFeaturePyramid, SingleLevel
+from zoo.detection.postprocessing import best_candidates, suppressed, to_original
 from zoo.metrics.average_precision import CocoAveragePrecision
 from zoo.sharding import Shardable
 from zoo.weights import load as load_weights

@@ -19,7 +19,8 @@ libraries do since. V2 has the dropout that its progressive training ends with.
 
 from zoo.efficientnet.classifier import EfficientNetClassifier
 from zoo.efficientnet.networks import create_network
-from zoo.efficientnet.scaling import PUBLISHED, CompoundScaling, Scale, published_table, round_filters, round_repeats
+from zoo.efficientnet.rounding import round_filters, round_repeats
+from zoo.efficientnet.scaling import PUBLISHED, CompoundScaling, Scale, published_table
 
 __all__ = [
     "PUBLISHED",

@@ -12,7 +12,7 @@ from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg
 from timm.models.efficientnet import EfficientNet
 from torch import nn
 
-from zoo.efficientnet.scaling import NARROWEST, round_filters, round_repeats
+from zoo.efficientnet.rounding import NARROWEST, round_filters, round_repeats
 
 # Table 1 of the paper. ds: depthwise separable, an inverted residual without expansion; ir: inverted residual (MBConv);
 # r: repeats, k: kernel, s: stride, e: expansion, c: channels; se: squeeze-and-excitation, as a share of the channels

@@ -10,15 +10,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from zoo.efficientnet.rounding import DIVISOR, NARROWEST
+
 if TYPE_CHECKING:
     from zoo.common.cost import Cost
 
-DIVISOR = 8
 STRIDE = 32
 """Of every family: how many pixels of the image are one of the last feature map, along each side."""
-
-NARROWEST = {"efficientnet": 16, "mobilenetv2": 16, "resnet50": 64}
-"""The families that can be scaled, by the base network's narrowest stage in channels."""
 
 STEP = 1000  # phi is found to a thousandth
 # What can be counted within seconds: so many times the base's cost, and so many times the family's own depth.
@@ -46,18 +44,6 @@ PUBLISHED = {
     "b6": Published(1.8, 2.6, 528, 0.5),
     "b7": Published(2.0, 3.1, 600, 0.5),
 }
-
-
-def round_filters(filters: int, width: float) -> int:
-    """A stage's channels at a width: the nearest multiple of 8, at least 8, and at least nine tenths of the product."""
-    scaled = filters * width
-    rounded = max(DIVISOR, int(scaled + DIVISOR / 2) // DIVISOR * DIVISOR)
-    return rounded + DIVISOR if rounded < 0.9 * scaled else rounded
-
-
-def round_repeats(repeats: int, depth: float) -> int:
-    """A stage's blocks at a depth: the product, rounded up, so that no stage loses its last block."""
-    return math.ceil(repeats * depth)
 
 
 class Scale(NamedTuple):

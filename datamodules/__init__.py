@@ -7,11 +7,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from datamodules.base import SeededBatches
     from datamodules.coco import CocoDetectionDataModule
     from datamodules.digits import DigitsDataModule
     from datamodules.folder import ImageFolderDataModule
-    from datamodules.order import BatchOrder
+    from datamodules.loading.order import BatchOrder
+    from datamodules.loading.seeding import SeededBatches
     from datamodules.shapes import ShapesDetectionDataModule
     from datamodules.torchvision_sets import TorchvisionDataModule
 
@@ -34,7 +34,7 @@ _EXPORTS = {
     "TorchvisionDataModule": "torchvision_sets",
 }
 # Parts for loaders of one's own.
-_PARTS = {"BatchOrder": "order", "SeededBatches": "base"}
+_PARTS = {"BatchOrder": "loading.order", "SeededBatches": "loading.seeding"}
 
 
 def __getattr__(name: str) -> Any:

@@ -24,15 +24,16 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from datamodules import coco_layout, listing
 from datamodules._lightning import rank_zero_info, rank_zero_warn
-from datamodules.annotations import Annotations, read
-from datamodules.base import IMAGENET_MEAN, IMAGENET_STD, Split
+from datamodules.base import IMAGENET_MEAN, IMAGENET_STD
 from datamodules.coco_export import export_coco
 from datamodules.detection import DetectionDataModule, RawSamples
-from datamodules.detection_transforms import Target
-from datamodules.folder import ImageFiles, OnError
-from datamodules.images import UnreadableImageError, decode, is_turned
+from datamodules.reading import coco_layout, listing
+from datamodules.reading.annotations import Annotations, read
+from datamodules.reading.files import ImageFiles, OnError
+from datamodules.reading.images import UnreadableImageError, decode, is_turned
+from datamodules.reading.listing import Split
+from datamodules.transforms.detection import Target
 
 __all__ = ["CocoDetectionDataModule", "CocoSamples", "export_coco"]
 
@@ -128,8 +129,8 @@ class CocoDetectionDataModule(DetectionDataModule):
 
     Raises:
         FileNotFoundError: If a file or folder is missing; from ``setup``, if images are.
-        ValueError: If an annotation file is not as it should be (:func:`datamodules.annotations.read`), or means
-            something else by a category than the first, or has none of ``category_ids``.
+        ValueError: If an annotation file is not as it should be (:func:`datamodules.reading.annotations.read`), or
+            means something else by a category than the first, or has none of ``category_ids``.
     """
 
     def __init__(

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from datamodules.base import Split
 from datamodules.detection import DetectionDataModule, RawSamples
-from datamodules.detection_transforms import Target
+from datamodules.reading.listing import Split
+from datamodules.transforms.detection import Target
 
 
 def export_coco(data: DetectionDataModule | RawSamples, split: Split, folder: str | os.PathLike[str]) -> Path:

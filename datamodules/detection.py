@@ -20,16 +20,19 @@ import torch
 from torch import Tensor
 
 from datamodules import transforms
-from datamodules.base import IMAGENET_MEAN, IMAGENET_STD, ImageDataModule, Samples, Split
-from datamodules.detection_transforms import DetectionTransform, Target, pad_batch
+from datamodules.base import IMAGENET_MEAN, IMAGENET_STD, ImageDataModule
+from datamodules.loading.padding import ExactTargets, pad_batch, with_exact_targets
+from datamodules.loading.seeding import Samples
+from datamodules.reading.listing import Split
+from datamodules.transforms.detection import DetectionTransform, Target
 
 
 class RawSamples(Protocol):
     """What a data set's file provides: ``raw[index]`` is ``(image, target)``, or None if unreadable.
 
     Images are uint8 tensors (3, h, w). Without a target, an image is one to predict. Optional attributes: ``names``,
-    ``unreadable`` and ``random`` as :class:`datamodules.base.Samples` has them; ``sizes`` (N, 2), (height, width) of
-    each image, for ``group_by_aspect``.
+    ``unreadable`` and ``random`` as :class:`datamodules.loading.seeding.Samples` has them; ``sizes`` (N, 2), (height,
+    width) of each image, for ``group_by_aspect``.
     """
 
     def __len__(self) -> int: ...
@@ -66,36 +69,6 @@ class DetectionSamples:
         return DetectionSamples(self.raw, self.transform.at(sides[seed % len(sides)])) if sides else self
 
 
-class ExactTargets:
-    """A batch's targets on their way to the device, a sequence of dicts that the Trainer's precision passes over.
-
-    Lightning converts every float of a batch before its transfer: in ``bf16-true`` a corner at 801 pixels would come to
-    lie at 800, and an area above 65504 would be infinite in ``16-true``.
-    """
-
-    def __init__(self, targets: list[Target]) -> None:
-        self.targets = targets
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> Target:
-        return self.targets[index]
-
-    def to(self, device: torch.device) -> "ExactTargets":
-        # Lightning's own exceptions: where a copy that does not block is not safe.
-        blocks = device.type in ("cpu", "mps")
-        return self._map(lambda tensor: tensor.to(device, non_blocking=not blocks))
-
-    def pin_memory(self) -> "ExactTargets":
-        return self._map(Tensor.pin_memory)
-
-    def _map(self, function: Callable[[Tensor], Tensor]) -> "ExactTargets":
-        return ExactTargets(
-            [{k: function(v) if isinstance(v, Tensor) else v for k, v in target.items()} for target in self.targets]
-        )
-
-
 class DetectionDataModule(ImageDataModule):
     """Loaders for detection. Batches ``(images (B, 3, H, W), targets)``, see the top of this file.
 
@@ -112,7 +85,7 @@ class DetectionDataModule(ImageDataModule):
             In place of ``image_size``, ``max_size`` and ``short_sides``.
         hflip: Probability of a horizontal flip.
         scale_jitter, iou_crop, photometric: In training, see
-            :class:`datamodules.detection_transforms.DetectionTransform`.
+            :class:`datamodules.transforms.detection.DetectionTransform`.
         pad_multiple: A batch's height and width are rounded up to a multiple of this.
         size_buckets: (height, width) that batches are padded to, the smallest that fits, so that a compiled model sees
             few shapes; in place of ``pad_multiple``. One of them has to hold ``max_size`` in both directions.
@@ -216,7 +189,7 @@ class DetectionDataModule(ImageDataModule):
         probe = torch.zeros((), dtype=torch.float32)
         if self.trainer is None or self.trainer.precision_plugin.convert_input(probe).dtype == torch.float32:
             return collate
-        return partial(_with_exact_targets, collate)
+        return partial(with_exact_targets, collate)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """uint8 images (B, 3, H, W) become normalised floats of the Trainer's precision, 0 where they are padded.
@@ -276,11 +249,6 @@ class DetectionDataModule(ImageDataModule):
 
     def teardown(self, stage: str) -> None:
         self._report()
-
-
-def _with_exact_targets(collate: Callable[[list[Any]], Any], samples: list[Any]) -> tuple[Tensor, ExactTargets]:
-    images, targets = collate(samples)
-    return images, ExactTargets(targets)
 
 
 def _transformed(samples: DetectionSamples, transform: DetectionTransform) -> DetectionSamples:

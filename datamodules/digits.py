@@ -25,8 +25,10 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from datamodules import mixture, transforms
-from datamodules.base import ImageDataModule, Samples, Split
-from datamodules.folder import ImageFiles
+from datamodules.base import ImageDataModule
+from datamodules.loading.seeding import Samples
+from datamodules.reading.files import ImageFiles
+from datamodules.reading.listing import Split
 
 SplitName = Literal["stratified", "digits8x8-bin-v1"]
 

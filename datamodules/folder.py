@@ -25,13 +25,16 @@ from typing import Any, Literal
 
 import numpy as np
 
-from datamodules import decoders, listing, transforms
+from datamodules import transforms
 from datamodules._lightning import rank_zero_info, rank_zero_warn
-from datamodules.base import IMAGENET_MEAN, IMAGENET_STD, ImageDataModule, Samples, Split, with_transform
-from datamodules.cache import Cache, builds
-from datamodules.files import ImageFiles, OnError
-from datamodules.json_values import one_form
-from datamodules.shares import stratified_split
+from datamodules.base import IMAGENET_MEAN, IMAGENET_STD, ImageDataModule
+from datamodules.loading.seeding import Samples, with_transform
+from datamodules.loading.shares import stratified_split
+from datamodules.reading import decoders, listing
+from datamodules.reading.cache import Cache, builds
+from datamodules.reading.files import ImageFiles, OnError
+from datamodules.reading.json_values import one_form
+from datamodules.reading.listing import Split
 
 
 class ImageFolderDataModule(ImageDataModule):

@@ -1,7 +1,7 @@
 """Rendered shapes to detect: no files, any number of images, and every difficulty of detection on a knob.
 
 Six classes (disc, square, triangle, ring, plus, star) that only the outline tells apart, of 8 to 256 pixels, on a noisy
-background with line segments that are nobody's. :mod:`datamodules.shape_images` draws them.
+background with line segments that are nobody's. :mod:`datamodules.reading.shape_images` draws them.
 
 An image depends on ``images_seed`` and its number alone, so training, validation and test images are the same in every
 run, on any number of workers; their numbers do not overlap. ``seed`` is that of the order, as everywhere.
@@ -16,10 +16,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from datamodules.base import Split
 from datamodules.detection import DetectionDataModule
-from datamodules.detection_transforms import Target
-from datamodules.shape_images import CLASSES, Boxes, ShapeSettings, render
+from datamodules.reading.listing import Split
+from datamodules.reading.shape_images import CLASSES, Boxes, ShapeSettings, render
+from datamodules.transforms.detection import Target
 
 Preset = Literal["easy", "default", "hard", "tiny", "huge"]
 

@@ -4,7 +4,7 @@ Official splits are kept. Where a set has no validation split, a stratified shar
 fixed by ``split_seed``; EuroSAT, which has no split at all, gives a share for testing in the same way. ImageNet's test
 labels are not public: its validation images serve as both.
 
-Archives are unpacked by ``datamodules/archives.py``, and CIFAR's pickled arrays are read as numbers, lists and names:
+Archives are unpacked by ``datamodules/reading/archives.py``, and CIFAR's pickled arrays are read as numbers, lists and names:
 torchvision would run whatever such files hold.
 """
 
@@ -23,12 +23,15 @@ import numpy as np
 import torchvision
 from torchvision import datasets
 
-from datamodules import archives, decoders, transforms
-from datamodules.base import IMAGENET_MEAN, IMAGENET_STD, ImageDataModule, Samples, Split, with_transform
-from datamodules.cache import Cache, builds
-from datamodules.files import ImageFiles
-from datamodules.shares import stratified_split
-from datamodules.torchvision_samples import TorchvisionSamples, labels_of
+from datamodules import transforms
+from datamodules.base import IMAGENET_MEAN, IMAGENET_STD, ImageDataModule
+from datamodules.loading.seeding import Samples, with_transform
+from datamodules.loading.shares import stratified_split
+from datamodules.reading import archives, decoders
+from datamodules.reading.cache import Cache, builds
+from datamodules.reading.files import ImageFiles
+from datamodules.reading.listing import Split
+from datamodules.reading.torchvision_samples import TorchvisionSamples, labels_of
 
 Name = Literal[
     "CIFAR10",

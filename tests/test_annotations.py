@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from datamodules.annotations import Annotations, read
-from datamodules.json_values import flag, number, outline, whole
+from datamodules.reading.annotations import Annotations, read
+from datamodules.reading.json_values import flag, number, outline, whole
 
 BASE = {
     "images": [{"id": n, "file_name": f"{n}.png", "width": 64, "height": 48} for n in (1, 2, 3)],

@@ -9,7 +9,10 @@ import torch
 from torch.utils.data import DistributedSampler, SequentialSampler
 
 from datamodules._lightning import LightningModule, Trainer
-from datamodules.base import BatchOrder, ImageDataModule, SeededBatches, default_workers, isolated_randomness, mix
+from datamodules.base import ImageDataModule
+from datamodules.loading.order import BatchOrder, mix
+from datamodules.loading.seeding import SeededBatches, isolated_randomness
+from datamodules.loading.workers import default_workers
 from datamodules.transforms import to_float
 
 

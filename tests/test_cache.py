@@ -20,11 +20,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from datamodules import ImageFolderDataModule, TorchvisionDataModule, stores
+from datamodules import ImageFolderDataModule, TorchvisionDataModule
 from datamodules._lightning import LightningModule, Trainer
-from datamodules.images import UnreadableImageError, decode
-from datamodules.resizing import as_tensor
-from datamodules.stores import Job, Store, in_folder, in_memory
+from datamodules.reading import stores
+from datamodules.reading.images import UnreadableImageError, decode
+from datamodules.reading.pixels import as_tensor
+from datamodules.reading.stores import Job, Store, in_folder, in_memory
 
 QUIET = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False}
 QUIET |= {"enable_model_summary": False}

@@ -14,9 +14,9 @@ from PIL import Image
 
 from datamodules import CocoDetectionDataModule, ShapesDetectionDataModule
 from datamodules._lightning import LightningModule, Trainer
-from datamodules.annotations import Annotations, read
 from datamodules.coco import export_coco
-from datamodules.images import UnreadableImageError
+from datamodules.reading.annotations import Annotations, read
+from datamodules.reading.images import UnreadableImageError
 
 CATEGORIES = [{"id": 18, "name": "dog"}, {"id": 3, "name": "car"}, {"id": 7, "name": "train"}]
 

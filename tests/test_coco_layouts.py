@@ -12,7 +12,7 @@ from PIL import Image
 
 from datamodules import CocoDetectionDataModule
 from datamodules._lightning import LightningModule, Trainer
-from datamodules.images import UnreadableImageError
+from datamodules.reading.images import UnreadableImageError
 
 CATEGORIES = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from datamodules import ImageFolderDataModule, TorchvisionDataModule, decoders, images
-from datamodules.images import UnreadableImageError, decode
-from datamodules.resizing import as_image, as_tensor
+from datamodules import ImageFolderDataModule, TorchvisionDataModule
+from datamodules.reading import decoders, images
+from datamodules.reading.images import UnreadableImageError, decode
+from datamodules.reading.pixels import as_image, as_tensor
 from datamodules.transforms import eval_transform, train_transform
 
 pytest.importorskip("torchcodec.decoders", reason="pip install 'vision-zoo[fast]'", exc_type=ImportError)
@@ -433,7 +434,9 @@ def test_the_files_of_torchvisions_sets_can_be_decoded_by_torchcodec(monkeypatch
     options = {"download": False, "image_size": 48, "num_workers": 0}
     plain, fast = (TorchvisionDataModule("EuroSAT", root, decoder=name, **options) for name in ("pil", "torchcodec"))
     opened = []
-    monkeypatch.setattr("datamodules.torchvision_samples.convert", lambda *a: opened.append(a) or images.convert(*a))
+    monkeypatch.setattr(
+        "datamodules.reading.torchvision_samples.convert", lambda *a: opened.append(a) or images.convert(*a)
+    )
     for split in ("train", "val", "test"):
         expected, found = plain.samples(split), fast.samples(split)
         for index in range(len(expected)):
@@ -455,7 +458,7 @@ def test_torchvision_still_keeps_its_lists_where_they_are_looked_for():
 
     from torchvision import datasets
 
-    from datamodules.torchvision_samples import path_of
+    from datamodules.reading.torchvision_samples import path_of
 
     for kind, attribute in ((datasets.Flowers102, "_image_files"), (datasets.Food101, "_image_files")):
         assert f"self.{attribute}" in getsource(kind)

@@ -10,9 +10,11 @@ import torch
 from torchvision.transforms import v2
 
 from datamodules._lightning import LightningModule, Trainer
-from datamodules.base import BatchOrder, Keys, SeededBatches
 from datamodules.detection import DetectionDataModule, DetectionSamples
-from datamodules.detection_transforms import DetectionTransform, pad_batch, resized
+from datamodules.loading.order import BatchOrder, Keys
+from datamodules.loading.padding import pad_batch
+from datamodules.loading.seeding import SeededBatches
+from datamodules.transforms.detection import DetectionTransform, resized
 
 
 def scene(height: int = 40, width: int = 60, boxes=((10, 5, 30, 25), (40, 20, 50, 40))):

@@ -13,9 +13,9 @@ from PIL import Image, ImageOps
 
 from datamodules import ImageFolderDataModule
 from datamodules._lightning import LightningModule, Trainer
-from datamodules.files import ImageFiles
-from datamodules.images import UnreadableImageError, convert, decode
-from datamodules.shares import stratified_split
+from datamodules.loading.shares import stratified_split
+from datamodules.reading.files import ImageFiles
+from datamodules.reading.images import UnreadableImageError, convert, decode
 from datamodules.transforms import eval_transform
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)

@@ -22,7 +22,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.multiprocessing import ProcessExitedException
 from torch.utils.data import DataLoader
 
-from datamodules.workers import Loader, outlive_signals
+from datamodules.loading.workers import Loader, outlive_signals
 from zoo.callbacks import ExactResume, preemption
 from zoo.callbacks.fail_together import FailTogether
 from zoo.callbacks.preemption import Preempted, PreemptionGuard
@@ -605,7 +605,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader
 
-from datamodules.workers import outlive_signals
+from datamodules.loading.workers import outlive_signals
 from zoo.callbacks.fail_together import FailTogether
 from zoo.callbacks.preemption import PreemptionGuard
 

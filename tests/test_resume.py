@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from datamodules.base import ImageDataModule
-from datamodules.order import mix
+from datamodules.loading.order import mix
 from zoo.callbacks import EMA, ExactResume, GradientNorm
 from zoo.checkpoints import damage
 from zoo.common.log import StepLog

@@ -38,8 +38,9 @@ import yaml
 from PIL import Image
 from torchvision import datasets
 
-from datamodules import ImageFolderDataModule, TorchvisionDataModule, archives, images, torchvision_sets
-from datamodules.archives import UnsafeArchiveError
+from datamodules import ImageFolderDataModule, TorchvisionDataModule, torchvision_sets
+from datamodules.reading import archives, images
+from datamodules.reading.archives import UnsafeArchiveError
 from zoo import ViTClassifier, checkpoints, weights
 from zoo._lightning import NAMESPACE
 from zoo.cli import main, recipes

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torchvision.ops import box_area, box_iou, masks_to_boxes
 
-from datamodules import shape_images
-from datamodules.base import SeededBatches
-from datamodules.shape_images import CLASSES, Scene, ShapeSettings, outline, render
+from datamodules.loading.seeding import SeededBatches
+from datamodules.reading import shape_images
+from datamodules.reading.shape_images import CLASSES, Scene, ShapeSettings, outline, render
 from datamodules.shapes import PRESETS, ShapeSamples, ShapesDetectionDataModule, only
 
 SMALL = {"image_size": 64, "max_size": 51.2}
@@ -168,7 +168,7 @@ def test_an_image_is_a_function_of_seed_and_index():
 
 def test_another_process_renders_the_same():
     program = (
-        "import hashlib; from datamodules.shape_images import ShapeSettings, render\n"
+        "import hashlib; from datamodules.reading.shape_images import ShapeSettings, render\n"
         "print(hashlib.sha256(b''.join(part.tobytes() for part in render(ShapeSettings(), 5, 7))).hexdigest())"
     )
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -20,8 +20,9 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
-from datamodules import TorchvisionDataModule, archives
+from datamodules import TorchvisionDataModule
 from datamodules._lightning import Trainer
+from datamodules.reading import archives
 from datamodules.torchvision_sets import SOURCES
 from zoo import ViTClassifier
 

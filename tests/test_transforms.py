@@ -10,9 +10,9 @@ from PIL import Image
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from datamodules import transforms
 from datamodules.transforms import (
     affine,
+    batches,
     binarize,
     erase,
     eval_transform,
@@ -294,7 +294,7 @@ def test_normalize_refuses_a_wrong_number_of_channels():
 
 
 def test_normalizing_first_in_inference_mode_leaves_training_intact():
-    transforms._constant.cache_clear()
+    batches._constant.cache_clear()
     with torch.inference_mode():
         normalize(torch.rand(1, 1, 2, 2), (0.5,), (0.5,))
     images = torch.rand(1, 1, 2, 2, requires_grad=True)

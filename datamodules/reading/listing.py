@@ -3,10 +3,13 @@
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 from datamodules._lightning import rank_zero_warn
-from datamodules.images import EXTENSIONS
-from datamodules.json_values import one_form
+from datamodules.reading.images import EXTENSIONS
+from datamodules.reading.json_values import one_form
+
+Split = Literal["train", "val", "test", "predict"]
 
 SPLIT_FOLDERS = {
     "train": ("train", "training"),

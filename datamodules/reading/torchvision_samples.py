@@ -5,11 +5,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from datamodules import decoders
-from datamodules.cache import Cached
-from datamodules.images import UnreadableImageError, convert
-from datamodules.resizing import Pixels, as_tensor
-from datamodules.transforms import ToTensor
+from datamodules.reading import decoders
+from datamodules.reading.cache import Cached
+from datamodules.reading.images import UnreadableImageError, convert
+from datamodules.reading.pixels import Pixels, ToTensor, as_tensor
 
 
 class TorchvisionSamples(Cached):

@@ -14,6 +14,12 @@ TERMINAL = [getattr(signal, name) for name in ("SIGINT", "SIGHUP") if hasattr(si
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)] + TERMINAL
 
 
+def default_workers(processes: int = 1) -> int:
+    """Loader workers for one process: its share of the cores this program may use, at most 8, one core left free."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(0, min(8, cores // max(1, processes) - 1))
+
+
 class Loader(DataLoader[Any]):
     """A DataLoader whose workers are given their first signals only when they can deal with them.
 

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from datamodules import listing
 from datamodules._lightning import rank_zero_warn
-from datamodules.json_values import flag, number, one_form, outline, whole
+from datamodules.reading import listing
+from datamodules.reading.json_values import flag, number, one_form, outline, whole
 
 EXPECTED = 'expected a COCO file, {"images": [...], "annotations": [...], "categories": [...]}'
 

@@ -8,9 +8,9 @@ from urllib.parse import unquote
 
 import numpy as np
 
-from datamodules import listing
-from datamodules.base import Split
-from datamodules.json_values import one_form
+from datamodules.reading import listing
+from datamodules.reading.json_values import one_form
+from datamodules.reading.listing import Split
 
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 LAYOUTS = (

@@ -1,7 +1,7 @@
 """An image and its boxes together: resized, and in training flipped, cropped, jittered and distorted.
 
 All of it is torchvision's (``torchvision.transforms.v2`` on ``tv_tensors``), in the worker, on one image. Random
-choices come from the global generators, which the loader seeds for every sample. :func:`pad_batch` makes a batch.
+choices come from the global generators, which the loader seeds for every sample.
 """
 
 import copy
@@ -140,34 +140,6 @@ def resized(height: int, width: int, short: int, longest: int | None = None) -> 
     return (new_low, new_high) if height <= width else (new_high, new_low)
 
 
-def pad_batch(
-    samples: Sequence[tuple[Tensor, Target]], multiple: int = 32, sizes: Sequence[tuple[int, int]] = ()
-) -> tuple[Tensor, list[Target]]:
-    """Images of any size (C, h, w) become one tensor (B, C, H, W), filled up with 0 at the bottom and right.
-
-    Args:
-        samples: ``(image, target)`` each.
-        multiple: H and W are the images' largest height and width, rounded up to a multiple of this.
-        sizes: (H, W) to choose from instead, for few shapes: the smallest that all images fit.
-
-    Raises:
-        ValueError: If none of the sizes is large enough.
-    """
-    images, targets = zip(*samples, strict=True)
-    height, width = (max(image.shape[axis] for image in images) for axis in (-2, -1))
-    if sizes:
-        fitting = [size for size in sizes if size[0] >= height and size[1] >= width]
-        if not fitting:
-            raise ValueError(f"images of {height}x{width} fit none of the sizes {', '.join(map(_by, sizes))}")
-        height, width = min(fitting, key=lambda size: size[0] * size[1])
-    else:
-        height, width = (-(-side // multiple) * multiple for side in (height, width))
-    batch = images[0].new_zeros((len(images), images[0].shape[0], height, width))
-    for row, image in zip(batch, images, strict=True):
-        row[:, : image.shape[-2], : image.shape[-1]] = image
-    return batch, list(targets)
-
-
 def _resize(inputs: Any, size: tuple[int, int]) -> Any:
     return v2.Resize(size, antialias=True)(inputs)
 
@@ -193,7 +165,3 @@ def _of_each_box(inputs: tuple[Tensor, Target]) -> list[Tensor]:
         for key, value in target.items()
         if key != "boxes" and isinstance(value, Tensor) and value.shape[:1] == (count,)
     ]
-
-
-def _by(size: tuple[int, int]) -> str:
-    return f"{size[0]}x{size[1]}"

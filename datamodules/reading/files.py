@@ -9,11 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datamodules import decoders, listing
-from datamodules.cache import Cached
-from datamodules.images import UnreadableImageError
-from datamodules.resizing import Pixels
-from datamodules.transforms import ToTensor
+from datamodules.reading import decoders, listing
+from datamodules.reading.cache import Cached
+from datamodules.reading.images import UnreadableImageError
+from datamodules.reading.pixels import Pixels, ToTensor
 
 OnError = Literal["raise", "skip"]
 
@@ -30,7 +29,7 @@ class ImageFiles(Cached):
         on_error: "raise" raises :class:`UnreadableImageError` for a file that cannot be read; "skip" gives None for it
             and marks it in ``unreadable``, which loader workers share with the main process.
         random: Whether the transform involves chance.
-        decoder: "pil" or "torchcodec": see :func:`datamodules.decoders.read`.
+        decoder: "pil" or "torchcodec": see :func:`datamodules.reading.decoders.read`.
     """
 
     def __init__(

@@ -20,11 +20,23 @@ import numpy as np
 from torch import Tensor
 from torchvision.transforms import v2
 
-from datamodules import stores
-from datamodules.images import UnreadableImageError
-from datamodules.resizing import Pixels, Shrink, as_tensor, owned
-from datamodules.stores import Job, Store
-from datamodules.transforms import ToTensor, height_and_width
+from datamodules.reading import stores
+from datamodules.reading.images import UnreadableImageError
+from datamodules.reading.pixels import Pixels, ToTensor, as_tensor, covering, height_and_width, owned, resize, size_of
+from datamodules.reading.stores import Job, Store
+
+
+class Shrink:
+    """Resizes an image, its aspect kept, to a short side; one whose short side is no longer stays as it is."""
+
+    def __init__(self, side: int, interpolation: v2.InterpolationMode) -> None:
+        self.side, self.interpolation = side, interpolation
+
+    def __call__(self, image: Pixels) -> Pixels:
+        size = size_of(image)
+        if min(size) <= self.side:
+            return image
+        return resize(image, *covering(size, self.side, self.side), self.interpolation)
 
 
 class Cached:

@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from datamodules.images import decode
-from datamodules.resizing import Pixels, as_image, as_tensor
+from datamodules.reading.images import decode
+from datamodules.reading.pixels import Pixels, as_image, as_tensor
 
 Decoder = Literal["pil", "torchcodec"]
 

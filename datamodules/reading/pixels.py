@@ -5,6 +5,8 @@ Pillow resizes PIL images, torch resizes tensors: its bilinear and bicubic filte
 tensors go through Pillow.
 """
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import torch
 from PIL import Image
@@ -12,11 +14,17 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 Pixels = Image.Image | Tensor
-
-LONGEST = 16
-"""Longer than this many times its width, an image is cut before it is resized, since it could fill the memory."""
+ToTensor = Callable[[Pixels], Tensor]
 
 _BY_TORCH = (v2.InterpolationMode.BILINEAR, v2.InterpolationMode.BICUBIC)
+
+
+def height_and_width(image_size: int | Sequence[int]) -> tuple[int, int]:
+    """Of an ``image_size``: a side in pixels, or (height, width)."""
+    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(f"image_size is {image_size}: expected a side in pixels, or height and width")
+    return size
 
 
 def size_of(image: Pixels) -> tuple[int, int]:
@@ -66,45 +74,6 @@ def covering(size: tuple[int, int], height: int, width: int) -> tuple[int, int]:
     if old_width * height >= old_height * width:  # wider than what it has to cover
         return height, max(width, height * old_width // old_height)
     return max(height, width * old_height // old_width), width
-
-
-class Cover:
-    """Resizes an image, its aspect kept, to the smallest size that covers (height, width)."""
-
-    def __init__(self, size: tuple[int, int], interpolation: v2.InterpolationMode) -> None:
-        self.size, self.interpolation = size, interpolation
-
-    def __call__(self, image: Pixels) -> Pixels:
-        height, width = size = size_of(image)
-        longest = LONGEST * max(self.size) // min(self.size) * min(size)
-        if max(size) > longest:
-            image = v2.functional.center_crop(image, [min(height, longest), min(width, longest)])
-        return resize(image, *covering(size_of(image), *self.size), self.interpolation)
-
-
-class Shrink:
-    """Resizes an image, its aspect kept, to a short side; one whose short side is no longer stays as it is."""
-
-    def __init__(self, side: int, interpolation: v2.InterpolationMode) -> None:
-        self.side, self.interpolation = side, interpolation
-
-    def __call__(self, image: Pixels) -> Pixels:
-        size = size_of(image)
-        if min(size) <= self.side:
-            return image
-        return resize(image, *covering(size, self.side, self.side), self.interpolation)
-
-
-class ResizedCrop(v2.RandomResizedCrop):
-    """torchvision's, which draws alike for both kinds of images; a tensor is cropped and resized by a shorter way."""
-
-    def forward(self, image: Pixels) -> Pixels:
-        if isinstance(image, Image.Image):
-            return super().forward(image)
-        box = self.make_params([image])
-        rows, columns = (slice(box[a], box[a] + box[b]) for a, b in (("top", "height"), ("left", "width")))
-        height, width = self.size
-        return resize(image[:, rows, columns], height, width, self.interpolation)
 
 
 def owned(pixels: Tensor, source: Tensor | None) -> Tensor:

@@ -30,10 +30,11 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-from zoo import FPNDetector, MAEPretrainer, weights
+from zoo import FPNDetector, MAEPretrainer, ViTClassifier, weights
 from zoo.callbacks import ExportBackbone
 from zoo.detection import FPN
-from zoo.weights import layouts
+from zoo.detection.layouts import DetectorLayout, of_coco
+from zoo.weights.layouts import translate
 
 COCO_NAMES = FCOS_ResNet50_FPN_Weights.COCO_V1.meta["categories"]  # 91, by category id
 USED = [number for number, name in enumerate(COCO_NAMES) if name not in ("__background__", "N/A")]
@@ -305,9 +306,9 @@ def test_all_names_and_shapes_of_torchvisions_own_builders_are_known(kind, class
     with torch.device("meta"):
         theirs = BUILDERS[kind](weights=None, weights_backbone=None).state_dict()
         ours = FPNDetector("resnet50", classes, **ALIKE[kind], image_size=64).state_dict()
-    found, state = layouts.translate(theirs)
+    found, state = translate(theirs, DetectorLayout())
     assert found == f"torchvision, {'FCOS' if kind == 'fcos' else 'RetinaNet'}"
-    state |= layouts.of_coco(found, state, len(ours["head.cls_out.weight"]))
+    state |= of_coco(found, state, len(ours["head.cls_out.weight"]))
     differs = {name for name in ours | state if name not in state or ours[name].shape != state[name].shape}
     assert differs == ({"head.cls_out.weight", "head.cls_out.bias"} if classes == 5 else set())
 
@@ -335,7 +336,7 @@ def test_losses_and_gradients_of_all_parameters_are_torchvisions(tmp_path, kind)
         torch.testing.assert_close(found[names[name]], value, rtol=1e-5, atol=0)
     torch.stack(list(expected.values())).sum().backward()
     torch.stack(list(found.values())).sum().backward()
-    _, gradients = layouts.translate({name: each.grad for name, each in theirs.named_parameters()})
+    _, gradients = translate({name: each.grad for name, each in theirs.named_parameters()}, DetectorLayout())
     own = dict(ours.named_parameters())
     assert own.keys() == gradients.keys()
     for name, gradient in gradients.items():
@@ -363,13 +364,13 @@ def test_each_class_of_coco_comes_to_its_label(kind):
         "head.cls_out.bias": numbers,
         "head.box_out.bias": torch.zeros(4 * anchors),
     }
-    found = layouts.of_coco("torchvision, FCOS", state, 80 * anchors)
+    found = of_coco("torchvision, FCOS", state, 80 * anchors)
     expected = torch.tensor([100.0 * anchor + number for anchor in range(anchors) for number in USED])
     assert torch.equal(found["head.cls_out.bias"], expected)
     assert torch.equal(found["head.cls_out.weight"], expected.view(-1, 1, 1, 1).expand(-1, 2, 3, 3))
-    assert layouts.of_coco("torchvision, FCOS", state, 91 * anchors) == {}
-    assert layouts.of_coco("torchvision, FCOS", state, 5 * anchors) == {}
-    assert layouts.of_coco("", state, 80 * anchors) == {}  # our own 91 classes are anybody's
+    assert of_coco("torchvision, FCOS", state, 91 * anchors) == {}
+    assert of_coco("torchvision, FCOS", state, 5 * anchors) == {}
+    assert of_coco("", state, 80 * anchors) == {}  # our own 91 classes are anybody's
 
 
 @pytest.fixture
@@ -671,6 +672,19 @@ def test_a_larger_network_is_refused_even_if_stages_are_gone(tmp_path):
     deeper = timm.create_model("test_convnext", depths=(1, 2, 6, 2))
     with pytest.raises(ValueError, match=r"is of a larger network than FPNDetector: stages\.\* \(18\)"):
         weights.load(small(1, "test_convnext", neck="single"), file_of(deeper.state_dict(), tmp_path / "a.pth"))
+
+
+@pytest.mark.parametrize("builder", ["retinanet_resnet50_fpn", "fcos_resnet50_fpn", "fasterrcnn_resnet50_fpn"])
+def test_the_backbone_of_torchvisions_detectors_goes_into_whatever_has_it(builder, tmp_path):
+    """A classifier knows nothing of detectors, nor a dense detector of two stages; their ResNet is the same."""
+    theirs = getattr(torchvision.models.detection, builder)(weights=None, weights_backbone=None).state_dict()
+    path = file_of(theirs, tmp_path / "a.pth")
+    ours = [ViTClassifier("resnet50", num_classes=3), timm.create_model("resnet50", num_classes=0)]
+    ours += [FPNDetector("resnet50", num_classes=3, channels=16)] if builder.startswith("faster") else []
+    for module in ours:
+        weights.load(module, path)
+        kernels = getattr(module, "backbone", module).layer4[2].conv3.weight
+        assert torch.equal(kernels, theirs["backbone.body.layer4.2.conv3.weight"])
 
 
 def test_a_pretrained_masked_autoencoder_as_the_backbone_of_a_detector(tmp_path):

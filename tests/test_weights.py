@@ -230,7 +230,9 @@ def test_a_masked_autoencoders_decoder_is_left_out_and_named(tmp_path):
     torch.save({"model": theirs | decoder | {"mask_token": torch.zeros(1, 1, 8)}}, tmp_path / "mae.pth")
     report = weights.load(classifier(), tmp_path / "mae.pth")
     assert (report.loaded, report.total) == (30, 37)
-    assert "(MAE, encoder and decoder); left out: decoder.* (7); fresh: head.weight, head.bias" in str(report)
+    assert "(encoder and decoder); left out: decoder_blocks.* (6), mask_token; fresh: head.weight, head.bias" in str(
+        report
+    )
 
 
 def test_a_head_of_a_linear_probe_is_not_mistaken_for_a_plain_one(tmp_path):

@@ -31,6 +31,7 @@ from zoo.common.seeding import differ_between_ranks
 from zoo.detection.assign import assign, parts_of_a_batch
 from zoo.detection.cells import Anchors, Cells, Head, Targets, anchors_per_cell, make_cells, pad_targets
 from zoo.detection.heads import DenseHead
+from zoo.detection.layouts import DetectorLayout
 from zoo.detection.losses import BoxLoss, LossSums, dense_loss, mark_sizes
 from zoo.detection.maps import Maps, create_pyramid_backbone, freeze_stages
 from zoo.detection.metrics import TotalLosses
@@ -140,6 +141,7 @@ class FPNDetector(SafeLoading, Compilable, Shardable, NamedClasses, LightningMod
     # While a run goes on: they say how it is evaluated.
     changeable: ClassVar = ("score_threshold", "nms_threshold", "max_detections")
     compiled: ClassVar = ("_local_loss", "_dense_loss")  # assignment and loss as one graph, the same for all sizes
+    foreign_weights: ClassVar = DetectorLayout()
 
     def __init__(
         self,

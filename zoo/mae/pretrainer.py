@@ -21,6 +21,7 @@ from zoo.common.ranges import check_ranges, check_training
 from zoo.common.seeding import differ_between_ranks
 from zoo.mae.decoders import CrossDecoder, SelfDecoder
 from zoo.mae.encoder import encode_visible, fix_positions, initialize, plain_vit
+from zoo.mae.layouts import MAELayout
 from zoo.mae.patches import (
     denormalize_patches,
     normalize_patches,
@@ -125,6 +126,7 @@ class MAEPretrainer(SafeLoading, Compilable, Shardable, LightningModule):
     changeable: ClassVar = ("predict_ratio",)  # while a run goes on: they say how it is evaluated
     unpredicted: ClassVar = ("decoder",)  # parts that no prediction needs
     compiled: ClassVar = ("masked_loss",)
+    foreign_weights: ClassVar = MAELayout()
 
     def __init__(
         self,

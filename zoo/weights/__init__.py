@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
@@ -20,13 +19,13 @@ from torch import Tensor, nn
 
 from zoo.common.classes import NamedClasses
 from zoo.common.norms import layer_norm_eps, set_layer_norm_eps
-from zoo.weights import layouts
 from zoo.weights.fitting import fit
-from zoo.weights.names import CLASSES, brief
+from zoo.weights.layouts import Layout, layout_of
+from zoo.weights.names import brief
 from zoo.weights.reading import Source, describe, find, read, translated
 from zoo.weights.stated import encoder_of, to_metadata
 
-__all__ = ["Report", "describe", "load", "read", "reported", "save"]
+__all__ = ["Layout", "Report", "describe", "load", "read", "reported", "save"]
 
 _loads: ContextVar[list[tuple[nn.Module, "Report"]] | None] = ContextVar("loads", default=None)
 
@@ -77,8 +76,7 @@ def load(module: nn.Module, source: str | Path) -> Report:
 
     Every other part, such as a head or a decoder, is taken whole if its names and shapes agree. A classifier of another
     size, or a part that the source does not have at all, is left as it is; half of a decoder, or one of another size,
-    is refused. So is a detector of another kind; one of other classes is taken but for its outputs by class, which are
-    left as they are. Of torchvision's 91 classes a detector of 80 gets the 80 that COCO uses, by category id. A module
+    is refused. What else a module understands, it says itself: its ``foreign_weights``, a :class:`Layout`. A module
     that gets all from a Lightning checkpoint gets the names of its outputs too (:mod:`zoo.common.classes`).
 
     Args:
@@ -97,14 +95,15 @@ def load(module: nn.Module, source: str | Path) -> Report:
         OSError: If timm cannot fetch the weights.
     """
     found = find(source)
-    kind, state = translated(found.name, found.tensors)
+    layout = layout_of(module)
+    kind, state = translated(found.name, found.tensors, layout)
     name = f"{found.name} ({kind})" if kind else found.name
     own = module.state_dict()  # shares memory with the module
-    of_coco = layouts.of_coco(kind, state, len(own.get(f"{CLASSES}.weight", ())))
-    state |= of_coco
-    fitted = fit(module, Source(name, state, found.stated))
+    replaced = layout.resized(kind, state, own)
+    state |= replaced
+    fitted = fit(module, Source(name, state, found.stated), layout)
     values = fitted.values
-    resized = [*fitted.resized, *(target for target, (key, _) in values.items() if key in of_coco)]
+    resized = [*fitted.resized, *(target for target, (key, _) in values.items() if key in replaced)]
     with torch.no_grad():
         for target, (_, value) in values.items():
             own[target].copy_(value)
@@ -119,9 +118,8 @@ def load(module: nn.Module, source: str | Path) -> Report:
         resized=tuple(resized),
         left_out=tuple(key for key in state if key not in used),
         fresh=tuple(key for key in own if key not in values and not key.endswith("num_batches_tracked")),
-        # Not to fine-tune on other classes, for which thresholds are one's own, and anchors are learned anew.
         notes=tuple(notes),
-        advice=_advice(module, layouts.conventions(kind, state)) if f"{CLASSES}.weight" in values else "",
+        advice=layout.advice(kind, state, module, values.keys()),
     )
     if isinstance(module, NamedClasses) and not report.fresh:
         module.take_classes(found.content)
@@ -186,10 +184,3 @@ def _settle_eps(module: nn.Module, eps: float | None) -> list[str]:
     if settings is not None:
         settings["norm_eps"] = eps  # a checkpoint remembers it
     return [f"norm_eps {eps:g}, as there"]
-
-
-def _advice(module: Any, conventions: Mapping[str, Any]) -> str:
-    """The conventions of a source that the module was not built with."""
-    here = getattr(module, "hparams", {})
-    missing = [f"{name}={value}" for name, value in conventions.items() if name not in here or here[name] != value]
-    return f"to detect as there, build with {', '.join(missing)}" if missing else ""

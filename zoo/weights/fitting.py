@@ -7,9 +7,9 @@ from timm.layers import resample_patch_embed
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
-from zoo.weights import layouts
 from zoo.weights.differences import cause, check_heads, check_tokens, check_whole
-from zoo.weights.names import CLASSES, HEADS, brief, head_part, is_encoder, is_needed, place, relative, unwrapped
+from zoo.weights.layouts import Layout
+from zoo.weights.names import brief, is_encoder, is_needed, part_of, place, relative, unwrapped
 from zoo.weights.positions import TABLE, Grid, adapt, find_grid, fold
 from zoo.weights.reading import Source
 from zoo.weights.stated import encoder_of
@@ -30,14 +30,14 @@ class Fit:
     notes: list[str] = field(default_factory=list)
 
 
-def fit(module: nn.Module, source: Source) -> Fit:
-    """Finds what a module gets from a source whose names are translated.
+def fit(module: nn.Module, source: Source, layout: Layout) -> Fit:
+    """Finds what a module gets from a source whose names are translated by its layout.
 
     Raises:
         ValueError: If it does not fit, in one line: in what, and how to build the module alike.
     """
     own, state, name = module.state_dict(), source.tensors, type(module).__name__
-    found = _matched(source, own)
+    found = _matched(source, own, layout)
     missing = [target for target in own if is_needed(target, own) and target not in found]
     check_tokens(module, source, missing)
     if missing:
@@ -46,9 +46,8 @@ def fit(module: nn.Module, source: Source) -> Fit:
             f"{source.name} does not fit {name}: {len(missing)} of the encoder's {needed} tensors are missing, "
             f"{brief(missing)}; it holds {brief(list(state))}"
         )
-    differs = layouts.other_detector({unwrapped(key): value for key, value in state.items()}, own)
-    if differs:
-        raise ValueError(f"{source.name} is of another detector than this: {differs}, or start from the backbone alone")
+    if differs := layout.differences({unwrapped(key): value for key, value in state.items()}, own):
+        raise ValueError(f"{source.name} {differs}")
     check_whole(module, source, set(found.values()))
     check_heads(module, source)
 
@@ -69,11 +68,11 @@ def fit(module: nn.Module, source: Source) -> Fit:
         for token, value in fold(theirs, own[f"{prefix}pos_embed"], encoder, grid).items():
             done.values[prefix + token] = found[prefix + token], value
             done.resized.append(prefix + token)
-    _drop_partial(module, source, done)
+    _drop_partial(module, source, layout, done)
     return done
 
 
-def _matched(source: Source, own: Mapping[str, Tensor]) -> dict[str, str]:
+def _matched(source: Source, own: Mapping[str, Tensor], layout: Layout) -> dict[str, str]:
     """For names in the module: the name in the source."""
     found: dict[str, str] = {}
     # A head for each of two tokens, whose outputs are averaged, cannot be one head.
@@ -82,7 +81,9 @@ def _matched(source: Source, own: Mapping[str, Tensor]) -> dict[str, str]:
         target = place(key, own)
         if target in found:
             raise ValueError(f"{source.name} has two tensors for {target}: {found[target]} and {key}")
-        if target is not None and not (of_two and head_part(target, own)):
+        if target is not None and not (
+            of_two and not is_encoder(target, own) and part_of(target, layout.optional) in layout.optional
+        ):
             found[target] = key
     # BEiT is pretrained with one table for all blocks, and fine-tuned with one for each.
     shared = next((key for key in source.tensors if unwrapped(key) == f"rel_pos_bias.{TABLE}"), None)
@@ -91,7 +92,7 @@ def _matched(source: Source, own: Mapping[str, Tensor]) -> dict[str, str]:
     return found
 
 
-def _drop_partial(module: nn.Module, source: Source, done: Fit) -> None:
+def _drop_partial(module: nn.Module, source: Source, layout: Layout, done: Fit) -> None:
     """Leaves out parts other than the encoder that do not fit as a whole: half a head is worse than none.
 
     Raises:
@@ -101,12 +102,10 @@ def _drop_partial(module: nn.Module, source: Source, done: Fit) -> None:
     parts: dict[str, list[str]] = {}
     for name in own:
         if not is_encoder(name, own):
-            part = CLASSES if name.startswith(f"{CLASSES}.") else head_part(name, own) or name.split(".")[0]
-            parts.setdefault(part, []).append(name)
-    optional = {CLASSES} if CLASSES in parts else set(HEADS)
+            parts.setdefault(part_of(name, layout.optional), []).append(name)
     for part, names in parts.items():
         wrong = [name for name in names if name not in values or values[name][1].shape != own[name].shape]
-        if wrong and part not in optional and any(name in values for name in names):
+        if wrong and part not in layout.optional and any(name in values for name in names):
             there = f"{tuple(values[wrong[0]][1].shape)} there" if wrong[0] in values else "missing there"
             raise ValueError(
                 f"{source.name} has another {part} than {type(module).__name__}: {wrong[0]} is {there} and "

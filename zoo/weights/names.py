@@ -1,15 +1,14 @@
 """Where a tensor of a source belongs in a module, by its name."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
-# What wrappers and other modules put before a name.
-WRAPPERS = ("module.", "model.", "_orig_mod.", "backbone.")
+# What wrappers and other modules put before a name; torchvision's detectors have their network in "backbone.body".
+WRAPPERS = ("module.", "model.", "_orig_mod.", "backbone.", "body.")
 # A classifier by its names in timm.
 HEADS = ("head", "head.fc", "classifier", "fc")
-# What of a detector's head depends on the number of classes.
-CLASSES = "head.cls_out"
 # What of an encoder may differ between pooling by token, by mean and by attention, and so may begin anew. A mean has a
 # norm of its own, fc_norm, which pretraining did not have (He et al. 2022 train it from scratch as well).
 POOLING = ("norm", "fc_norm", "attn_pool", "reg_token")
@@ -31,6 +30,16 @@ def place(key: str, own: Mapping[str, Tensor]) -> str | None:
         key = key.removeprefix(wrapper)
 
 
+def renamed(state: Mapping[str, Tensor], rules: tuple[tuple[str, str], ...]) -> dict[str, Tensor]:
+    """Tensors by other names: each rule, a pattern and what takes its place, in its turn."""
+    result = {}
+    for key, value in state.items():
+        for pattern, replacement in rules:
+            key = re.sub(pattern, replacement, key)
+        result[key] = value
+    return result
+
+
 def unwrapped(key: str) -> str:
     key = key.replace("._orig_mod.", ".")
     while wrapper := next((wrapper for wrapper in WRAPPERS if key.startswith(wrapper)), None):
@@ -49,12 +58,14 @@ def relative(name: str) -> str:
     return name.removeprefix("backbone.")
 
 
-def head_part(name: str, own: Mapping[str, Tensor]) -> str | None:
-    """The part that a classifier's tensor belongs to, a distilled DeiT's second one as well; None of other tensors."""
-    part = name.split(".")[0]
-    if f"{CLASSES}.weight" in own or (part not in HEADS and part != "head_dist"):
-        return None
-    return "head" if part == "head_dist" else part
+def part_of(name: str, optional: Sequence[str]) -> str:
+    """The part that a tensor of no encoder belongs to: one of the optional ones, or the first word of its name.
+
+    A distilled DeiT's second classifier belongs to the first.
+    """
+    word = name.split(".")[0]
+    found = next((part for part in optional if name.startswith(f"{part}.")), word)
+    return "head" if word == "head_dist" and "head" in optional else found
 
 
 def is_encoder(name: str, own: Mapping[str, Tensor]) -> bool:

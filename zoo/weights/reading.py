@@ -18,7 +18,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from zoo.weights import layouts
+from zoo.weights.layouts import Layout, translate
 from zoo.weights.stated import Stated, by_checkpoint, by_config, by_metadata, by_module
 
 # Where checkpoints keep the tensors; an average comes before what it is the average of.
@@ -156,9 +156,9 @@ def _tensors(name: str, content: Any) -> tuple[str, dict[str, Tensor]]:
     return title, found
 
 
-def translated(name: str, tensors: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
+def translated(name: str, tensors: Mapping[str, Tensor], layout: Layout | None = None) -> tuple[str, dict[str, Tensor]]:
     try:
-        return layouts.translate(tensors)
+        return translate(tensors, layout)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 

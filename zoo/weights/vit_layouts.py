@@ -6,8 +6,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from zoo.weights.names import renamed
+
 # Hugging Face's ViT, ViTMAE, DeiT, BEiT and DINOv2, with and without registers. Files have the names of version 4 of
-# transformers, the decoder's as version 5 writes them from 5.2x on; modules in memory have those of version 5.
+# transformers; modules in memory have those of version 5.
 HUGGING_FACE_PATCHES = "embeddings.patch_embeddings.projection.weight"
 HUGGING_FACE = (
     (r"^embeddings\.cls_token$", "cls_token"),
@@ -22,9 +24,6 @@ HUGGING_FACE = (
     (r"^pooler\.layernorm\b", "fc_norm"),  # BEiT's, behind the mean over patches
     (r"^cls_classifier\b", "head"),
     (r"^distillation_classifier\b", "head_dist"),
-    (r"^decoder\.(?:decoder_layers|decoder_encoder\.layer)\.", "decoder.blocks."),
-    (r"^decoder\.decoder_(embed|norm|pos_embed)\b", r"decoder.\1"),
-    (r"^decoder\.decoder_pred\b", "decoder.head"),
     (r"\.layernorm_before\b", ".norm1"),
     (r"\.layernorm_after\b", ".norm2"),
     (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
@@ -45,15 +44,11 @@ DINOV2 = (
     (r"\.mlp\.w12\.", ".mlp.fc1."),
     (r"\.mlp\.w3\.", ".mlp.fc2."),
 )
-# lightly wraps a ViT of timm, or of torchvision. Its examples' decoder was one module, and is now three.
+# lightly wraps a ViT of timm, or of torchvision.
 LIGHTLY_WRAPPED = re.compile(r"(^|\.)vit\.(patch_embed\.proj|conv_proj)\.weight$")
 LIGHTLY = (
     (r"(^|\.)(?:teacher_)?(backbone\.)vit\.", r"\1\2"),
     (r"^vit\.", ""),
-    (r"^decoder\.decoder_(blocks|embed|norm|pos_embed)\b", r"decoder.\1"),
-    (r"^decoder\.decoder_pred\b", "decoder.head"),
-    (r"^decoder_embed\b", "decoder.embed"),
-    (r"^prediction_head\b", "decoder.head"),
 )
 # torchvision's ViT.
 TORCHVISION_POSITIONS = re.compile(r"(^|\.)encoder\.pos_embedding$")
@@ -93,16 +88,6 @@ def translate(state: Mapping[str, Tensor]) -> tuple[list[str], dict[str, Tensor]
         kinds.append("DINOv2")
         state = renamed(state, DINOV2)
     return kinds, dict(state)
-
-
-def renamed(state: Mapping[str, Tensor], rules: tuple[tuple[str, str], ...]) -> dict[str, Tensor]:
-    """Tensors by other names: each rule, a pattern and what takes its place, in its turn."""
-    result = {}
-    for key, value in state.items():
-        for pattern, replacement in rules:
-            key = re.sub(pattern, replacement, key)
-        result[key] = value
-    return result
 
 
 def merged(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -3,6 +3,8 @@
 import math
 import os
 import signal
+import subprocess
+import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,24 @@ def test_they_stand_behind_what_changes_weights_and_before_what_saves():
     guards = ["NonFiniteGuard", "Provenance", "FailTogether", "ExactResume", "PreemptionGuard"]
     assert kinds(trainer) == ["OptimizerSettings", "EMA", *guards, "ModelCheckpoint", "ResumePoint"]
     assert type(trainer.strategy.checkpoint_io) is AtomicCheckpointIO
+
+
+@pytest.mark.parametrize("variable", ["TORCHELASTIC_RUN_ID", "SLURM_JOB_ID"])
+def test_the_launcher_that_ends_all_processes_itself_is_not_helped(monkeypatch, variable):
+    monkeypatch.setenv(variable, "1")
+    installed = kinds(guard(Trainer(logger=False, enable_checkpointing=False, **QUIET)))
+    assert ("FailTogether" in installed) == (variable != "TORCHELASTIC_RUN_ID")
+    mine = FailTogether()
+    assert mine in guard(Trainer(callbacks=[mine], logger=False, enable_checkpointing=False, **QUIET)).callbacks
+
+
+@pytest.mark.slow
+def test_torchrun_is_such_a_launcher():
+    code = "from torch.distributed import is_torchelastic_launched as found; raise SystemExit(0 if found() else 7)"
+    Path("asks.py").write_text(code)
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", "asks.py"]
+    assert subprocess.run(run, capture_output=True).returncode == 0
+    assert subprocess.run([sys.executable, "asks.py"]).returncode == 7
 
 
 def test_what_is_there_stays():

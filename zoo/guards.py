@@ -7,6 +7,7 @@ The ``zoo`` command adds them all, unless ``--guards false``.
 from datetime import timedelta
 from typing import Any
 
+from torch.distributed import is_torchelastic_launched
 from torch.distributed.constants import default_pg_timeout
 
 from zoo._lightning import Checkpoint
@@ -29,7 +30,7 @@ def guard(trainer: Any, config: str | None = None, weights_only: bool | None = N
 
     - :class:`zoo.callbacks.NonFiniteGuard`: stops at a loss that is NaN or infinite, with the batch on disk.
     - :class:`zoo.callbacks.Provenance`: configuration, versions and revision in every checkpoint.
-    - :class:`zoo.callbacks.FailTogether`: one process fails, the others end.
+    - :class:`zoo.callbacks.FailTogether`: one process fails, the others end. Not under torchrun, whose agent ends them.
     - :class:`zoo.callbacks.ExactResume`: a continued run equals the uninterrupted one.
     - :class:`zoo.callbacks.PreemptionGuard`: SIGTERM, SIGUSR1, SIGHUP and Ctrl-C end a run saved.
     - :class:`zoo.callbacks.OptimizerSettings`: settings that were changed win over a checkpoint's, the others stay.
@@ -48,7 +49,7 @@ def guard(trainer: Any, config: str | None = None, weights_only: bool | None = N
     guards = (
         NonFiniteGuard(),
         Provenance(config),
-        FailTogether(),
+        *(() if is_torchelastic_launched() else (FailTogether(),)),
         ExactResume(),
         PreemptionGuard(),
         ResumePoint(),

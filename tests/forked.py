@@ -1,0 +1,303 @@
+"""Python programs as processes of their own, without the seconds that torch and Lightning take to import.
+
+``run`` and ``Popen`` take the commands that those of subprocess take: ``[sys.executable, "-m", "zoo", ...]``, ``"-c"``
+and a source, or a script. A server that has imported what programs import, and has done nothing else, forks a process
+for each; there the program runs as the interpreter's own, with its folder, environment, streams, signals and status.
+
+Whatever is about the start of an interpreter needs subprocess: what is imported when, and variables that are read then.
+"""
+
+import atexit
+import fcntl
+import gc
+import importlib
+import json
+import os
+import pkgutil
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import termios
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import IO, Any
+
+import numpy
+
+PRELOADED = (
+    *("torchvision", "timm", "sklearn.datasets", "sklearn.neighbors", "sklearn.svm", "tensorboard.summary", "fsspec"),
+    *("lightning.pytorch.cli", "torch.utils.tensorboard", "torchmetrics.classification", "rich.progress"),
+)
+"""Besides all modules of ours."""
+
+
+class Popen:
+    """A program that runs, with the part of subprocess.Popen's interface that tests use.
+
+    Args:
+        command: The interpreter and what it is to run.
+        cwd, env, start_new_session: As for subprocess.
+        stdin, stdout, stderr: A file or a descriptor, PIPE for stdout; by default those of the tests.
+        terminal: Make stdin the terminal that controls the program, which gets a session of its own.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        cwd: str | os.PathLike[str] | None = None,
+        env: dict[str, str] | None = None,
+        stdin: Any = subprocess.DEVNULL,
+        stdout: Any = 1,
+        stderr: Any = 2,
+        start_new_session: bool = False,
+        terminal: bool = False,
+        text: bool = True,
+    ) -> None:
+        if command[0] != sys.executable:
+            raise ValueError(f"only programs of {sys.executable} are forked, not {command[0]}")
+        self.args, self.returncode = command, None
+        self.stdout: IO[Any] | None = None
+        mine = []  # descriptors that are the server's from now on
+        if stdin == subprocess.DEVNULL:
+            mine.append(stdin := os.open(os.devnull, os.O_RDONLY))
+        if stdout == subprocess.PIPE:
+            reader, stdout = os.pipe()
+            mine.append(stdout)
+            self.stdout = os.fdopen(reader, "r" if text else "rb")
+        if stderr == subprocess.STDOUT:
+            stderr = stdout
+        self._status, told = os.pipe()
+        request = {"command": command[1:], "cwd": os.fspath(cwd or os.getcwd()), "env": dict(env or os.environ)}
+        request |= {"session": start_new_session or terminal, "terminal": terminal}
+        with tempfile.TemporaryFile("w+") as file:
+            json.dump(request, file)
+            file.flush()
+            streams = [stream if isinstance(stream, int) else stream.fileno() for stream in (stdin, stdout, stderr)]
+            socket.send_fds(_server(), [b"."], [file.fileno(), told, *streams])
+            for descriptor in (*mine, told):
+                os.close(descriptor)
+            self.pid = int(self._hear())
+
+    def _hear(self) -> str:
+        line = b""
+        while not line.endswith(b"\n"):
+            part = os.read(self._status, 1)
+            if not part:
+                raise ChildProcessError("the server of forked programs has ended")
+            line += part
+        return line.decode()
+
+    def poll(self) -> int | None:
+        if self.returncode is None and select.select([self._status], [], [], 0)[0]:
+            self.wait()
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        if self.returncode is None:
+            if not select.select([self._status], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired(self.args, timeout or 0)
+            self.returncode = int(self._hear())
+            os.close(self._status)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def __enter__(self) -> "Popen":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self.stdout:
+            self.stdout.close()
+        self.wait()
+
+
+def run(
+    command: Sequence[str],
+    *,
+    capture_output: bool = False,
+    text: bool = True,
+    input: str | None = None,
+    timeout: float | None = None,
+    check: bool = False,
+    **options: Any,
+) -> subprocess.CompletedProcess[Any]:
+    """A program that has ended, as of subprocess.run; its output went through files, so that none fills up."""
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, tempfile.TemporaryFile() as given:
+        if capture_output:
+            options |= {"stdout": out, "stderr": err}
+        if input is not None:
+            given.write(input.encode())
+            given.seek(0)
+            options["stdin"] = given
+        process = Popen(command, **options)
+        try:
+            status = process.wait(timeout)
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+        texts: list[Any] = [None, None]
+        if capture_output:
+            for index, file in enumerate((out, err)):
+                file.seek(0)
+                texts[index] = file.read().decode() if text else file.read()
+    if check and status:
+        raise subprocess.CalledProcessError(status, command, *texts)
+    return subprocess.CompletedProcess(command, status, *texts)
+
+
+_connection: socket.socket | None = None
+
+
+def _server() -> socket.socket:
+    """The connection to this process's server, which is started when the first asks for it."""
+    global _connection
+    if _connection is None:
+        _connection, theirs = socket.socketpair()
+        with theirs:
+            command = [sys.executable, __file__, str(theirs.fileno())]
+            null = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
+            subprocess.Popen(command, pass_fds=[theirs.fileno()], cwd="/", start_new_session=True, **null)
+        atexit.register(_connection.shutdown, socket.SHUT_RDWR)
+    return _connection
+
+
+# What follows runs in the server.
+
+
+def _serve(connection: socket.socket) -> tuple[str, list[str]]:
+    """Forks a process for each request; returns in each of them, with what is to run and its arguments."""
+    running: dict[int, tuple[int, int]] = {}  # by the descriptor of its end: the number, and where to tell it
+    while True:
+        for ready in select.select([connection, *running], [], [])[0]:
+            if ready is not connection:
+                pid, told = running.pop(ready)
+                status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+                _tell(told, status)
+                os.close(told)
+                os.close(ready)
+                continue
+            message, received, _, _ = socket.recv_fds(connection, 1, 5)
+            if not message:  # the tests have ended
+                for pid, _ in running.values():
+                    os.kill(pid, signal.SIGKILL)
+                os._exit(0)
+            request, told, *streams = received
+            pid = os.fork()
+            if pid == 0:
+                connection.close()
+                for descriptor, (_, other) in running.items():
+                    os.close(descriptor)
+                    os.close(other)
+                os.close(told)
+                return _become(request, streams)
+            for descriptor in (request, *streams):
+                os.close(descriptor)
+            running[os.pidfd_open(pid)] = (pid, told)
+            _tell(told, pid)
+
+
+def _tell(to: int, number: int) -> None:
+    with suppress(BrokenPipeError):  # nobody waits for it any more
+        os.write(to, f"{number}\n".encode())
+
+
+def _become(request: int, streams: list[int]) -> tuple[str, list[str]]:
+    """Makes this process the one that was asked for, as if it had just been started."""
+    with os.fdopen(request) as file:
+        file.seek(0)
+        asked = json.load(file)
+    if asked["session"]:
+        os.setsid()
+    for number, descriptor in enumerate(streams):
+        os.dup2(descriptor, number)
+    for descriptor in streams:
+        os.close(descriptor)
+    if asked["terminal"]:
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    sys.stdout.reconfigure(line_buffering=os.isatty(1))  # type: ignore[union-attr]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    numpy.random.seed()
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    os.environ.clear()
+    os.environ.update(asked["env"])
+    os.chdir(asked["cwd"])
+    installed = [path for path in sys.path[1:] if path not in paths]
+    given = [os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    sys.path[:] = ["", *given, *installed]
+    what, *arguments = asked["command"]
+    return what, arguments
+
+
+def _run(what: str, arguments: list[str]) -> None:
+    """Runs a program as the interpreter does that is given its command."""
+    if what == "-m":
+        sys.path[0] = os.getcwd()
+        sys.argv[:] = arguments
+        runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+        return
+    sys.modules["__main__"] = main = ModuleType("__main__")
+    if what == "-c":
+        source, name, sys.argv[:] = arguments[0], "<string>", ["-c", *arguments[1:]]
+    else:
+        main.__file__ = name = os.path.abspath(what)
+        source, sys.argv[:], sys.path[0] = Path(what).read_text("utf-8"), [what, *arguments], os.path.dirname(name)
+    exec(compile(source, name, "exec"), main.__dict__)
+
+
+def _end(what: str, arguments: list[str]) -> None:
+    """Runs a program and ends with its status, as the interpreter does, but leaves its memory to the system.
+
+    To take thousands of shared modules apart is most of what a short program would do.
+    """
+    status, interrupted = 0, False
+    try:
+        _run(what, arguments)
+    except SystemExit as end:
+        if isinstance(end.code, int):
+            status = end.code & 0xFF
+        elif end.code is not None:
+            print(end.code, file=sys.stderr)
+            status = 1
+    except BaseException as error:
+        status, interrupted = 1, isinstance(error, KeyboardInterrupt)
+        sys.excepthook(type(error), error, error.__traceback__)
+    try:
+        threading._shutdown()  # type: ignore[attr-defined]  # waits for threads
+        atexit._run_exitfuncs()
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        if interrupted:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
+        os._exit(status)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in PRELOADED:
+        importlib.import_module(name)
+    for package in map(importlib.import_module, ("zoo", "datamodules")):
+        for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+            if not module.name.endswith("__main__"):
+                importlib.import_module(module.name)
+    gc.freeze()  # else each process would copy what it only looks at
+    _end(*_serve(socket.socket(fileno=int(sys.argv[1]))))

@@ -1,0 +1,144 @@
+"""Forked programs are as those of subprocess, and do not know of each other."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import forked
+import pytest
+
+BOTH = pytest.mark.parametrize("run", [subprocess.run, forked.run], ids=["subprocess", "forked"])
+PYTHON = [sys.executable, "-c"]
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("source", "status", "told"),
+    [
+        ("pass", 0, ""),
+        ("import sys; sys.exit()", 0, ""),
+        ("import sys; sys.exit(3)", 3, ""),
+        ("import sys; sys.exit(-1)", 255, ""),
+        ("import sys; sys.exit('gone')", 1, "gone"),
+        ("1 / 0", 1, "ZeroDivisionError: division by zero"),
+        ("raise KeyboardInterrupt", -signal.SIGINT, "KeyboardInterrupt"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGINT)", -signal.SIGINT, "KeyboardInterrupt"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGTERM)", -signal.SIGTERM, ""),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL, ""),
+        ("import os; os._exit(7)", 7, ""),
+    ],
+)
+def test_a_program_ends_as_it_would(run, source, status, told):
+    done = run([*PYTHON, source], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (status, "")
+    assert (done.stderr.splitlines() or [""])[-1] == told
+
+
+@BOTH
+def test_what_is_left_to_the_end_is_done(run):
+    source = "import atexit, threading, time\natexit.register(print, 'exit')\nprint('program', end=' ')\n"
+    source += "threading.Thread(target=lambda: (time.sleep(0.1), print('thread', end=' '))).start()"
+    assert run([*PYTHON, source], capture_output=True, text=True).stdout == "program thread exit\n"
+
+
+@BOTH
+def test_folder_environment_arguments_and_input_are_those_given(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("GIVEN", "no")
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "script.py").write_text("import sys; print(__name__, __file__, sys.argv, sys.path[0])")
+    (tmp_path / "there" / "neighbour.py").write_text("NAME = __name__")
+    environment = {**os.environ, "GIVEN": "yes", "PYTHONPATH": "there"}
+    source = "import os, sys, neighbour; print(os.getcwd(), os.environ['GIVEN'], sys.argv, sys.stdin.read(), __name__)"
+    done = run([*PYTHON, source, "-x", "é"], capture_output=True, text=True, env=environment, input="né")
+    assert done.stdout == f"{tmp_path} yes ['-c', '-x', 'é'] né __main__\n", done.stderr
+    done = run([sys.executable, "there/script.py", "1"], capture_output=True, text=True)
+    there = tmp_path / "there"
+    assert done.stdout == f"__main__ {there}/script.py ['there/script.py', '1'] {there}\n", done.stderr
+    done = run([sys.executable, "-m", "neighbour"], capture_output=True, text=True, cwd=there)
+    assert done.returncode == 0, done.stderr
+    done = run([sys.executable, "-m", "neighbour"], capture_output=True, text=True)
+    assert (done.returncode, "No module named" in done.stderr) == (1, True)
+
+
+@BOTH
+def test_a_program_starts_with_the_usual_signals_streams_and_descriptors(run):
+    names = "SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGCHLD", "SIGPIPE", "SIGALRM"
+    source = "import os, signal, sys, threading, multiprocessing as m\n"
+    source += f"print([str(signal.getsignal(getattr(signal, n))) for n in {names}], signal.pthread_sigmask(0, []))\n"
+    source += "print(sys.stdin.read() == '', len(os.listdir('/proc/self/fd')), len(os.listdir('/proc/self/task')))\n"
+    source += "print(m.get_start_method(), m.parent_process(), threading.current_thread() is threading.main_thread())"
+    options = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
+    told = run([*PYTHON, source], **options).stdout.splitlines()
+    usual = "<built-in function default_int_handler>", *["0"] * 5, "1", "0"
+    assert told == [f"{list(usual)} set()", "True 4 1", "fork None True"]  # the folder that is listed is the fourth
+
+
+def test_what_a_program_changes_the_next_does_not_see():
+    change = "import torch, zoo, logging, random; zoo.changed = 1; torch.set_default_dtype(torch.float64)\n"
+    change += "torch.manual_seed(3); logging.getLogger('lightning').setLevel(7); import this"
+    look = "import sys, torch, zoo, logging; print(hasattr(zoo, 'changed'), torch.get_default_dtype(), 'this' in "
+    look += "sys.modules, torch.initial_seed() == 3, logging.getLogger('lightning').level == 7)"
+    assert forked.run([*PYTHON, change], capture_output=True).returncode == 0
+    assert forked.run([*PYTHON, look], capture_output=True).stdout == "False torch.float32 False False False\n"
+    draw = "import random, numpy; print(random.random(), numpy.random.rand())"
+    first, second = (forked.run([*PYTHON, draw], capture_output=True).stdout.split() for _ in range(2))
+    assert not set(first) & set(second)
+
+
+def test_torch_is_there_and_trains_and_forks_workers():
+    source = "import sys, time; print('torch' in sys.modules, 'lightning.pytorch' in sys.modules)\n"
+    source += "import torch; x = torch.ones(2, requires_grad=True); x.sum().backward(); print(x.grad.tolist())\n"
+    source += "print(len(list(torch.utils.data.DataLoader(range(4), num_workers=2))), torch.get_num_threads())"
+    done = forked.run([*PYTHON, source], capture_output=True)
+    assert done.stdout.splitlines() == ["True True", "[1.0, 1.0]", "4 1"], done.stderr
+
+
+def test_a_running_program_is_asked_told_and_ended(tmp_path):
+    source = "import time; print('ready', flush=True); time.sleep(600)"
+    with forked.Popen([*PYTHON, source], stdout=subprocess.PIPE, start_new_session=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        assert os.getsid(process.pid) == process.pid
+        assert process.poll() is None
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.01)
+        with forked.Popen([*PYTHON, "pass"]) as other:  # ends before it
+            assert other.wait() == 0
+        process.terminate()
+    assert process.returncode == process.poll() == -signal.SIGTERM
+    process.kill()  # nobody is there
+    with pytest.raises(subprocess.TimeoutExpired):
+        forked.run([*PYTHON, f"import os, time; open('pid', 'w').write(str(os.getpid())); {source}"], timeout=3)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(Path("pid").read_text()), 0)
+    with pytest.raises(subprocess.CalledProcessError):
+        forked.run([*PYTHON, "import sys; sys.exit(1)"], check=True)
+    with pytest.raises(ValueError, match="only programs of .*python.* are forked, not ls"):
+        forked.run(["ls"])
+
+
+def test_a_terminal_controls_its_program():
+    outer, inner = os.openpty()
+    source = "import os, sys, time; print(os.isatty(0), os.tcgetpgrp(0) == os.getpid())\ntime.sleep(600)"
+    process = forked.Popen([*PYTHON, source], stdin=inner, stdout=inner, stderr=inner, terminal=True)
+    os.close(inner)
+    told = b""
+    while not told.endswith(b"\n"):
+        told += os.read(outer, 100)
+    assert told == b"True True\r\n"
+    os.write(outer, b"\x03")
+    assert process.wait() == -signal.SIGINT
+    os.close(outer)
+
+
+def test_several_run_at_a_time():
+    start = time.monotonic()
+    threads = [threading.Thread(target=forked.run, args=([*PYTHON, "import time; time.sleep(1.5)"],)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert time.monotonic() - start < 4 * 1.5

@@ -4,8 +4,8 @@ Official splits are kept. Where a set has no validation split, a stratified shar
 fixed by ``split_seed``; EuroSAT, which has no split at all, gives a share for testing in the same way. ImageNet's test
 labels are not public: its validation images serve as both.
 
-Archives are unpacked by ``datamodules/reading/archives.py``, and CIFAR's pickled arrays are read as numbers, lists and names:
-torchvision would run whatever such files hold.
+Archives are unpacked by ``datamodules/reading/archives.py``, and CIFAR's pickled arrays are read as numbers, lists and
+names: torchvision would run whatever such files hold.
 """
 
 import os

@@ -11,9 +11,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import logging
 import random
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -73,6 +76,18 @@ def _restored_process() -> Iterator[None]:
                 delattr(loader, f"__old{name}")
     if rank is not None:  # else Lightning was first imported by the test, and has set it
         rank_zero_only.rank = rank
+
+
+@pytest.fixture
+def _forked_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the Python programs that our code starts be forked: see forked.py."""
+    start = subprocess.Popen
+
+    def popen(command, *args, **options):
+        ours = not args and isinstance(command, list) and command[0] == sys.executable
+        return (forked.Popen if ours else start)(command, *args, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
 
 
 def longest(item: pytest.Item) -> float:

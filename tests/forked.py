@@ -25,7 +25,9 @@ import termios
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
+from subprocess import DEVNULL, PIPE, STDOUT, CalledProcessError, CompletedProcess, TimeoutExpired
 from types import ModuleType, TracebackType
 from typing import IO, Any
 
@@ -54,7 +56,7 @@ class Popen:
         *,
         cwd: str | os.PathLike[str] | None = None,
         env: dict[str, str] | None = None,
-        stdin: Any = subprocess.DEVNULL,
+        stdin: Any = DEVNULL,
         stdout: Any = 1,
         stderr: Any = 2,
         start_new_session: bool = False,
@@ -66,13 +68,13 @@ class Popen:
         self.args, self.returncode = command, None
         self.stdout: IO[Any] | None = None
         mine = []  # descriptors that are the server's from now on
-        if stdin == subprocess.DEVNULL:
+        if stdin == DEVNULL:
             mine.append(stdin := os.open(os.devnull, os.O_RDONLY))
-        if stdout == subprocess.PIPE:
+        if stdout == PIPE:
             reader, stdout = os.pipe()
             mine.append(stdout)
             self.stdout = os.fdopen(reader, "r" if text else "rb")
-        if stderr == subprocess.STDOUT:
+        if stderr == STDOUT:
             stderr = stdout
         self._status, told = os.pipe()
         request = {"command": command[1:], "cwd": os.fspath(cwd or os.getcwd()), "env": dict(env or os.environ)}
@@ -81,7 +83,8 @@ class Popen:
             json.dump(request, file)
             file.flush()
             streams = [stream if isinstance(stream, int) else stream.fileno() for stream in (stdin, stdout, stderr)]
-            socket.send_fds(_server(), [b"."], [file.fileno(), told, *streams])
+            with _one_at_a_time:
+                socket.send_fds(_server(), [b"."], [file.fileno(), told, *streams])
             for descriptor in (*mine, told):
                 os.close(descriptor)
             self.pid = int(self._hear())
@@ -103,7 +106,7 @@ class Popen:
     def wait(self, timeout: float | None = None) -> int:
         if self.returncode is None:
             if not select.select([self._status], [], [], timeout)[0]:
-                raise subprocess.TimeoutExpired(self.args, timeout or 0)
+                raise TimeoutExpired(self.args, timeout or 0)
             self.returncode = int(self._hear())
             os.close(self._status)
         return self.returncode
@@ -136,7 +139,7 @@ def run(
     timeout: float | None = None,
     check: bool = False,
     **options: Any,
-) -> subprocess.CompletedProcess[Any]:
+) -> CompletedProcess[Any]:
     """A program that has ended, as of subprocess.run; its output went through files, so that none fills up."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, tempfile.TemporaryFile() as given:
         if capture_output:
@@ -158,24 +161,23 @@ def run(
                 file.seek(0)
                 texts[index] = file.read().decode() if text else file.read()
     if check and status:
-        raise subprocess.CalledProcessError(status, command, *texts)
-    return subprocess.CompletedProcess(command, status, *texts)
+        raise CalledProcessError(status, command, *texts)
+    return CompletedProcess(command, status, *texts)
 
 
-_connection: socket.socket | None = None
-
-
+@cache
 def _server() -> socket.socket:
     """The connection to this process's server, which is started when the first asks for it."""
-    global _connection
-    if _connection is None:
-        _connection, theirs = socket.socketpair()
-        with theirs:
-            command = [sys.executable, __file__, str(theirs.fileno())]
-            null = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
-            subprocess.Popen(command, pass_fds=[theirs.fileno()], cwd="/", start_new_session=True, **null)
-        atexit.register(_connection.shutdown, socket.SHUT_RDWR)
-    return _connection
+    ours, theirs = socket.socketpair()
+    with theirs:
+        command = [sys.executable, __file__, str(theirs.fileno())]
+        _start(command, pass_fds=[theirs.fileno()], cwd="/", start_new_session=True, stdin=DEVNULL, stdout=DEVNULL)
+    atexit.register(ours.shutdown, socket.SHUT_RDWR)
+    return ours
+
+
+_start = subprocess.Popen  # before a test puts ours in its place
+_one_at_a_time = threading.Lock()
 
 
 # What follows runs in the server.

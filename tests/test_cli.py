@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 import yaml
@@ -128,10 +129,11 @@ def _as_started(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ZOO_DEBUG", raising=False)
 
 
-def run(*args: str, code: str | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+def run(*args: str, code: str | None = None, new: bool = False, **env: str) -> subprocess.CompletedProcess[str]:
     command = ["-c", code, *args] if code else ["-m", "zoo", *args]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
+    start = subprocess.run if new else forked.run
+    return start(
         [sys.executable, *command], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path, **env}
     )
 
@@ -174,7 +176,7 @@ def test_start_needs_no_torch() -> None:
         "heavy = {'torch', 'lightning', 'pytorch_lightning', 'timm', 'numpy', 'jsonargparse'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
-    done = run(code=code)
+    done = run(code=code, new=True)
     assert done.returncode == 0, done.stderr
 
 

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from statistics import mean, stdev
 
+import forked
 import pytest
 import torch
 import yaml
@@ -297,7 +298,7 @@ def test_comparison_end_to_end(capsys):
     out = Path("elsewhere")
     args = [recipe(binarize="threshold"), "--out", str(out), "--seeds", "2", "--estimators", "exact", "gumbel_softmax"]
     command = [sys.executable, "-m", "zoo", COMMAND, *args]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with forked.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         while not (out / "exact_seed0.json").exists() and process.poll() is None:
             time.sleep(0.05)
         process.terminate()

@@ -11,12 +11,12 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -519,7 +519,7 @@ def test_a_plain_number_among_the_metrics_is_saved_and_comes_back(caplog) -> Non
 def test_spawned_processes_write_to_one_directory_and_name_it() -> None:
     options = ["-c", "vit/digits", "--model.width=16", "--model.heads=2", "--model.depth=1", "--trainer.max_epochs=1"]
     options += [*QUIET, "--trainer.strategy=ddp_spawn", "--trainer.devices=2", "--trainer.check_val_every_n_epoch=1"]
-    done = subprocess.run([sys.executable, "-m", "zoo", "fit", *options], capture_output=True, text=True)
+    done = forked.run([sys.executable, "-m", "zoo", "fit", *options], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     run = Path(done.stdout.splitlines()[-1].removeprefix("run "))
     assert run == Path("runs/vit/digits/version_0")

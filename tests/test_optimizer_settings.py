@@ -1,13 +1,13 @@
 """Foreign optimizers and schedules, continued: bit for bit as they were, but for what somebody has asked for since."""
 
 import copy
-import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -816,7 +816,7 @@ for name, (strategy, start, options) in RUNS.items():
 @pytest.mark.slow
 def test_weights_that_are_split_between_processes(tmp_path):
     Path("split.py").write_text(SPLIT)
-    done = subprocess.run([sys.executable, "split.py", str(Path(__file__).parent)], capture_output=True, text=True)
+    done = forked.run([sys.executable, "split.py", str(Path(__file__).parent)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     for rank in (0, 1):
         runs = {path.name[:-4]: torch.load(path, weights_only=True) for path in Path().glob(f"*{rank}.pt")}

@@ -1,6 +1,5 @@
 """Signals and failing ranks: what a run saves, how it ends, and what is left of it."""
 
-import fcntl
 import json
 import multiprocessing
 import os
@@ -9,12 +8,12 @@ import signal
 import stat
 import subprocess
 import sys
-import termios
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -590,7 +589,7 @@ def test_workers_of_any_loader_outlive_a_terminals_signals_where_they_are_forked
     assert run.global_step == 30
 
 
-# Programs. Each takes seconds to start, on a busy machine a minute or two, so that most are slow tests.
+# Programs. Those that Lightning starts take seconds to import it, on a busy machine a minute, so that most are slow.
 
 program_test = pytest.mark.timeout(600)
 
@@ -689,15 +688,9 @@ class Program:
         self.output = (folder / "output").open("w+")
         self.terminal, inner = os.openpty() if terminal else (None, None)
         out = self.output if inner is None else inner
-        self.process = subprocess.Popen(
-            command,
-            cwd=folder,
-            env=environment,
-            stdin=inner,
-            stdout=out,
-            stderr=out,
-            start_new_session=True,
-            preexec_fn=take_terminal if terminal else None,
+        streams = {"stdin": subprocess.DEVNULL if inner is None else inner, "stdout": out, "stderr": out}
+        self.process = forked.Popen(
+            command, cwd=folder, env=environment, **streams, start_new_session=True, terminal=terminal
         )
         if inner is not None:
             os.close(inner)
@@ -734,12 +727,6 @@ class Program:
             return step
         assert re.search(rf"preempted by SIG\w+ at step {step}:", self.text()), self.text()
         return step
-
-
-def take_terminal() -> None:
-    """As a shell in a terminal starts a program, also where these tests run under nohup."""
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def until(condition, seconds: float = 300) -> None:

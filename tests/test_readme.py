@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 from PIL import Image
 
@@ -39,7 +40,7 @@ def shortened(command: list[str]) -> list[str]:
 
 
 def run_python(program: str) -> None:
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    done = forked.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, f"{program}\n{done.stderr}"
 
 

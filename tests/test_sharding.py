@@ -1,11 +1,11 @@
 """FSDP2 on two processes beside DDP: the same losses, half of the weights, checkpoints that anyone goes on from."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked
 import pytest
 import torch
 from lightning.pytorch import LightningModule
@@ -111,7 +111,7 @@ def found(folder: str, rank: int = 0) -> tuple[list[float], float, dict[str, flo
 
 def train(*names: str) -> None:
     Path("trained.py").write_text(TRAINED)
-    done = subprocess.run([sys.executable, "trained.py", *names], capture_output=True, text=True)
+    done = forked.run([sys.executable, "trained.py", *names], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -90,6 +90,10 @@ class _Watch(threading.Thread):
             if self.store.add("first", 1) == 1:
                 self.store.set("why", f"{status} rank {self.rank} failed: {line}")
             self.store.add("failed", 1)
+            # The store may end with rank 0 within this second: not before the others have read why.
+            deadline = time.monotonic() + 3 * self.times.every
+            while self.rank == 0 and self.store.add("heard", 0) < self.world_size and time.monotonic() < deadline:
+                time.sleep(0.02)
 
     def end(self) -> None:
         """Tells the others that this rank has ended well. Rank 0 waits for them, since the store may end with it."""
@@ -116,6 +120,7 @@ class _Watch(threading.Thread):
                 failed, ended = self.store.add("failed", 0), self.store.add("ended", 0)
                 if failed and noticed is None:
                     status, why = self.store.get("why").decode().split(" ", 1)
+                    self.store.add("heard", 1)
             except dist.DistError:
                 failed, ended = None, 0
             if failed == self.world_size or ended == self.world_size:

@@ -612,7 +612,7 @@ def test_what_cannot_be_measured_is_a_row_and_the_rest_is_measured(capsys):
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.usefixtures("_installed")
+@pytest.mark.usefixtures("_installed", "_forked_programs")
 @pytest.mark.parametrize("fails", ["always", pytest.param("compiled", marks=pytest.mark.slow)])
 def test_a_cell_that_fails_ends_with_1_and_no_plot_is_drawn_of_nothing(fails, capsys, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])  # the command line adds to it where it stands
@@ -649,7 +649,7 @@ def test_a_cell_that_fails_ends_with_1_and_no_plot_is_drawn_of_nothing(fails, ca
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.usefixtures("_installed")
+@pytest.mark.usefixtures("_installed", "_forked_programs")
 def test_every_mode_is_measured():
     modes = ["--mode", *cells.MODES]
     assert main(["benchmark", "vit/digits", *QUICK, *modes, "--out", "found"]) == 0
@@ -662,7 +662,7 @@ def test_every_mode_is_measured():
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.usefixtures("_installed")
+@pytest.mark.usefixtures("_installed", "_forked_programs")
 def test_two_processes_are_measured_and_too_large_a_batch_is_a_row():
     axes = ["--devices", "2", "--batch-size", "64", "10000000000", "--accelerator", "cpu", "--strategy", "ddp"]
     assert main(["benchmark", "vit/digits", *QUICK, *axes, "--out", "found"]) == 1
@@ -676,7 +676,7 @@ def test_two_processes_are_measured_and_too_large_a_batch_is_a_row():
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.usefixtures("_installed")
+@pytest.mark.usefixtures("_installed", "_forked_programs")
 def test_a_peer_is_measured_beside_the_zoo(capsys):
     assert main(["benchmark", "mae/digits", *QUICK, "--peers", "--out", "found"]) == 0
     rows = [json.loads(path.read_text()) for path in Path("found").glob("*.json")]

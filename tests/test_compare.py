@@ -293,6 +293,7 @@ def test_many_series_have_their_legend_beside_the_plot():
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)  # four processes, of which one is stopped
+@pytest.mark.usefixtures("_forked_programs")
 def test_comparison_end_to_end(capsys):
     """The real runs of two estimators and seeds; it goes on where it stopped, and measures once."""
     out = Path("elsewhere")

@@ -1,4 +1,7 @@
-"""Sweeps of runs, and the two commands that scale a network by them. Each run is a process, so that there are few."""
+"""Sweeps of runs, and the two commands that scale a network by them.
+
+Each run is a process, and all but one of them are forked.
+"""
 
 import json
 import math
@@ -113,6 +116,7 @@ def is_picture(path: Path) -> bool:
 # Sweeps.
 
 
+@pytest.mark.usefixtures("_forked_programs")
 def test_a_sweep_runs_what_is_not_finished_and_nothing_else(capsys):
     out = Path("there", "runs")
     configs = [recipe(model="EfficientNetClassifier", data="DigitsDataModule")]
@@ -143,6 +147,7 @@ def test_a_sweep_runs_what_is_not_finished_and_nothing_else(capsys):
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == stamps
 
 
+@pytest.mark.usefixtures("_forked_programs")
 def test_a_failed_run_ends_with_the_line_it_ended_with_and_the_name_of_its_log():
     out = Path("runs")
     config = recipe(model="EfficientNetClassifier", data="DigitsDataModule")
@@ -193,6 +198,7 @@ def test_a_file_appears_complete_or_not_at_all():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("_forked_programs")
 def test_a_run_without_what_it_was_for_is_a_failure():
     """At the first one, not in the table when all are done."""
     option = "--trainer.check_val_every_n_epoch=5"
@@ -272,6 +278,7 @@ def test_results_are_drawn(tmp_path):
 # The commands.
 
 
+@pytest.mark.usefixtures("_forked_programs")
 def test_search_continues_and_names_the_winner(capsys):
     """Two of three candidates are finished, and one of the numbers is the real one of a run."""
     out = Path("runs/scaling-search")
@@ -299,6 +306,7 @@ def test_search_continues_and_names_the_winner(capsys):
     assert third[4] == f"{sum(parameter.numel() for parameter in built.parameters()):,}"
 
 
+@pytest.mark.usefixtures("_forked_programs")
 def test_unequal_costs_are_told_before_anything_runs(capsys):
     """Images of 16 pixels are one pixel of the last feature map; those of 17 are four, at more than twice the cost."""
     base = CompoundScaling(depth=0.3, width=0.25, image_size=16, stem_stride=1, in_channels=1)
@@ -312,6 +320,7 @@ def test_unequal_costs_are_told_before_anything_runs(capsys):
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)  # ten processes
+@pytest.mark.usefixtures("_forked_programs")
 def test_comparison_end_to_end(capsys):
     """By four ways: five runs, and none when it is called again."""
     out = Path("elsewhere")

@@ -25,6 +25,7 @@ from zoo.common import batch as batches
 from zoo.common import loaders, norms, optim, pictures
 from zoo.common.classes import NamedClasses, names_of
 from zoo.common.compiling import Compilable
+from zoo.common.evaluation import Evaluation
 from zoo.common.labels import LabelWatch, check_range, is_remote
 from zoo.common.log import StepLog
 from zoo.common.precision import MeanMetric, Metrics
@@ -122,7 +123,7 @@ def check_labels(labels: Tensor, num_classes: int, batch_idx: int, multi_label: 
         check_range(int(labels.min()), int(labels.max()), num_classes)
 
 
-class Classifier(SafeLoading, Compilable, Shardable, NamedClasses, LightningModule):
+class Classifier(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, LightningModule):
     """The steps of an image classifier. It has no constructor: a technique builds ``backbone`` and ``head`` itself.
 
     Several loaders of an evaluation are counted apart, as :mod:`zoo.common.loaders` says.
@@ -226,21 +227,10 @@ class Classifier(SafeLoading, Compilable, Shardable, NamedClasses, LightningModu
     def on_train_end(self) -> None:
         self.label_watch.tell(self.num_labels)
 
-    def on_validation_epoch_start(self) -> None:
-        loaders.start(self, "val_loss", "val_metrics")
+    def start_evaluation(self, stage: str) -> None:
+        loaders.start(self, f"{stage}_loss", f"{stage}_metrics")
 
-    def on_test_epoch_start(self) -> None:
-        loaders.start(self, "test_loss", "test_metrics")
-
-    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._evaluate(batch, batch_idx, dataloader_idx, "val")
-
-    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._evaluate(batch, batch_idx, dataloader_idx, "test")
-
-    def _evaluate(self, batch: Any, batch_idx: int, dataloader_idx: int, stage: str) -> None:
-        if (batch := batches.once(self, batch, batch_idx, dataloader_idx)) is None:
-            return
+    def evaluation_step(self, batch: Any, batch_idx: int, dataloader_idx: int, stage: str) -> None:
         images, labels = self._images_and_labels(batch, 0)  # metrics look at all values, too
         logits = self(images).float()
         mean_loss = loaders.metric(self, f"{stage}_loss", dataloader_idx)
@@ -256,12 +246,6 @@ class Classifier(SafeLoading, Compilable, Shardable, NamedClasses, LightningModu
         if not self.hparams.multi_label:
             labels = self.label_watch(self, labels, self.num_labels)
         return images, self.own_labels(labels)
-
-    def on_validation_epoch_end(self) -> None:
-        loaders.finish(self)
-
-    def on_test_epoch_end(self) -> None:
-        loaders.finish(self)
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         return self.probabilities(batches.images(batch))

@@ -24,6 +24,7 @@ from zoo.common import loaders, norms, optim, pictures
 from zoo.common.backbones import name_of, recompute_activations
 from zoo.common.classes import NamedClasses, names_of
 from zoo.common.compiling import Compilable
+from zoo.common.evaluation import Evaluation
 from zoo.common.labels import LabelWatch, is_remote
 from zoo.common.log import StepLog
 from zoo.common.ranges import check_above, check_ranges, check_training
@@ -68,7 +69,7 @@ class DenseMaps(NamedTuple):
     image_size: tuple[int, int]
 
 
-class FPNDetector(SafeLoading, Compilable, Shardable, NamedClasses, LightningModule):
+class FPNDetector(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, LightningModule):
     """Dense object detector on a feature pyramid: FCOS, ATSS or RetinaNet.
 
     Batch: images (B, C, H, W) of any one size, normalised, and for each a dictionary of ``boxes`` (n, 4) xyxy in pixels
@@ -435,25 +436,9 @@ class FPNDetector(SafeLoading, Compilable, Shardable, NamedClasses, LightningMod
     def on_train_end(self) -> None:
         self.label_watch.tell(self.hparams.num_classes)
 
-    def on_validation_epoch_start(self) -> None:
-        loaders.start(self, "val_losses")
-        loaders.start(self, "val_ap", new=self._new_metric)
-
-    def on_test_epoch_start(self) -> None:
-        loaders.start(self, "test_losses")
-        loaders.start(self, "test_ap", new=self._new_metric)
-
-    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._evaluate(batch, batch_idx, dataloader_idx, "val")
-
-    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._evaluate(batch, batch_idx, dataloader_idx, "test")
-
-    def on_validation_epoch_end(self) -> None:
-        self._report("val")
-
-    def on_test_epoch_end(self) -> None:
-        self._report("test")
+    def start_evaluation(self, stage: str) -> None:
+        loaders.start(self, f"{stage}_losses")
+        loaders.start(self, f"{stage}_ap", new=self._new_metric)
 
     def _new_metric(self) -> CocoAveragePrecision:
         """What counts an evaluation's detections, by the sizes and classes that the data names."""
@@ -465,9 +450,7 @@ class FPNDetector(SafeLoading, Compilable, Shardable, NamedClasses, LightningMod
         metric = CocoAveragePrecision(getattr(data, "size_ranges", None), classes, counted)
         return metric.to(self.device)  # where Lightning gathers what is logged
 
-    def _evaluate(self, batch: Any, batch_idx: int, dataloader_idx: int, stage: str) -> None:
-        if (batch := batches.once(self, batch, batch_idx, dataloader_idx)) is None:
-            return
+    def evaluation_step(self, batch: Any, batch_idx: int, dataloader_idx: int, stage: str) -> None:
         images, targets = self._checked(batch, 0)  # the metric looks at all values, too
         _, sizes, originals = _images_and_sizes(batch)
         maps = self(images)
@@ -479,12 +462,11 @@ class FPNDetector(SafeLoading, Compilable, Shardable, NamedClasses, LightningMod
         ap = loaders.metric(self, f"{stage}_ap", dataloader_idx)
         ap.update(self.detect(maps, sizes, originals), true)
 
-    def _report(self, stage: str) -> None:
+    def end_evaluation(self, stage: str) -> None:
         """Logs what was counted of each loader."""
         for index in loaders.numbers(self._trainer):
             losses, ap = (loaders.metric(self, f"{stage}_{name}", index) for name in ("losses", "ap"))
             loaders.report(self, self._scores(stage, losses, ap), index)
-        loaders.finish(self)
 
     def _scores(self, stage: str, losses: TotalLosses, ap: CocoAveragePrecision) -> dict[str, Tensor | float]:
         """Losses and average precision by the names they are logged by."""

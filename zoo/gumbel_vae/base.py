@@ -15,6 +15,7 @@ from zoo.checkpoints import SafeLoading
 from zoo.common import batch as batches
 from zoo.common import loaders, optim, pictures
 from zoo.common.compiling import Compilable
+from zoo.common.evaluation import Evaluation
 from zoo.common.log import StepLog
 from zoo.common.precision import MeanMetric
 from zoo.common.ranges import check_ranges, check_training
@@ -51,7 +52,7 @@ class VAEOutput(NamedTuple):
     kl: Tensor
 
 
-class VAE(SafeLoading, Compilable, Shardable, LightningModule):
+class VAE(SafeLoading, Compilable, Evaluation, Shardable, LightningModule):
     """A variational autoencoder. It has no constructor: a technique calls :meth:`build` in its own.
 
     A technique provides its latents: :meth:`encode`, :meth:`draw`, :meth:`draw_prior`, :meth:`log_ratio`, :meth:`kl`,
@@ -356,22 +357,11 @@ class VAE(SafeLoading, Compilable, Shardable, LightningModule):
         }
         return nn.ModuleDict(means | self.latent_metrics())
 
-    def on_validation_epoch_start(self) -> None:
-        loaders.start(self, "val_metrics")
-
-    def on_test_epoch_start(self) -> None:
-        loaders.start(self, "test_metrics")
-
-    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._evaluate(batch, batch_idx, dataloader_idx, "val")
-
-    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._evaluate(batch, batch_idx, dataloader_idx, "test")
+    def start_evaluation(self, stage: str) -> None:
+        loaders.start(self, f"{stage}_metrics")
 
     @torch.no_grad()
-    def _evaluate(self, batch: Any, batch_idx: int, dataloader_idx: int, stage: str) -> None:
-        if (batch := batches.once(self, batch, batch_idx, dataloader_idx)) is None:
-            return
+    def evaluation_step(self, batch: Any, batch_idx: int, dataloader_idx: int, stage: str) -> None:
         images = batches.images(batch)
         posterior = self._posterior(images)
         elbo = self._elbo(images, posterior, self.hparams.elbo_samples)
@@ -383,12 +373,6 @@ class VAE(SafeLoading, Compilable, Shardable, LightningModule):
         for name, value in found.items():
             metrics[name].update(value)
         loaders.log(self, {f"{stage}/{name}": metrics[name] for name in found})
-
-    def on_validation_epoch_end(self) -> None:
-        loaders.finish(self)
-
-    def on_test_epoch_end(self) -> None:
-        loaders.finish(self)
 
     @torch.no_grad()
     def pictures(self, batch: Any) -> dict[str, Tensor]:

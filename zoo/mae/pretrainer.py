@@ -14,6 +14,7 @@ from zoo.common import batch as batches
 from zoo.common import loaders, optim, pictures
 from zoo.common.backbones import name_of
 from zoo.common.compiling import Compilable
+from zoo.common.evaluation import Evaluation
 from zoo.common.log import StepLog
 from zoo.common.norms import restore_layer_norm_eps, set_layer_norm_eps
 from zoo.common.precision import MeanMetric
@@ -72,7 +73,7 @@ class Reconstruction(NamedTuple):
     uses_target_statistics: bool
 
 
-class MAEPretrainer(SafeLoading, Compilable, Shardable, LightningModule):
+class MAEPretrainer(SafeLoading, Compilable, Evaluation, Shardable, LightningModule):
     """Masked autoencoder.
 
     Batch: images (B, C, H, W) in any form that :mod:`zoo.common.batch` reads; what lies beside them is not learned
@@ -346,27 +347,10 @@ class MAEPretrainer(SafeLoading, Compilable, Shardable, LightningModule):
         self.step_log(self, {"train/loss": loss.detach()}, prog_bar=("train/loss",))
         return loss
 
-    def on_validation_epoch_start(self) -> None:
-        loaders.start(self, "val_metrics")
+    def start_evaluation(self, stage: str) -> None:
+        loaders.start(self, f"{stage}_metrics")
 
-    def on_test_epoch_start(self) -> None:
-        loaders.start(self, "test_metrics")
-
-    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._evaluate(batch, batch_idx, dataloader_idx, "val")
-
-    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._evaluate(batch, batch_idx, dataloader_idx, "test")
-
-    def on_validation_epoch_end(self) -> None:
-        self._report("val")
-
-    def on_test_epoch_end(self) -> None:
-        self._report("test")
-
-    def _evaluate(self, batch: Any, batch_idx: int, dataloader_idx: int, stage: str) -> None:
-        if (batch := batches.once(self, batch, batch_idx, dataloader_idx)) is None:
-            return
+    def evaluation_step(self, batch: Any, batch_idx: int, dataloader_idx: int, stage: str) -> None:
         images = batches.images(batch)
         _, prediction, mask = self(images, self._fixed_noise(images, batch_idx))
         errors = self._errors(prediction, patchify(images, self.patch_size))
@@ -377,7 +361,7 @@ class MAEPretrainer(SafeLoading, Compilable, Shardable, LightningModule):
             metrics["acc_knn"].update(self.features(images), batches.images_and_labels(batch)[1])
         loaders.log(self, {f"{stage}/{name}": metrics[name] for name in ("loss", "loss_visible")})
 
-    def _report(self, stage: str) -> None:
+    def end_evaluation(self, stage: str) -> None:
         """Logs how far the features tell classes apart, of each loader that has classes."""
         for index in loaders.numbers(self._trainer):
             metric = loaders.metric(self, f"{stage}_metrics", index)["acc_knn"]
@@ -386,7 +370,6 @@ class MAEPretrainer(SafeLoading, Compilable, Shardable, LightningModule):
                 if metric.has_classes:
                     loaders.report(self, {f"{stage}/acc_knn": accuracy}, index)
                 metric.reset()  # it holds the features of all images
-        loaders.finish(self)
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         return self.features(batches.images(batch))

@@ -12,8 +12,8 @@ Sources:
 
 from zoo.detection.assign import BACKGROUND, IGNORE, assign, assign_atss, assign_fcos, assign_retinanet
 from zoo.detection.cells import Cells, Targets, make_cells, pad_targets
-from zoo.detection.detector import DenseMaps, FPNDetector
-from zoo.detection.heads import DenseHead
+from zoo.detection.detector import FPNDetector
+from zoo.detection.heads import DenseHead, DenseMaps
 from zoo.detection.losses import centerness_of, dense_loss, focal_loss, giou_loss
 from zoo.detection.necks import FPN, SimpleFeaturePyramid, SingleLevel
 

@@ -10,66 +10,33 @@ RetinaNet (Lin et al. 2017): matches of low quality and L1 in place of smooth L1
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
-from timm.layers import to_2tuple
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from zoo._lightning import LightningModule, rank_zero_info
-from zoo.checkpoints import SafeLoading
-from zoo.common import batch as batches
-from zoo.common import loaders, norms, optim, pictures
+from zoo._lightning import rank_zero_info
 from zoo.common.backbones import name_of, recompute_activations
-from zoo.common.classes import NamedClasses, names_of
-from zoo.common.compiling import Compilable
-from zoo.common.evaluation import Evaluation
-from zoo.common.labels import LabelWatch, is_remote
-from zoo.common.log import StepLog
 from zoo.common.ranges import check_above, check_ranges, check_training
-from zoo.common.seeding import differ_between_ranks
 from zoo.detection.assign import assign, parts_of_a_batch
+from zoo.detection.base import Detector, batch_norms
 from zoo.detection.cells import Anchors, Cells, Head, Targets, anchors_per_cell, make_cells, pad_targets
-from zoo.detection.heads import DenseHead
+from zoo.detection.heads import DenseHead, DenseMaps
 from zoo.detection.layouts import DetectorLayout
 from zoo.detection.losses import BoxLoss, LossSums, dense_loss, mark_sizes
 from zoo.detection.maps import Maps, create_pyramid_backbone, freeze_stages
-from zoo.detection.metrics import TotalLosses
-from zoo.detection.necks import FPN, SimpleFeaturePyramid, SingleLevel
+from zoo.detection.necks import ExtraFrom, Neck, create_neck
 from zoo.detection.postprocessing import best_candidates, suppressed, to_original
-from zoo.metrics.average_precision import CocoAveragePrecision
-from zoo.sharding import Shardable
 from zoo.weights import load as load_weights
 
-Neck = Literal["fpn", "single"]
 HeadNorm = Literal["group", "none"]
-ExtraFrom = Literal["output", "backbone"]
 Normalizer = Literal["batch", "image"]
 Schedule = Literal["cosine", "steps"]
 
 Outputs = tuple[Tensor, Tensor, Tensor | None]  # logits, boxes and centerness of all cells
 
 
-class DenseMaps(NamedTuple):
-    """What :meth:`FPNDetector.forward` gives: raw predictions for N anchors, all levels, finest first.
-
-    Attributes:
-        logits: (B, N, K).
-        boxes: (B, N, 4), coded as the head does.
-        centerness: (B, N) logits, or None.
-        shapes: (rows, columns) of each level's map.
-        image_size: (H, W) of the images.
-    """
-
-    logits: Tensor
-    boxes: Tensor
-    centerness: Tensor | None
-    shapes: tuple[tuple[int, int], ...]
-    image_size: tuple[int, int]
-
-
-class FPNDetector(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, LightningModule):
+class FPNDetector(Detector):
     """Dense object detector on a feature pyramid: FCOS, ATSS or RetinaNet.
 
     Batch: images (B, C, H, W) of any one size, normalised, and for each a dictionary of ``boxes`` (n, 4) xyxy in pixels
@@ -137,8 +104,6 @@ class FPNDetector(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, 
             not have; for weights of another kind.
     """
 
-    backbone: Any  # modules; Any, because what they have beyond torch's is timm's
-    hparams: Any  # Lightning calls it a mapping, and makes its keys attributes
     # While a run goes on: they say how it is evaluated.
     changeable: ClassVar = ("score_threshold", "nms_threshold", "max_detections")
     compiled: ClassVar = ("_local_loss", "_dense_loss")  # assignment and loss as one graph, the same for all sizes
@@ -231,18 +196,10 @@ class FPNDetector(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, 
         self.backbone = create_pyramid_backbone(backbone, in_channels, image_size)
         self.maps = Maps(self.backbone, (first, last))
         self.pruned = self.maps.pruned
-        if self.maps.plain and neck == "fpn":
-            self.neck: nn.Module = SimpleFeaturePyramid(self.maps.channels[-1], channels, (first, last))
-        elif neck == "fpn":
-            self.neck = FPN(self.maps.levels, self.maps.channels, channels, last, extra_from)
-        elif first not in self.maps.levels:
+        if neck == "single" and first not in self.maps.levels:
             raise ValueError(f"levels are {list(levels)}: the one map of {name_of(backbone)} is level 4, take [4, 4]")
-        else:
-            self.neck = SingleLevel(self.maps.channels[0], channels)
-        # A vision transformer with patches of 14 pixels has levels 3.5, 7, 14, 28 pixels apart.
-        unit = self.maps.strides[0] / 2 ** self.maps.levels[0]
-        strides = [unit * 2**level for level in range(first, last + 1)]
-        self.strides = tuple(int(stride) if stride == int(stride) else stride for stride in strides)
+        self.neck = create_neck(neck, self.maps, channels, (first, last), extra_from)
+        self.strides = self.maps.pyramid_strides((first, last))
         self.head = DenseHead(
             channels,
             num_classes,
@@ -254,7 +211,7 @@ class FPNDetector(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, 
             levels=len(self.strides) if head == "atss" else 0,
         )
         freeze_stages(self.backbone, frozen_stages)
-        for module in _batch_norms(self.backbone):
+        for module in batch_norms(self.backbone):
             if norm_eps is not None:
                 module.eps = norm_eps
             if freeze_norm:
@@ -263,8 +220,7 @@ class FPNDetector(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, 
         if grad_checkpointing:
             recompute_activations(self.backbone)
         self._cells: dict[tuple[Any, ...], Cells] = {}
-        self.step_log, self.label_watch = StepLog(), LabelWatch()
-        self.val_losses, self.test_losses = TotalLosses(), TotalLosses()
+        self.make_metrics()
         if weights is not None:
             rank_zero_info(str(load_weights(self, weights)))
         if channels_last:
@@ -381,161 +337,3 @@ class FPNDetector(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, 
             for detection, size, original in zip(found, sizes, original_sizes, strict=True):
                 detection["boxes"] = to_original(detection["boxes"], size, original)
         return found
-
-    # Training.
-
-    @property
-    def input_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the images that ``zoo cost`` counts for."""
-        return self.hparams.in_channels, *to_2tuple(self.hparams.image_size)
-
-    def check_images(self, shape: Sequence[int]) -> None:
-        """Raises ValueError for the shape (C, H, W) of images that it does not take."""
-        if shape[0] != self.hparams.in_channels:
-            got, expected = "x".join(map(str, shape)), self.hparams.in_channels
-            raise ValueError(f"images are {got}, but the model was built for {expected} channels")
-
-    def add_module(self, name: str, module: nn.Module | None) -> None:
-        """As ``nn.Module.add_module``. Conversions of BatchNorm, and back, end in it: they put each child in anew."""
-        super().add_module(name, module)
-        if module is not None:
-            norms.restore_activations(module)
-
-    def train(self, mode: bool = True) -> "FPNDetector":
-        """As ``nn.Module.train``; BatchNorm whose weights are frozen keeps its statistics as well."""
-        super().train(mode)
-        for module in _batch_norms(self.backbone):
-            if self.hparams.freeze_norm or (module.weight is not None and not module.weight.requires_grad):
-                module.eval()
-        return self
-
-    @torch.no_grad()
-    def pictures(self, batch: Any) -> dict[str, Tensor]:
-        """Images (B, 3, h, w) in [0, 1] with what is detected in them, and thin, where it is known, what is there."""
-        images, sizes, _ = _images_and_sizes(batch)
-        classes = self.classes or names_of(getattr(self._trainer, "datamodule", None))
-        targets = self._own(batches.images_and_targets(batch)[1]) if batches.has_targets(batch) else None
-        found = self.detect(images, sizes)
-        return {"detections": pictures.boxed(images, found, targets, classes, threshold=0.4)}
-
-    def on_fit_start(self) -> None:
-        super().on_fit_start()
-        differ_between_ranks(self)
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        images, targets = self._checked(batch, batch_idx)
-        losses = self.loss(self(images), targets)
-        loss = torch.stack(list(losses.values())).sum()
-        values = {"train/loss": loss, "train/loss_class": losses["classification"], "train/loss_box": losses["box"]}
-        if "centerness" in losses:
-            values["train/loss_centerness"] = losses["centerness"]
-        if self.step_log(self, {name: value.detach() for name, value in values.items()}, prog_bar=("train/loss",)):
-            self.label_watch.tell(self.hparams.num_classes)
-        return loss
-
-    def on_train_end(self) -> None:
-        self.label_watch.tell(self.hparams.num_classes)
-
-    def start_evaluation(self, stage: str) -> None:
-        loaders.start(self, f"{stage}_losses")
-        loaders.start(self, f"{stage}_ap", new=self._new_metric)
-
-    def _new_metric(self) -> CocoAveragePrecision:
-        """What counts an evaluation's detections, by the sizes and classes that the data names."""
-        data = getattr(self._trainer, "datamodule", None)
-        counted = (1, 10, 100, max(100, self.hparams.max_detections))  # COCO's, and all that may be detected
-        classes = self.classes or names_of(data)
-        if classes is not None:  # there may be outputs without a name
-            classes = [*classes, *(f"label {i}" for i in range(len(classes), self.hparams.num_classes))]
-        metric = CocoAveragePrecision(getattr(data, "size_ranges", None), classes, counted)
-        return metric.to(self.device)  # where Lightning gathers what is logged
-
-    def evaluation_step(self, batch: Any, batch_idx: int, dataloader_idx: int, stage: str) -> None:
-        images, targets = self._checked(batch, 0)  # the metric looks at all values, too
-        _, sizes, originals = _images_and_sizes(batch)
-        maps = self(images)
-        loaders.metric(self, f"{stage}_losses", dataloader_idx).update(self.loss_sums(maps, targets))
-        true = [
-            {**target, "boxes": to_original(target["boxes"].float(), size, original)}
-            for target, size, original in zip(targets, sizes, originals, strict=True)
-        ]
-        ap = loaders.metric(self, f"{stage}_ap", dataloader_idx)
-        ap.update(self.detect(maps, sizes, originals), true)
-
-    def end_evaluation(self, stage: str) -> None:
-        """Logs what was counted of each loader."""
-        for index in loaders.numbers(self._trainer):
-            losses, ap = (loaders.metric(self, f"{stage}_{name}", index) for name in ("losses", "ap"))
-            loaders.report(self, self._scores(stage, losses, ap), index)
-
-    def _scores(self, stage: str, losses: TotalLosses, ap: CocoAveragePrecision) -> dict[str, Tensor | float]:
-        """Losses and average precision by the names they are logged by."""
-        parts = losses.compute().mean(self.hparams.head)
-        found: dict[str, Any] = {"loss": torch.stack(list(parts.values())).sum(), "loss_class": parts["classification"]}
-        found |= {f"loss_{name}": parts[name] for name in ("box", "centerness") if name in parts}
-        found |= {name: value for name, value in ap.compute().items() if stage == "test" or not name.startswith("ar")}
-        if stage == "test":
-            found |= {f"ap_by_class/{name}": value for name, value in ap.per_class().items()}
-        return {f"{stage}/{name}": value for name, value in found.items()}
-
-    def _checked(self, batch: Any, batch_idx: int) -> tuple[Tensor, list[dict[str, Any]]]:
-        """Images and targets; labels are looked at on the CPU, on an accelerator in a batch of the number 0 only."""
-        images, targets = batches.images_and_targets(batch)
-        classes = self.num_labels
-        for i, target in enumerate(targets):
-            labels = target["labels"]
-            if len(labels) and (batch_idx == 0 or not is_remote(labels)):
-                low, high = labels.min().item(), labels.max().item()
-                if low < 0 or high >= classes:
-                    raise ValueError(
-                        f"label {low if low < 0 else high} of sample {_own_id(target, i)} is out of range: num_classes "
-                        f"is {classes}, labels run from 0"
-                    )
-        return images, self._own(targets)
-
-    def _own(self, targets: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Targets with the model's labels."""
-        if self.label_table is None:
-            return targets
-        return [target | {"labels": self.own_labels(target["labels"])} for target in targets]
-
-    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
-        images, sizes, originals = _images_and_sizes(batch)
-        found: list[dict[str, Any]] = list(self.detect(images, sizes, originals))
-        for detection, about in zip(found, batches.about_images(batch), strict=True):
-            if (image_id := _own_id(about)) is not None:  # a number, or a text
-                detection["image_id"] = image_id
-        return found
-
-    def configure_optimizers(self) -> Any:
-        hp = self.hparams
-        optimizer = optim.create_optimizer(
-            self, hp.optimizer, hp.lr, hp.weight_decay, layer_decay=hp.layer_decay, betas=hp.betas, momentum=hp.momentum
-        )
-        milestones = tuple(hp.milestones) if hp.schedule == "steps" else None
-        return optim.lightning_schedule(self, optimizer, hp.warmup_epochs, hp.min_lr, milestones=milestones)
-
-
-def _images_and_sizes(batch: Any) -> tuple[Tensor, list[tuple[int, int]], list[tuple[int, int]]]:
-    """Images, and the (height, width) of each before padding and before resizing, where the batch says so."""
-    images, about = batches.images(batch), batches.about_images(batch)  # also where there are sizes, but no boxes
-    whole = (images.shape[2], images.shape[3])
-    sizes = [_pair(each.get("size", whole)) for each in about]
-    return images, sizes, [_pair(each.get("orig_size", size)) for each, size in zip(about, sizes, strict=True)]
-
-
-def _own_id(about: Mapping[str, Any], otherwise: int | None = None) -> Any:
-    """An image's ``image_id``, out of a tensor or an array of one; its number where it has none."""
-    image_id = about.get("image_id")
-    if image_id is None:
-        return otherwise
-    return image_id.item() if hasattr(image_id, "item") and math.prod(image_id.shape) == 1 else image_id
-
-
-def _pair(size: Any) -> tuple[int, int]:
-    height, width = size.tolist() if isinstance(size, Tensor) else size
-    return int(height), int(width)
-
-
-def _batch_norms(module: nn.Module) -> list[_BatchNorm]:
-    return [each for each in module.modules() if isinstance(each, _BatchNorm)]

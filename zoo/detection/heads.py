@@ -2,11 +2,29 @@
 
 import math
 from collections.abc import Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+class DenseMaps(NamedTuple):
+    """Raw predictions of :meth:`zoo.FPNDetector.forward` for N anchors, all levels, finest first.
+
+    Attributes:
+        logits: (B, N, K).
+        boxes: (B, N, 4), coded as the head does.
+        centerness: (B, N) logits, or None.
+        shapes: (rows, columns) of each level's map.
+        image_size: (H, W) of the images.
+    """
+
+    logits: Tensor
+    boxes: Tensor
+    centerness: Tensor | None
+    shapes: tuple[tuple[int, int], ...]
+    image_size: tuple[int, int]
 
 
 class ConvNormAct(nn.Module):

@@ -56,6 +56,12 @@ class Maps:
             backbone.prune_intermediate_layers(list(self.indices), prune_norm=True, prune_head=True)
         self.pruned = frozenset(whole - set(backbone.state_dict()))
 
+    def pyramid_strides(self, levels: tuple[int, int]) -> tuple[float, ...]:
+        """Pixels between the cells of each level, from the finest to the coarsest of a pyramid on these maps."""
+        unit = self.strides[0] / 2 ** self.levels[0]  # a ViT with patches of 14 pixels has levels 3.5, 7, 14, 28 apart
+        strides = [unit * 2**level for level in range(levels[0], levels[1] + 1)]
+        return tuple(int(stride) if stride == int(stride) else stride for stride in strides)
+
     def __call__(self, backbone: Any, images: Tensor) -> list[Tensor]:
         """The maps (B, C, H / stride, W / stride) of images (B, C, H, W), finest first.
 

@@ -1,10 +1,25 @@
 """Necks: what makes maps of a pyramid's levels out of the backbone's maps."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
+
+from zoo.detection.maps import Maps
+
+Neck = Literal["fpn", "single"]
+ExtraFrom = Literal["output", "backbone"]
+
+
+def create_neck(neck: Neck, maps: Maps, channels: int, levels: tuple[int, int], extra_from: ExtraFrom) -> nn.Module:
+    """The neck for a backbone's maps: a feature pyramid, a simple one for a plain ViT, or a single level."""
+    if neck == "single":
+        return SingleLevel(maps.channels[0], channels)
+    if maps.plain:
+        return SimpleFeaturePyramid(maps.channels[-1], channels, levels)
+    return FPN(maps.levels, maps.channels, channels, levels[1], extra_from)
 
 
 class FPN(nn.Module):

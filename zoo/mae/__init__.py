@@ -13,6 +13,7 @@ is reckoned exactly, so that 10 of 100 stay at a ratio of 0.9, where the release
 another paper's; its last encoder feature is the normalised one, so that the encoder's final norm is trained.
 """
 
-from zoo.mae.pretrainer import MAEOutput, MAEPretrainer, Reconstruction
+from zoo.mae.outputs import MAEOutput, Reconstruction
+from zoo.mae.pretrainer import MAEPretrainer
 
 __all__ = ["MAEOutput", "MAEPretrainer", "Reconstruction"]

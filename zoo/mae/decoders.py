@@ -4,7 +4,8 @@ Both take what the encoder made of the visible patches and give predictions for 
 computes what the loss does not read.
 """
 
-from typing import Any
+import math
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,44 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 
 from zoo.mae.patches import sincos_positions
+
+Decoder = Literal["self", "cross"]
+
+
+def create_decoder(decoder: Decoder, encoder: Any, dim: int, depth: int, heads: int) -> nn.Module:
+    """The decoder by its name for an encoder, which is a plain ViT.
+
+    Raises:
+        ValueError: For an unknown name, and for heads that do not divide the width.
+    """
+    if decoder not in get_args(Decoder):
+        raise ValueError(f"unknown decoder {decoder!r}: expected one of {', '.join(get_args(Decoder))}")
+    if dim % heads:
+        raise ValueError(f"decoder_dim is {dim}, decoder_heads {heads}: expected heads that divide the width")
+    embed = encoder.patch_embed
+    outputs = embed.proj.in_channels * math.prod(embed.patch_size)
+    size = (encoder.embed_dim, dim, depth, heads, embed.grid_size, encoder.num_prefix_tokens, outputs)
+    return SelfDecoder(*size) if decoder == "self" else CrossDecoder(*size, layers=len(encoder.blocks) + 1)
+
+
+def predicted_patches(decoder: Decoder, patches: int, visible: int, predict_ratio: float | None) -> int:
+    """The number of patches that a training step predicts: all removed ones, or a share of all patches.
+
+    Raises:
+        ValueError: For a share that the decoder "self" is given, or that is none or more than what is removed.
+    """
+    removed = patches - visible
+    if decoder == "self":
+        if predict_ratio is not None:
+            raise ValueError("predict_ratio goes with decoder 'cross': 'self' predicts all removed patches at once")
+        return removed
+    wanted = round(patches * (0.25 if predict_ratio is None else predict_ratio))
+    if not 0 < wanted <= removed and predict_ratio is not None:
+        raise ValueError(
+            f"predict_ratio {predict_ratio} is {wanted} of {patches} patches: expected at least one, and at "
+            f"most the {removed} that are removed"
+        )
+    return min(max(1, wanted), removed)
 
 
 class Attention(nn.Module):

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import PatchEmbed
+from timm.layers import PatchEmbed, to_2tuple
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -36,6 +36,15 @@ def plain_vit(backbone: str | nn.Module, **options: Any) -> Any:
     if isinstance(vit.norm, nn.Identity):  # the same norm, behind the mean instead of before
         vit.norm, vit.fc_norm = vit.fc_norm, nn.Identity()
     return vit
+
+
+def check_given(vit: Any, image_size: int | tuple[int, int], in_channels: int) -> None:
+    """Raises ValueError if a backbone that was given is for other images than the arguments say, defaults aside."""
+    size, channels = vit.patch_embed.img_size, vit.patch_embed.proj.in_channels
+    if to_2tuple(image_size) not in ((224, 224), size):
+        raise ValueError(f"image_size is {image_size}, but the backbone given is for {size}: leave it out")
+    if in_channels not in (3, channels):
+        raise ValueError(f"in_channels is {in_channels}, but the backbone given is for {channels}: leave it out")
 
 
 @torch.no_grad()

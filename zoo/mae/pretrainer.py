@@ -2,10 +2,9 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar
 
 import torch
-from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from zoo._lightning import LightningModule, rank_zero_info
@@ -20,9 +19,10 @@ from zoo.common.norms import restore_layer_norm_eps, set_layer_norm_eps
 from zoo.common.precision import MeanMetric
 from zoo.common.ranges import check_ranges, check_training
 from zoo.common.seeding import differ_between_ranks
-from zoo.mae.decoders import CrossDecoder, SelfDecoder
-from zoo.mae.encoder import encode_visible, fix_positions, initialize, plain_vit
+from zoo.mae.decoders import Decoder, create_decoder, predicted_patches
+from zoo.mae.encoder import check_given, encode_visible, fix_positions, initialize, plain_vit
 from zoo.mae.layouts import MAELayout
+from zoo.mae.outputs import MAEOutput, Reconstruction
 from zoo.mae.patches import (
     denormalize_patches,
     normalize_patches,
@@ -35,42 +35,6 @@ from zoo.mae.patches import (
 from zoo.metrics.knn import LeaveOneOutKNN
 from zoo.sharding import Shardable
 from zoo.weights import load as load_weights
-
-Decoder = Literal["self", "cross"]
-
-
-class MAEOutput(NamedTuple):
-    """What :meth:`MAEPretrainer.forward` gives.
-
-    Attributes:
-        loss: Mean squared error over the removed patches, a float32 scalar.
-        prediction: (B, L, h*w*C) for every patch in raster order, pixels in (row, column, channel) order; with
-            ``norm_pix_loss`` in units of each true patch's mean and deviation. The loss reads the removed ones alone.
-        mask: (B, L), 1 where a patch was removed, 0 where it was seen.
-    """
-
-    loss: Tensor
-    prediction: Tensor
-    mask: Tensor
-
-
-class Reconstruction(NamedTuple):
-    """What :meth:`MAEPretrainer.reconstruct` gives: images (B, C, H, W), normalised as they came.
-
-    Attributes:
-        original: The images.
-        masked: Removed patches are 0, the data's mean.
-        prediction: What the decoder says of every patch.
-        paste: Visible patches as they are, removed ones as predicted.
-        uses_target_statistics: Whether the prediction was scaled by mean and variance of the true patches, as it has to
-            be with ``norm_pix_loss``: it then looks better than what the network alone could know.
-    """
-
-    original: Tensor
-    masked: Tensor
-    prediction: Tensor
-    paste: Tensor
-    uses_target_statistics: bool
 
 
 class MAEPretrainer(SafeLoading, Compilable, Evaluation, Shardable, LightningModule):
@@ -187,42 +151,15 @@ class MAEPretrainer(SafeLoading, Compilable, Evaluation, Shardable, LightningMod
             self.backbone.set_grad_checkpointing(True)
 
         embed = self.backbone.patch_embed
-        if given and to_2tuple(image_size) not in ((224, 224), embed.img_size):
-            raise ValueError(
-                f"image_size is {image_size}, but the backbone given is for {embed.img_size}: leave it out"
-            )
+        if given:
+            check_given(self.backbone, image_size, in_channels)
         self.hparams["image_size"] = embed.img_size if given else image_size  # for whoever reads the checkpoint
-        if given and in_channels not in (3, embed.proj.in_channels):
-            raise ValueError(
-                f"in_channels is {in_channels}, but the backbone given is for {embed.proj.in_channels}: leave it out"
-            )
         self.patch_size, self.grid_size = embed.patch_size, embed.grid_size
-        patches, pixels = embed.num_patches, embed.proj.in_channels * embed.patch_size[0] * embed.patch_size[1]
-        if norm_pix_loss and pixels < 2:
+        if norm_pix_loss and embed.proj.in_channels * math.prod(embed.patch_size) < 2:
             raise ValueError("a patch of one value has no variance: set norm_pix_loss to false, or larger patches")
-        self.visible = visible_patches(patches, mask_ratio)
-        self.predicted = patches - self.visible
-        if decoder not in get_args(Decoder):
-            raise ValueError(f"unknown decoder {decoder!r}: expected one of {', '.join(get_args(Decoder))}")
-        if decoder_dim % decoder_heads:
-            raise ValueError(
-                f"decoder_dim is {decoder_dim}, decoder_heads {decoder_heads}: expected heads that divide the width"
-            )
-        prefix = self.backbone.num_prefix_tokens
-        size = (self.backbone.embed_dim, decoder_dim, decoder_depth, decoder_heads, self.grid_size, prefix, pixels)
-        if decoder == "self":
-            if predict_ratio is not None:
-                raise ValueError("predict_ratio goes with decoder 'cross': 'self' predicts all removed patches at once")
-            self.decoder = SelfDecoder(*size)
-        else:
-            wanted = round(patches * (0.25 if predict_ratio is None else predict_ratio))
-            if not 0 < wanted <= self.predicted and predict_ratio is not None:
-                raise ValueError(
-                    f"predict_ratio {predict_ratio} is {wanted} of {patches} patches: expected at least one, and at "
-                    f"most the {self.predicted} that are removed"
-                )
-            self.predicted = min(max(1, wanted), self.predicted)
-            self.decoder = CrossDecoder(*size, layers=len(self.backbone.blocks) + 1)
+        self.visible = visible_patches(embed.num_patches, mask_ratio)
+        self.decoder = create_decoder(decoder, self.backbone, decoder_dim, decoder_depth, decoder_heads)
+        self.predicted = predicted_patches(decoder, embed.num_patches, self.visible, predict_ratio)
         if norm_eps is not None:
             set_layer_norm_eps(self, norm_eps)
         initialize(self.decoder)

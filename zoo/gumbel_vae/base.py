@@ -1,9 +1,8 @@
 """What autoencoders share, whatever their latents: bounds in nats, pictures, and the steps of training."""
 
 import math
-from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from zoo.common.precision import MeanMetric
 from zoo.common.ranges import check_ranges, check_training
 from zoo.common.seeding import differ_between_ranks
 from zoo.gumbel_vae import likelihoods
+from zoo.gumbel_vae.latents import Latents, VAEOutput
 from zoo.gumbel_vae.networks import create_networks
 from zoo.gumbel_vae.schedules import cosine
 from zoo.sharding import Shardable
@@ -37,27 +37,10 @@ VARIED = 16
 """How many latents are varied in a picture: the first ones."""
 
 
-class VAEOutput(NamedTuple):
-    """What a training step computes for each image, (B,) float32 nats.
-
-    Attributes:
-        loss: What is minimised: distortion and weighted KL. It is minus a bound only where the samples of the
-            objective are hard, the weight of the KL is 1 and its form is no relaxed one.
-        distortion: Minus log p(x|z), a mean over the objective's samples.
-        kl: KL of the posterior from the prior, by its closed form.
-    """
-
-    loss: Tensor
-    distortion: Tensor
-    kl: Tensor
-
-
-class VAE(SafeLoading, Compilable, Evaluation, Shardable, LightningModule):
+class VAE(Latents, SafeLoading, Compilable, Evaluation, Shardable, LightningModule):
     """A variational autoencoder. It has no constructor: a technique calls :meth:`build` in its own.
 
-    A technique provides its latents: :meth:`encode`, :meth:`draw`, :meth:`draw_prior`, :meth:`log_ratio`, :meth:`kl`,
-    :meth:`objective`, :meth:`codes`, :meth:`between`, :meth:`latent_values`; and what it counts over an evaluation,
-    :meth:`latent_metrics` and :meth:`latent_statistics`.
+    A technique provides the methods of :class:`~zoo.gumbel_vae.latents.Latents`.
     """
 
     backbone: Any
@@ -113,52 +96,6 @@ class VAE(SafeLoading, Compilable, Evaluation, Shardable, LightningModule):
             rank_zero_info(str(load_weights(self, weights)))
         if compile:
             self.compile()
-
-    # What a technique provides. z is (S, B, N, D): S samples for each of B images.
-
-    @abstractmethod
-    def encode(self, images: Tensor) -> Tensor:
-        """Parameters of the posterior q(z|x), (B, N, P)."""
-
-    @abstractmethod
-    def draw(self, posterior: Tensor, samples: int) -> Tensor:
-        """z (S, B, N, D) from q, as it is: nothing is relaxed."""
-
-    @abstractmethod
-    def draw_prior(self, n: int) -> Tensor:
-        """z (n, N, D) from p(z)."""
-
-    @abstractmethod
-    def log_ratio(self, z: Tensor, posterior: Tensor) -> Tensor:
-        """log p(z) - log q(z|x), (S, B)."""
-
-    @abstractmethod
-    def kl(self, posterior: Tensor) -> Tensor:
-        """KL of q(z|x) from p(z) in closed form, (B,) nats."""
-
-    @abstractmethod
-    def objective(self, images: Tensor, *knobs: Tensor) -> VAEOutput:
-        """What a training step minimises; ``knobs`` are :meth:`knobs`'s values."""
-
-    @abstractmethod
-    def codes(self, posterior: Tensor) -> Tensor:
-        """The most likely z (B, N, D)."""
-
-    @abstractmethod
-    def between(self, first: Tensor, second: Tensor, steps: int) -> Tensor:
-        """z (B, steps, N, D) from one z (B, N, D) to another, both included."""
-
-    @abstractmethod
-    def latent_values(self, z: Tensor) -> Tensor:
-        """Values (values, D), like z in type and device, that a latent is set to, one after the other."""
-
-    @abstractmethod
-    def latent_metrics(self) -> dict[str, Metric]:
-        """What is counted of latents over an evaluation, by name."""
-
-    @abstractmethod
-    def latent_statistics(self, posterior: Tensor) -> dict[str, Tensor]:
-        """What those metrics are updated with, by the same names."""
 
     # The technique.
 

@@ -9,9 +9,10 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from zoo.common import batch as batches
-from zoo.gumbel_vae.base import VAE, VAEOutput
+from zoo.gumbel_vae.base import VAE
 from zoo.gumbel_vae.estimators import GaussianPathwise
 from zoo.gumbel_vae.estimators.sampling import full_precision
+from zoo.gumbel_vae.latents import VAEOutput
 from zoo.gumbel_vae.metrics import ActiveUnits
 from zoo.gumbel_vae.networks import Activation, Network
 

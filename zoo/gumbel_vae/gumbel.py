@@ -12,9 +12,10 @@ from torchmetrics import Metric
 from zoo.common import batch as batches
 from zoo.common.ranges import check_above, check_ranges
 from zoo.gumbel_vae import estimators
-from zoo.gumbel_vae.base import VAE, VAEOutput
+from zoo.gumbel_vae.base import VAE
 from zoo.gumbel_vae.estimators.base import log_prob
 from zoo.gumbel_vae.estimators.sampling import full_precision
+from zoo.gumbel_vae.latents import VAEOutput
 from zoo.gumbel_vae.metrics import ActiveLatents, CodeUsage
 from zoo.gumbel_vae.networks import Activation, Network
 from zoo.gumbel_vae.schedules import SCHEDULES, check_temperatures

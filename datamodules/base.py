@@ -12,7 +12,7 @@ rank). A run can therefore be continued anywhere: a checkpoint holds the number 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
-from typing import Any, get_args
+from typing import Any, Unpack, get_args
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from datamodules import transforms
 from datamodules._lightning import LightningDataModule, rank_zero_warn
+from datamodules.loading.options import LoaderOptions, with_defaults
 from datamodules.loading.order import BatchOrder, mix
 from datamodules.loading.seeding import Samples, SeededBatches, map_images
 from datamodules.loading.workers import Loader, default_workers, outlive_signals
@@ -29,6 +30,37 @@ from datamodules.reading.listing import Split
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class ImageOptions(LoaderOptions, total=False):
+    """Augmentation on the device; :class:`ImageDataModule` says what each does."""
+
+    hflip: float
+    degrees: float
+    translate: float
+    zoom: float
+    shear: float
+    erase: float
+    binarize: transforms.Binarization | None
+    jitter: float
+    repeats: int
+
+
+IMAGE_OPTIONS = ImageOptions(
+    batch_size=64,
+    num_workers=None,
+    seed=0,
+    drop_last=True,
+    hflip=0.0,
+    degrees=0.0,
+    translate=0.0,
+    zoom=0.0,
+    shear=0.0,
+    erase=0.0,
+    binarize=None,
+    jitter=0.0,
+    repeats=1,
+)
 
 
 class ImageDataModule(LightningDataModule):
@@ -40,14 +72,18 @@ class ImageDataModule(LightningDataModule):
     passed on as they are.
 
     Args:
+        mean: Mean of each channel, of images in [0, 1]; one value serves all channels.
+        std: Standard deviation of each channel, likewise.
         batch_size: Samples per process and step.
         num_workers: Loader processes for each process. None: by the cores at hand (:func:`default_workers`), or 0 for
             data that is already in memory.
         seed: Seed of order and augmentation. The model's seed is another (``seed_everything``).
-        mean, std: Per channel, of images in [0, 1]. One value serves all channels.
+        drop_last: Leave out the last training samples if they do not fill a batch.
         hflip: Probability of a horizontal flip.
-        degrees, translate, zoom, shear: Random affine map: rotation up to ±degrees, shift up to ±translate of the side,
-            scale in [1 - zoom, 1 + zoom], shear up to ±shear degrees.
+        degrees: Rotation by up to this many degrees either way.
+        translate: Shift by up to this share of the side, along both.
+        zoom: Scaling by a factor in [1 - zoom, 1 + zoom].
+        shear: Horizontal shear by up to this many degrees either way.
         erase: Probability of random erasing (Zhong et al. 2017).
         binarize: Makes each channel of each pixel 0 or 1, after the affine map and before mean and std (so that they
             stay 0 and 1 with ``mean`` 0 and ``std`` 1) and ``erase``. ``threshold``: 1 from an intensity of 0.5 on.
@@ -58,7 +94,6 @@ class ImageDataModule(LightningDataModule):
         jitter: With ``threshold``, in training: uniform noise of up to this much is added to intensities before, anew
             in every epoch, so that what is near the threshold falls on either side. The grey of a scan thus says which
             pixels a model should not be certain of.
-        drop_last: Leave out the last training samples if they do not fill a batch.
         repeats: Repeated augmentation: how often a sample comes in a row (see :class:`BatchOrder`).
     """
 
@@ -71,25 +106,17 @@ class ImageDataModule(LightningDataModule):
     stage_settings: tuple[str, ...] = ()
     """The arguments that may change in the course of training: see :meth:`train_in_stages`."""
 
+    @with_defaults(IMAGE_OPTIONS)
     def __init__(
         self,
-        batch_size: int = 64,
-        num_workers: int | None = None,
-        seed: int = 0,
+        *,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
-        hflip: float = 0.0,
-        degrees: float = 0.0,
-        translate: float = 0.0,
-        zoom: float = 0.0,
-        shear: float = 0.0,
-        erase: float = 0.0,
-        binarize: transforms.Binarization | None = None,
-        jitter: float = 0.0,
-        drop_last: bool = True,
-        repeats: int = 1,
+        **options: Unpack[ImageOptions],
     ) -> None:
         super().__init__()
+        hflip, erase, binarize, jitter = options["hflip"], options["erase"], options["binarize"], options["jitter"]
+        seed, num_workers = options["seed"], options["num_workers"]
         for name, probability in (("hflip", hflip), ("erase", erase)):
             if not 0 <= probability <= 1:
                 raise ValueError(f"{name} is {probability}: expected a probability in [0, 1]")
@@ -105,11 +132,12 @@ class ImageDataModule(LightningDataModule):
             raise ValueError(
                 f"num_workers is {num_workers}: expected 0 or more, or null to choose by the cores at hand"
             )
-        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+        self.batch_size, self.num_workers, self.seed = options["batch_size"], num_workers, seed
         self.mean, self.std = tuple(mean), tuple(std)
         self.hflip, self.erase, self.binarize, self.jitter = hflip, erase, binarize, jitter
-        self.degrees, self.translate, self.zoom, self.shear = degrees, translate, zoom, shear
-        self.drop_last, self.repeats = drop_last, repeats
+        self.degrees, self.translate = options["degrees"], options["translate"]
+        self.zoom, self.shear = options["zoom"], options["shear"]
+        self.drop_last, self.repeats = options["drop_last"], options["repeats"]
         self.classes: list[str] | None = None
         self._stages: dict[int, Callable[[Samples], Samples]] = {}
         self._position: Mapping[str, int] | None = None  # where a checkpoint that is continued from ended

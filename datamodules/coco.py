@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Unpack
 
 import numpy as np
 import torch
@@ -25,9 +26,9 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from datamodules._lightning import rank_zero_info, rank_zero_warn
-from datamodules.base import IMAGENET_MEAN, IMAGENET_STD
 from datamodules.coco_export import export_coco
-from datamodules.detection import DetectionDataModule, RawSamples
+from datamodules.detection import DETECTION_OPTIONS, DetectionDataModule, DetectionOptions, RawSamples
+from datamodules.loading.options import with_defaults
 from datamodules.reading import coco_layout, listing
 from datamodules.reading.annotations import Annotations, read
 from datamodules.reading.files import ImageFiles, OnError
@@ -113,9 +114,12 @@ class CocoDetectionDataModule(DetectionDataModule):
     Args:
         root: The folder that the other paths are relative to. If none of the annotations is given, they are looked for
             in it. It may be missing if there is a ``predict_root``, for prediction away from the data.
-        train_annotations, val_annotations, test_annotations: JSON files. That of the test may have no annotations, for
-            prediction.
-        train_images, val_images, test_images: Folders that the files' ``file_name`` is relative to. None: looked for.
+        train_annotations: JSON file of the training images.
+        train_images: Folder that the ``file_name`` of training images is relative to. None: looked for.
+        val_annotations: JSON file of the validation images.
+        val_images: Folder that the ``file_name`` of validation images is relative to. None: looked for.
+        test_annotations: JSON file of the test images; it may have no annotations, for prediction.
+        test_images: Folder that the ``file_name`` of test images is relative to. None: looked for.
         predict_root: For prediction, a folder, searched at any depth, or one image. None: the test images. Their
             targets have no boxes, and as ``image_id`` the number in the order of names.
         category_ids: Categories to detect; boxes of others are left out. None: all of the training file, or if there
@@ -123,9 +127,7 @@ class CocoDetectionDataModule(DetectionDataModule):
         keep_empty: Whether to train on images without boxes (or of crowds alone) too, on which nothing is to be found.
         on_error: What happens at a file that cannot be read, or whose size is not what its annotations say. "raise"
             stops and names it. "skip" goes on without it, as for :class:`datamodules.ImageFolderDataModule`.
-        batch_size, image_size, max_size, short_sides, square, hflip, scale_jitter, iou_crop, photometric,
-            pad_multiple, size_buckets, group_by_aspect, num_workers, seed, mean, std, drop_last: See
-            :class:`datamodules.detection.DetectionDataModule`.
+        options: See :class:`datamodules.detection.DetectionDataModule`.
 
     Raises:
         FileNotFoundError: If a file or folder is missing; from ``setup``, if images are.
@@ -133,6 +135,7 @@ class CocoDetectionDataModule(DetectionDataModule):
             means something else by a category than the first, or has none of ``category_ids``.
     """
 
+    @with_defaults(DETECTION_OPTIONS | {"image_size": 800, "max_size": 1333, "hflip": 0.5, "group_by_aspect": True})
     def __init__(
         self,
         root: str = ".",
@@ -146,45 +149,13 @@ class CocoDetectionDataModule(DetectionDataModule):
         category_ids: Sequence[int] | None = None,
         keep_empty: bool = True,
         on_error: OnError = "raise",
-        batch_size: int = 16,
-        image_size: int | None = 800,
-        max_size: int | None = 1333,
-        short_sides: Sequence[int] | None = None,
-        square: int | None = None,
-        hflip: float = 0.5,
-        scale_jitter: tuple[float, float] | None = None,
-        iou_crop: float = 0.0,
-        photometric: float = 0.0,
-        pad_multiple: int = 32,
-        size_buckets: Sequence[tuple[int, int]] | None = None,
-        group_by_aspect: bool = True,
-        num_workers: int | None = None,
-        seed: int = 0,
-        mean: Sequence[float] = IMAGENET_MEAN,
-        std: Sequence[float] = IMAGENET_STD,
-        drop_last: bool = True,
+        **options: Unpack[DetectionOptions],
     ) -> None:
         if on_error not in ("raise", "skip"):
             raise ValueError(f"unknown on_error {on_error!r}: expected raise or skip")
-        super().__init__(
-            batch_size=batch_size,
-            image_size=image_size if square is None else None,
-            max_size=max_size if square is None else None,
-            short_sides=short_sides,
-            square=square,
-            hflip=hflip,
-            scale_jitter=scale_jitter,
-            iou_crop=iou_crop,
-            photometric=photometric,
-            pad_multiple=pad_multiple,
-            size_buckets=size_buckets,
-            group_by_aspect=group_by_aspect,
-            num_workers=num_workers,
-            seed=seed,
-            mean=mean,
-            std=std,
-            drop_last=drop_last,
-        )
+        if options["square"] is not None:  # which takes the place of the default sizes
+            options["image_size"] = options["max_size"] = None
+        super().__init__(**options)
         self.root, self.predict_root = Path(root), predict_root
         self.keep_empty, self.on_error = keep_empty, on_error
         given = {"train": train_annotations, "val": val_annotations, "test": test_annotations}

@@ -13,7 +13,7 @@ image as it was.
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import zip_longest
-from typing import Any, Protocol
+from typing import Any, Protocol, Unpack
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from datamodules import transforms
 from datamodules.base import IMAGENET_MEAN, IMAGENET_STD, ImageDataModule
+from datamodules.loading.options import LoaderOptions, part, with_defaults
 from datamodules.loading.padding import ExactTargets, pad_batch, with_exact_targets
 from datamodules.loading.seeding import Samples
 from datamodules.reading.listing import Split
@@ -69,6 +70,53 @@ class DetectionSamples:
         return DetectionSamples(self.raw, self.transform.at(sides[seed % len(sides)])) if sides else self
 
 
+class BoxOptions(LoaderOptions, total=False):
+    """Augmentation of images with boxes, and padding; :class:`DetectionDataModule` says what each does."""
+
+    short_sides: Sequence[int] | None
+    hflip: float
+    scale_jitter: tuple[float, float] | None
+    iou_crop: float
+    photometric: float
+    pad_multiple: int
+
+
+class DetectionOptions(BoxOptions, total=False):
+    """Besides, sizes and normalisation; :class:`DetectionDataModule` says what each does."""
+
+    mean: Sequence[float]
+    std: Sequence[float]
+    image_size: int | None
+    max_size: int | None
+    square: int | None
+    size_buckets: Sequence[tuple[int, int]] | None
+    group_by_aspect: bool
+
+
+BOX_OPTIONS: BoxOptions = {
+    "batch_size": 16,
+    "num_workers": None,
+    "seed": 0,
+    "drop_last": True,
+    "short_sides": None,
+    "hflip": 0.0,
+    "scale_jitter": None,
+    "iou_crop": 0.0,
+    "photometric": 0.0,
+    "pad_multiple": 32,
+}
+DETECTION_OPTIONS: DetectionOptions = {
+    **BOX_OPTIONS,
+    "mean": IMAGENET_MEAN,
+    "std": IMAGENET_STD,
+    "image_size": None,
+    "max_size": None,
+    "square": None,
+    "size_buckets": None,
+    "group_by_aspect": False,
+}
+
+
 class DetectionDataModule(ImageDataModule):
     """Loaders for detection. Batches ``(images (B, 3, H, W), targets)``, see the top of this file.
 
@@ -84,13 +132,17 @@ class DetectionDataModule(ImageDataModule):
         square: Side of a square that all images are resized to fit, and padded to, so that all batches have one shape.
             In place of ``image_size``, ``max_size`` and ``short_sides``.
         hflip: Probability of a horizontal flip.
-        scale_jitter, iou_crop, photometric: In training, see
-            :class:`datamodules.transforms.detection.DetectionTransform`.
+        scale_jitter: In training, (low, high): an image is resized to a size that is larger by a factor uniform in this
+            range, and cropped at random to what it would have been, if that is less; where ``max_size`` is
+            ``image_size``, to a square of that side (large-scale jitter, Ghiasi et al. 2021). None: none.
+        iou_crop: In training, probability of SSD's random crop, which leaves one image of seven as it is.
+        photometric: In training, probability of each of brightness, contrast, saturation, hue and a swap of channels to
+            change.
         pad_multiple: A batch's height and width are rounded up to a multiple of this.
         size_buckets: (height, width) that batches are padded to, the smallest that fits, so that a compiled model sees
             few shapes; in place of ``pad_multiple``. One of them has to hold ``max_size`` in both directions.
         group_by_aspect: Training batches are of wide images or of others, as far as possible, which saves padding.
-        num_workers, seed, mean, std, drop_last: See :class:`datamodules.base.ImageDataModule`.
+        options: See :class:`datamodules.base.ImageDataModule`.
 
     Raises:
         ValueError: For values out of range, or that contradict each other.
@@ -100,31 +152,16 @@ class DetectionDataModule(ImageDataModule):
     category_ids: list[int]
     size_ranges: dict[str, tuple[float, float]] | None = None
 
+    @with_defaults(DETECTION_OPTIONS)
     def __init__(
         self,
-        batch_size: int = 16,
-        image_size: int | None = None,
-        max_size: int | None = None,
-        short_sides: Sequence[int] | None = None,
-        square: int | None = None,
-        hflip: float = 0.0,
-        scale_jitter: tuple[float, float] | None = None,
-        iou_crop: float = 0.0,
-        photometric: float = 0.0,
-        pad_multiple: int = 32,
-        size_buckets: Sequence[tuple[int, int]] | None = None,
-        group_by_aspect: bool = False,
-        num_workers: int | None = None,
-        seed: int = 0,
-        mean: Sequence[float] = IMAGENET_MEAN,
-        std: Sequence[float] = IMAGENET_STD,
-        drop_last: bool = True,
+        **options: Unpack[DetectionOptions],
     ) -> None:
-        super().__init__(
-            batch_size=batch_size, num_workers=num_workers, seed=seed, mean=mean, std=std, drop_last=drop_last
-        )
-        if pad_multiple < 1:
-            raise ValueError(f"pad_multiple is {pad_multiple}: expected at least 1")
+        super().__init__(mean=options["mean"], std=options["std"], **part(options, LoaderOptions))
+        image_size, max_size, square = options["image_size"], options["max_size"], options["square"]
+        short_sides, size_buckets = options["short_sides"], options["size_buckets"]
+        if options["pad_multiple"] < 1:
+            raise ValueError(f"pad_multiple is {options['pad_multiple']}: expected at least 1")
         if square is not None:
             given = {
                 "image_size": image_size,
@@ -138,17 +175,13 @@ class DetectionDataModule(ImageDataModule):
             size_buckets = [(square, square)]
         self.sizes = [(int(height), int(width)) for height, width in size_buckets or ()]
         self.train_options: dict[str, Any] = {
+            **{name: value for name, value in options.items() if name in self.stage_settings},
             "image_size": image_size,
             "max_size": max_size,
-            "short_sides": short_sides,
-            "hflip": hflip,
-            "scale_jitter": scale_jitter,
-            "iou_crop": iou_crop,
-            "photometric": photometric,
         }
         self.train_transform = self._training(self.train_options)
         self.eval_transform = DetectionTransform(image_size=image_size, max_size=max_size)
-        self.pad_multiple, self.group_by_aspect = pad_multiple, group_by_aspect
+        self.pad_multiple, self.group_by_aspect = options["pad_multiple"], options["group_by_aspect"]
         self._samples: dict[Split, DetectionSamples | None] = {}
         self._reported: dict[Split, int] = {}
 

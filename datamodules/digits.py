@@ -13,7 +13,7 @@ There are two splits, both fixed; tests hold their checksums.
 
 from collections.abc import Callable
 from functools import cached_property, partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Unpack, get_args
 
 import numpy as np
 import torch
@@ -25,7 +25,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from datamodules import transforms
-from datamodules.base import ImageDataModule
+from datamodules.base import IMAGE_OPTIONS, ImageDataModule, ImageOptions
+from datamodules.loading.options import with_defaults
 from datamodules.loading.seeding import Samples
 from datamodules.reading.files import ImageFiles
 from datamodules.reading.listing import Split
@@ -60,15 +61,16 @@ class DigitsDataModule(ImageDataModule):
         labels_seed: Seed of which they are.
         predict_root: For prediction, a folder of images (or one image) instead of the test split: bright strokes on
             black, resized to S.
-        batch_size, num_workers, seed, mean, std, hflip, degrees, translate, zoom, shear, erase, binarize, jitter,
-            drop_last, repeats: See :class:`datamodules.base.ImageDataModule`. ``mean`` and ``std`` are the training
-            pixels'.
+        mean: Mean of the pixels, of images in [0, 1]; the training pixels' unless given.
+        std: Their standard deviation, likewise.
+        options: See :class:`datamodules.base.ImageDataModule`.
     """
 
     in_memory = True
     stage_settings = ("image_size",)
     val_size, test_size = 180, 540
 
+    @with_defaults(IMAGE_OPTIONS)
     def __init__(
         self,
         image_size: int = 8,
@@ -77,39 +79,11 @@ class DigitsDataModule(ImageDataModule):
         labels_per_class: int | None = None,
         labels_seed: int = 0,
         predict_root: str | None = None,
-        batch_size: int = 64,
-        num_workers: int | None = None,
-        seed: int = 0,
         mean: tuple[float, ...] = (0.306,),
         std: tuple[float, ...] = (0.376,),
-        hflip: float = 0.0,
-        degrees: float = 0.0,
-        translate: float = 0.0,
-        zoom: float = 0.0,
-        shear: float = 0.0,
-        erase: float = 0.0,
-        binarize: transforms.Binarization | None = None,
-        jitter: float = 0.0,
-        drop_last: bool = True,
-        repeats: int = 1,
+        **options: Unpack[ImageOptions],
     ) -> None:
-        super().__init__(
-            batch_size=batch_size,
-            num_workers=num_workers,
-            seed=seed,
-            mean=mean,
-            std=std,
-            hflip=hflip,
-            degrees=degrees,
-            translate=translate,
-            zoom=zoom,
-            shear=shear,
-            erase=erase,
-            binarize=binarize,
-            jitter=jitter,
-            drop_last=drop_last,
-            repeats=repeats,
-        )
+        super().__init__(mean=mean, std=std, **options)
         _check_side(image_size)
         if split not in get_args(SplitName):
             raise ValueError(f"unknown split {split!r}: expected {' or '.join(get_args(SplitName))}")

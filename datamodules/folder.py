@@ -18,26 +18,25 @@ folder either: a validation set made by hand says that the rest is for training.
 and chosen by ``split_seed`` and the files' names: the same on every machine, and nearly the same when files are added.
 """
 
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import numpy as np
 
-from datamodules import transforms
 from datamodules._lightning import rank_zero_info, rank_zero_warn
-from datamodules.base import IMAGENET_MEAN, IMAGENET_STD, ImageDataModule
-from datamodules.loading.seeding import Samples, with_transform
+from datamodules.base import IMAGENET_MEAN, IMAGENET_STD
+from datamodules.classification import CLASSIFICATION_OPTIONS, ClassificationDataModule, ClassificationOptions
+from datamodules.loading.options import with_defaults
+from datamodules.loading.seeding import Samples
 from datamodules.loading.shares import stratified_split
-from datamodules.reading import decoders, listing
-from datamodules.reading.cache import Cache, builds
+from datamodules.reading import listing
+from datamodules.reading.cache import builds
 from datamodules.reading.files import ImageFiles, OnError
 from datamodules.reading.json_values import one_form
 from datamodules.reading.listing import Split
 
 
-class ImageFolderDataModule(ImageDataModule):
+class ImageFolderDataModule(ClassificationDataModule):
     """Your own images: a folder for each class, or images alone. See the top of this file for what ``root`` may hold.
 
     Batches ``(images (B, C, H, W), labels (B,))``; of unlabelled images ``images`` alone, for pretraining and
@@ -55,22 +54,9 @@ class ImageFolderDataModule(ImageDataModule):
             training epoch and of each run; of several processes, the first reports its own.
         predict_root: For prediction, a folder, searched at any depth, or one image. None: the test images, or if
             there is no test folder and nothing is labelled, all images.
-        scale, ratio: Area and aspect of the random resized crop. ``scale`` None: no such crop.
-        padding: Pixels of padding before a random crop, where there is no random resized one.
-        auto_augment, color_jitter, interpolation: See :func:`datamodules.transforms.train_transform`.
-        crop_ratio: Share of the image that evaluation keeps: it is resized to image_size / crop_ratio and cropped.
-        decoder: "pil", or "torchcodec" (``pip install 'vision-zoo[fast]'``), which is quicker at plain JPEGs. It gives
-            the same pixels, but they are then resized by torch and not by Pillow, which rounds differently.
-        cache: Keeps small copies of the training images, for data that is read more often than once. "ram": in memory,
-            each process for itself. A folder, of this data set's own: in files there, which processes share and the
-            next run finds again; one in /dev/shm is memory as well. Copies take about cache_size² x 4 bytes each. They
-            are made when fitting starts, anew if files or settings have changed. Training crops are taken from them.
-            Validation and testing use copies too if they resize to no more than ``cache_size``, otherwise the files,
-            as prediction always does.
-        cache_size: Short side of the copies in pixels, at least ``image_size``; smaller images are kept as they are.
-        batch_size, num_workers, seed, mean, std, hflip, degrees, translate, zoom, shear, erase, binarize, jitter,
-            drop_last, repeats: See :class:`datamodules.base.ImageDataModule`. ``mean`` and ``std`` None: ImageNet's,
-            for one channel their averages.
+        mean: Mean of each channel, of images in [0, 1]. None: ImageNet's, for one channel the average of the three.
+        std: Standard deviation of each channel, likewise.
+        options: See :class:`datamodules.classification.ClassificationDataModule`.
 
     Raises:
         FileNotFoundError: If ``root`` is missing.
@@ -80,98 +66,37 @@ class ImageFolderDataModule(ImageDataModule):
             folder holds none.
     """
 
-    stage_settings = transforms.TRAIN_OPTIONS
-
+    @with_defaults(CLASSIFICATION_OPTIONS)
     def __init__(
         self,
         root: str,
         image_size: int | tuple[int, int] = 224,
-        batch_size: int = 64,
         channels: Literal[1, 3] = 3,
-        val_fraction: float = 0.1,
-        test_fraction: float = 0.1,
-        split_seed: int = 0,
         on_error: OnError = "raise",
-        predict_root: str | None = None,
-        scale: tuple[float, float] | None = (0.08, 1.0),
-        ratio: tuple[float, float] = (3 / 4, 4 / 3),
-        padding: int = 0,
-        auto_augment: str | None = None,
-        color_jitter: float = 0.0,
-        interpolation: str = "bicubic",
-        crop_ratio: float = 0.875,
-        num_workers: int | None = None,
-        seed: int = 0,
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
-        hflip: float = 0.0,
-        degrees: float = 0.0,
-        translate: float = 0.0,
-        zoom: float = 0.0,
-        shear: float = 0.0,
-        erase: float = 0.0,
-        binarize: transforms.Binarization | None = None,
-        jitter: float = 0.0,
-        drop_last: bool = True,
-        repeats: int = 1,
-        decoder: decoders.Decoder = "pil",
-        cache: str | None = None,
-        cache_size: int = 256,
+        **options: Unpack[ClassificationOptions],
     ) -> None:
         if channels not in (1, 3):
             raise ValueError(f"channels is {channels}: expected 1 (grey) or 3 (RGB)")
         if on_error not in ("raise", "skip"):
             raise ValueError(f"unknown on_error {on_error!r}: expected raise or skip")
+        val_fraction, test_fraction = options["val_fraction"], options["test_fraction"]
         if not (val_fraction >= 0 and test_fraction >= 0 and val_fraction + test_fraction < 1):
             raise ValueError(
                 f"val_fraction is {val_fraction} and test_fraction {test_fraction}: expected shares in [0, 1) that "
                 "leave something for training"
             )
-        decoders.check(decoder)
-        super().__init__(
-            batch_size=batch_size,
-            num_workers=num_workers,
-            seed=seed,
-            mean=mean or (IMAGENET_MEAN if channels == 3 else (sum(IMAGENET_MEAN) / 3,)),
-            std=std or (IMAGENET_STD if channels == 3 else (sum(IMAGENET_STD) / 3,)),
-            hflip=hflip,
-            degrees=degrees,
-            translate=translate,
-            zoom=zoom,
-            shear=shear,
-            erase=erase,
-            binarize=binarize,
-            jitter=jitter,
-            drop_last=drop_last,
-            repeats=repeats,
-        )
-        self.root, self.predict_root, self.channels = Path(root), predict_root, channels
+        mean = mean or (IMAGENET_MEAN if channels == 3 else (sum(IMAGENET_MEAN) / 3,))
+        std = std or (IMAGENET_STD if channels == 3 else (sum(IMAGENET_STD) / 3,))
+        super().__init__(image_size, channels, mean=mean, std=std, fill=mean, **options)
+        self.root = Path(root)
         self.on_error: OnError = on_error
-        self.image_size = image_size
-        self.val_fraction, self.test_fraction, self.split_seed = val_fraction, test_fraction, split_seed
-        self.train_options: dict[str, Any] = {
-            "image_size": image_size,
-            "scale": scale,
-            "ratio": ratio,
-            "interpolation": interpolation,
-            "auto_augment": auto_augment,
-            "color_jitter": color_jitter,
-            "padding": padding,
-            "fill": self.mean,
-        }
-        self.train_transform = transforms.train_transform(**self.train_options)
-        self.eval_transform = transforms.eval_transform(image_size, crop_ratio, interpolation)
-        self.decoder: decoders.Decoder = decoder
-        self.cached: Cache | None = None
-        if cache is not None:
-            self.cached = Cache(cache, cache_size, interpolation, decoder, channels)
-            self.cached.check(image_size)
-            self._evaluates_copies = self.cached.serves(transforms.covered_by_evaluation(image_size, crop_ratio))
         self._folders: dict[str, Path] = {}
         self._unlabelled_test: Path | None = None
         self._samples: dict[str, ImageFiles | None] = {}
         self._reported: dict[str, int] = {}
-        if self.root.exists() or predict_root is None:
+        if self.root.exists() or self.predict_root is None:
             self._look()
 
     def prepare_data(self) -> None:
@@ -211,23 +136,12 @@ class ImageFolderDataModule(ImageDataModule):
         left += [name for name in images if listing.is_image(name)]
         return f"; left out: {listing.some(left)}" if left else ""
 
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the images in its batches."""
-        size = self.image_size
-        return (self.channels, size, size) if isinstance(size, int) else (self.channels, *size)
-
     def samples(self, split: Split) -> Samples | None:
         if split not in self._samples:
             self._samples |= self._predicted() if split == "predict" else self._listed(split)
         if self.cached is not None and split != "predict":
             self.cached.fill(builds(self.trainer))
         return self._samples[split]
-
-    def in_stage(self, settings: dict[str, Any]) -> Callable[[Samples], Samples]:
-        if self.cached is not None:
-            self.cached.check(settings.get("image_size", self.image_size))
-        return partial(with_transform, transform=transforms.train_transform(**self.train_options | settings))
 
     # What there is, by listing folders only.
 

@@ -8,15 +8,16 @@ run, on any number of workers; their numbers do not overlap. ``seed`` is that of
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor
 
-from datamodules.detection import DetectionDataModule
+from datamodules.detection import BOX_OPTIONS, BoxOptions, DetectionDataModule
+from datamodules.loading.options import with_defaults
 from datamodules.reading.listing import Split
 from datamodules.reading.shape_images import CLASSES, Boxes, ShapeSettings, render
 from datamodules.transforms.detection import Target
@@ -130,7 +131,9 @@ class ShapesDetectionDataModule(DetectionDataModule):
             ``default``: as those below say; ``hard``: up to 16, turned and stretched, textures and clutter strong,
             contrast low; ``tiny``: up to 16, 8 to 16 pixels; ``huge``: up to 3, 0.4 to 0.8 of the image's side.
         image_size: Side S of the images in pixels, from 32 on.
-        train_size, val_size, test_size: Numbers of images.
+        train_size: Number of training images.
+        val_size: Number of validation images.
+        test_size: Number of test images.
         images_seed: Seed of the images.
         fresh: Each epoch's training images are new ones, ``train_size`` of them. They have to be rendered each
             time, a few milliseconds one, while others are kept in memory.
@@ -138,7 +141,8 @@ class ShapesDetectionDataModule(DetectionDataModule):
         boxes: ``amodal``: around all of a shape, as far as it lies in the image; ``modal``: around what is visible of
             it. The area, and with it the size range that an object counts in, is that of the amodal box.
         shapes: How many of the classes there are, 3 to 6.
-        min_size, max_size: Range of the sizes; by default 8 to 0.8 S, or 256 if that is less.
+        min_size: The smallest size (8).
+        max_size: The largest size (0.8 S, or 256 if that is less).
         max_objects: Each image has 1 to this many, fewer where there is no room (8).
         occlusion: How much of a shape others may hide, from 0 to 1 (1).
         texture: How far a texture departs from its mean, from 0 to 1 (0.18).
@@ -149,14 +153,16 @@ class ShapesDetectionDataModule(DetectionDataModule):
         rotation: They are turned by up to this many degrees either way (20).
         cache_mb: How much memory each split's images may take that are kept once they are rendered, in each process
             that renders. Images beyond it are rendered each time.
-        short_sides, hflip, scale_jitter, iou_crop, photometric, pad_multiple, batch_size, num_workers, seed, mean, std,
-            drop_last: See :class:`datamodules.detection.DetectionDataModule`. ``mean`` and ``std`` are the training
-            pixels'. What changes the size of an image also brings objects into a band that is held out.
+        mean: Mean of each channel, of images in [0, 1]; the training pixels' unless given.
+        std: Standard deviation of each channel, likewise.
+        options: See :class:`datamodules.detection.DetectionDataModule`. What changes the size of an image also brings
+            objects into a band that is held out.
 
     Raises:
         ValueError: For an unknown preset and for a knob out of range.
     """
 
+    @with_defaults(BOX_OPTIONS)
     def __init__(
         self,
         preset: Preset = "default",
@@ -179,34 +185,11 @@ class ShapesDetectionDataModule(DetectionDataModule):
         aspect: float | None = None,
         rotation: float | None = None,
         cache_mb: int = 512,
-        short_sides: Sequence[int] | None = None,
-        hflip: float = 0.0,
-        scale_jitter: tuple[float, float] | None = None,
-        iou_crop: float = 0.0,
-        photometric: float = 0.0,
-        pad_multiple: int = 32,
-        batch_size: int = 16,
-        num_workers: int | None = None,
-        seed: int = 0,
         mean: tuple[float, ...] = (0.5, 0.5, 0.5),
         std: tuple[float, ...] = (0.23, 0.23, 0.23),
-        drop_last: bool = True,
+        **options: Unpack[BoxOptions],
     ) -> None:
-        super().__init__(
-            batch_size=batch_size,
-            image_size=image_size,
-            short_sides=short_sides,
-            hflip=hflip,
-            scale_jitter=scale_jitter,
-            iou_crop=iou_crop,
-            photometric=photometric,
-            pad_multiple=pad_multiple,
-            num_workers=num_workers,
-            seed=seed,
-            mean=mean,
-            std=std,
-            drop_last=drop_last,
-        )
+        super().__init__(image_size=image_size, mean=mean, std=std, **options)
         if preset not in PRESETS:
             raise ValueError(f"unknown preset {preset!r}: expected one of {', '.join(PRESETS)}")
         knobs = {

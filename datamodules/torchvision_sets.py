@@ -11,23 +11,23 @@ names: torchvision would run whatever such files hold.
 import os
 import pickle
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, Unpack
 
 import numpy as np
 import torchvision
 from torchvision import datasets
 
-from datamodules import transforms
-from datamodules.base import IMAGENET_MEAN, IMAGENET_STD, ImageDataModule
-from datamodules.loading.seeding import Samples, with_transform
+from datamodules.base import IMAGENET_MEAN, IMAGENET_STD
+from datamodules.classification import CLASSIFICATION_OPTIONS, ClassificationDataModule, ClassificationOptions
+from datamodules.loading.options import with_defaults
+from datamodules.loading.seeding import Samples
 from datamodules.loading.shares import stratified_split
-from datamodules.reading import archives, decoders
+from datamodules.reading import archives
 from datamodules.reading.cache import Cache, builds
 from datamodules.reading.files import ImageFiles
 from datamodules.reading.listing import Split
@@ -85,7 +85,7 @@ DECODED = ("CIFAR10", "CIFAR100", "MNIST", "FashionMNIST", "STL10")
 """Sets that are files of numbers, which torchvision holds in memory."""
 
 
-class TorchvisionDataModule(ImageDataModule):
+class TorchvisionDataModule(ClassificationDataModule):
     """CIFAR10, CIFAR100, MNIST, FashionMNIST, Flowers102, OxfordIIITPet, Food101, EuroSAT, STL10 or ImageNet.
 
     Batches ``(images (B, C, H, W), labels (B,))``. Downloads in ``prepare_data`` only, where the set can be downloaded.
@@ -97,18 +97,11 @@ class TorchvisionDataModule(ImageDataModule):
             EuroSAT, 96 for STL10, 224 for the others.
         channels: 1 or 3. None: what the set has.
         download: Whether ``prepare_data`` may download.
-        val_fraction: Share of the training images that is held out where the set has no validation split; 0: none.
-        test_fraction: The same for testing.
-        split_seed: Seed of these shares.
-        predict_root: For prediction, a folder of images (or one image) instead of the test split.
-        scale, ratio: Area and aspect of the random resized crop. ``scale`` None: no such crop.
-        padding: Pixels of padding before a random crop, where there is no random resized one.
-        auto_augment, color_jitter, interpolation: See :func:`datamodules.transforms.train_transform`.
-        crop_ratio: Share of the image that evaluation keeps: it is resized to image_size / crop_ratio and cropped.
-        decoder, cache, cache_size: See :class:`datamodules.folder.ImageFolderDataModule`; for the sets whose images are
-            files. CIFAR, MNIST, FashionMNIST and STL10 lie decoded in memory anyway.
-        batch_size, num_workers, seed, mean, std, hflip, degrees, translate, zoom, shear, erase, binarize, jitter,
-            drop_last, repeats: See :class:`datamodules.base.ImageDataModule`. ``mean`` and ``std`` None: the set's.
+        mean: Mean of each channel, of images in [0, 1]. None: the set's.
+        std: Standard deviation of each channel, likewise.
+        options: See :class:`datamodules.classification.ClassificationDataModule`. ``predict_root`` None: the test
+            split. ``decoder`` and ``cache`` are for the sets whose images are files; CIFAR, MNIST, FashionMNIST and
+            STL10 lie decoded in memory anyway.
 
     Raises:
         ImportError: If ``decoder`` is a package that is not installed.
@@ -116,8 +109,7 @@ class TorchvisionDataModule(ImageDataModule):
         FileNotFoundError: If the set is not under ``root`` and cannot be downloaded.
     """
 
-    stage_settings = transforms.TRAIN_OPTIONS
-
+    @with_defaults(CLASSIFICATION_OPTIONS | {"scale": None, "crop_ratio": 1.0})
     def __init__(
         self,
         dataset: Name = "CIFAR10",
@@ -125,90 +117,28 @@ class TorchvisionDataModule(ImageDataModule):
         image_size: int | tuple[int, int] | None = None,
         channels: int | None = None,
         download: bool = True,
-        val_fraction: float = 0.1,
-        test_fraction: float = 0.1,
-        split_seed: int = 0,
-        predict_root: str | None = None,
-        scale: tuple[float, float] | None = None,
-        ratio: tuple[float, float] = (3 / 4, 4 / 3),
-        padding: int = 0,
-        auto_augment: str | None = None,
-        color_jitter: float = 0.0,
-        interpolation: str = "bicubic",
-        crop_ratio: float = 1.0,
-        batch_size: int = 64,
-        num_workers: int | None = None,
-        seed: int = 0,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
-        hflip: float = 0.0,
-        degrees: float = 0.0,
-        translate: float = 0.0,
-        zoom: float = 0.0,
-        shear: float = 0.0,
-        erase: float = 0.0,
-        binarize: transforms.Binarization | None = None,
-        jitter: float = 0.0,
-        drop_last: bool = True,
-        repeats: int = 1,
-        decoder: decoders.Decoder = "pil",
-        cache: str | None = None,
-        cache_size: int = 256,
+        **options: Unpack[ClassificationOptions],
     ) -> None:
         if dataset not in SOURCES:
             raise ValueError(f"unknown dataset {dataset!r}: expected one of {', '.join(SOURCES)}")
         self.source = SOURCES[dataset]
-        decoders.check(decoder)
-        if dataset in DECODED and (decoder != "pil" or cache is not None):
+        if dataset in DECODED and (options["decoder"] != "pil" or options["cache"] is not None):
             raise ValueError(f"{dataset} lies decoded in memory: expected decoder pil and no cache (null)")
+        for option in ("val_fraction", "test_fraction"):
+            if not 0 <= options[option] < 1:
+                raise ValueError(f"{option} is {options[option]}: expected a share in [0, 1)")
         super().__init__(
-            batch_size=batch_size,
-            num_workers=num_workers,
-            seed=seed,
+            image_size or self.source.image_size,
+            channels or self.source.channels,
             mean=mean or self.source.mean,
             std=std or self.source.std,
-            hflip=hflip,
-            degrees=degrees,
-            translate=translate,
-            zoom=zoom,
-            shear=shear,
-            erase=erase,
-            binarize=binarize,
-            jitter=jitter,
-            drop_last=drop_last,
-            repeats=repeats,
+            fill=IMAGENET_MEAN,
+            **options,
         )
-        for option, fraction in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
-            if not 0 <= fraction < 1:
-                raise ValueError(f"{option} is {fraction}: expected a share in [0, 1)")
         self.dataset, self.root, self.download = dataset, root, download
-        self.channels = channels or self.source.channels
-        self.val_fraction, self.test_fraction, self.split_seed = val_fraction, test_fraction, split_seed
-        self.predict_root, self.decoder = predict_root, decoder
-        size = image_size or self.source.image_size
-        self.train_options: dict[str, Any] = {
-            "image_size": size,
-            "scale": scale,
-            "ratio": ratio,
-            "interpolation": interpolation,
-            "auto_augment": auto_augment,
-            "color_jitter": color_jitter,
-            "padding": padding,
-        }
-        self.train_transform = transforms.train_transform(**self.train_options)
-        self.eval_transform = transforms.eval_transform(size, crop_ratio, interpolation)
-        self.cached: Cache | None = None
         self._kept: dict[str, TorchvisionSamples | None] = {}
-        if cache is not None:
-            self.cached = Cache(cache, cache_size, interpolation, decoder, self.channels)
-            self.cached.check(size)
-            self._evaluates_copies = self.cached.serves(transforms.covered_by_evaluation(size, crop_ratio))
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the images in its batches."""
-        size = self.train_options["image_size"]
-        return (self.channels, size, size) if isinstance(size, int) else (self.channels, *size)
 
     @property
     def num_classes(self) -> int:
@@ -263,11 +193,6 @@ class TorchvisionDataModule(ImageDataModule):
                 )
                 cached.add(f"{self.dataset}_{part}", pool, [(samples, indices)])
         return samples
-
-    def in_stage(self, settings: dict[str, Any]) -> Callable[[Samples], Samples]:
-        if self.cached is not None:
-            self.cached.check(settings.get("image_size", self.train_options["image_size"]))
-        return partial(with_transform, transform=transforms.train_transform(**self.train_options | settings))
 
     def _open(self, options: dict[str, Any], download: bool = False) -> Any:
         kwargs = options | ({"download": download} if self.source.downloads else {})

@@ -1,0 +1,51 @@
+"""Options that several classes share: declared once, in a TypedDict, and shown by each class as its own."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import Any, TypedDict, TypeVar, cast, get_args
+
+Init = TypeVar("Init", bound=Callable[..., None])
+Options = TypeVar("Options")
+
+
+class LoaderOptions(TypedDict, total=False):
+    """Order and workers; :class:`datamodules.base.ImageDataModule` says what each does."""
+
+    batch_size: int
+    num_workers: int | None
+    seed: int
+    drop_last: bool
+
+
+def with_defaults(defaults: Mapping[str, Any]) -> Callable[[Init], Init]:
+    """Completes the options of a constructor that takes ``**options: Unpack[...]``, and names each in its signature.
+
+    A TypedDict has no defaults. With them in the signature, :func:`help` and jsonargparse show the options like
+    arguments that are written out, and configurations hold them.
+    """
+
+    def decorate(init: Init) -> Init:
+        signature = inspect.signature(init)
+        *own, options = signature.parameters.values()
+        shared = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=annotation)
+            for name, annotation in get_args(options.annotation)[0].__annotations__.items()
+        ]
+        signature = signature.replace(parameters=[*own, *shared])
+
+        @wraps(init)
+        def complete(self: Any, *args: Any, **given: Any) -> None:
+            if unknown := given.keys() - signature.parameters.keys():
+                raise TypeError(f"{init.__qualname__}() got an unexpected keyword argument {min(unknown)!r}")
+            init(self, *args, **{option.name: option.default for option in shared} | given)
+
+        complete.__signature__ = signature  # type: ignore[attr-defined]
+        return cast(Init, complete)
+
+    return decorate
+
+
+def part(options: Mapping[str, Any], of: type[Options]) -> Options:
+    """The options that a TypedDict names."""
+    return cast(Options, {name: options[name] for name in of.__annotations__})

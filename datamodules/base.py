@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from datamodules import transforms
 from datamodules._lightning import LightningDataModule, rank_zero_warn
-from datamodules.loading.options import LoaderOptions, with_defaults
+from datamodules.loading.options import IMAGE_OPTIONS, ImageOptions, with_defaults
 from datamodules.loading.order import BatchOrder, mix
 from datamodules.loading.seeding import Samples, SeededBatches, map_images
 from datamodules.loading.workers import Loader, default_workers, outlive_signals
@@ -30,37 +30,6 @@ from datamodules.reading.listing import Split
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-class ImageOptions(LoaderOptions, total=False):
-    """Augmentation on the device; :class:`ImageDataModule` says what each does."""
-
-    hflip: float
-    degrees: float
-    translate: float
-    zoom: float
-    shear: float
-    erase: float
-    binarize: transforms.Binarization | None
-    jitter: float
-    repeats: int
-
-
-IMAGE_OPTIONS = ImageOptions(
-    batch_size=64,
-    num_workers=None,
-    seed=0,
-    drop_last=True,
-    hflip=0.0,
-    degrees=0.0,
-    translate=0.0,
-    zoom=0.0,
-    shear=0.0,
-    erase=0.0,
-    binarize=None,
-    jitter=0.0,
-    repeats=1,
-)
 
 
 class ImageDataModule(LightningDataModule):

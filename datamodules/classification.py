@@ -5,8 +5,8 @@ from functools import partial
 from typing import Any, Unpack
 
 from datamodules import transforms
-from datamodules.base import IMAGE_OPTIONS, ImageDataModule, ImageOptions
-from datamodules.loading.options import part, with_defaults
+from datamodules.base import ImageDataModule
+from datamodules.loading.options import IMAGE_OPTIONS, ImageOptions, part, with_defaults
 from datamodules.loading.seeding import Samples, with_transform
 from datamodules.reading import decoders
 from datamodules.reading.cache import Cache

@@ -25,8 +25,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from datamodules import transforms
-from datamodules.base import IMAGE_OPTIONS, ImageDataModule, ImageOptions
-from datamodules.loading.options import with_defaults
+from datamodules.base import ImageDataModule
+from datamodules.loading.options import IMAGE_OPTIONS, ImageOptions, with_defaults
 from datamodules.loading.seeding import Samples
 from datamodules.reading.files import ImageFiles
 from datamodules.reading.listing import Split

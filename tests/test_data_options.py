@@ -11,9 +11,10 @@ from jsonargparse import ArgumentParser
 import datamodules
 from datamodules import DigitsDataModule, ImageFolderDataModule, ShapesDetectionDataModule, TorchvisionDataModule
 from datamodules._lightning import LightningDataModule
-from datamodules.base import IMAGE_OPTIONS, ImageDataModule, ImageOptions
+from datamodules.base import ImageDataModule
 from datamodules.classification import CLASSIFICATION_OPTIONS, ClassificationDataModule, ClassificationOptions
 from datamodules.detection import BOX_OPTIONS, DETECTION_OPTIONS, BoxOptions, DetectionDataModule, DetectionOptions
+from datamodules.loading.options import IMAGE_OPTIONS, ImageOptions
 
 PUBLIC = [getattr(datamodules, name) for name in datamodules._EXPORTS]
 BASES = [ImageDataModule, ClassificationDataModule, DetectionDataModule]

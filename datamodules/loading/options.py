@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any, TypedDict, TypeVar, cast, get_args
 
+from datamodules.transforms import Binarization
+
 Init = TypeVar("Init", bound=Callable[..., None])
 Options = TypeVar("Options")
 
@@ -16,6 +18,37 @@ class LoaderOptions(TypedDict, total=False):
     num_workers: int | None
     seed: int
     drop_last: bool
+
+
+class ImageOptions(LoaderOptions, total=False):
+    """Augmentation on the device as well; :class:`datamodules.base.ImageDataModule` says what each does."""
+
+    hflip: float
+    degrees: float
+    translate: float
+    zoom: float
+    shear: float
+    erase: float
+    binarize: Binarization | None
+    jitter: float
+    repeats: int
+
+
+IMAGE_OPTIONS = ImageOptions(
+    batch_size=64,
+    num_workers=None,
+    seed=0,
+    drop_last=True,
+    hflip=0.0,
+    degrees=0.0,
+    translate=0.0,
+    zoom=0.0,
+    shear=0.0,
+    erase=0.0,
+    binarize=None,
+    jitter=0.0,
+    repeats=1,
+)
 
 
 def with_defaults(defaults: Mapping[str, Any]) -> Callable[[Init], Init]:

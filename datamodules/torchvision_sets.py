@@ -4,19 +4,18 @@ Official splits are kept. Where a set has no validation split, a stratified shar
 fixed by ``split_seed``; EuroSAT, which has no split at all, gives a share for testing in the same way. ImageNet's test
 labels are not public: its validation images serve as both.
 
-Archives are unpacked by ``datamodules/reading/archives.py``, and CIFAR's pickled arrays are read as numbers, lists and
-names: torchvision would run whatever such files hold.
+Archives are unpacked by ``datamodules/reading/archives.py``, and CIFAR is read from its binary version by ``cifar.py``
+there: torchvision would run whatever the pickled one holds.
 """
 
 import os
-import pickle
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import IO, Any, Literal, Unpack
+from typing import Any, Literal, Unpack
 
 import numpy as np
 import torchvision
@@ -29,6 +28,7 @@ from datamodules.loading.seeding import Samples
 from datamodules.loading.shares import stratified_split
 from datamodules.reading import archives
 from datamodules.reading.cache import Cache, builds
+from datamodules.reading.cifar import ARCHIVES, Cifar
 from datamodules.reading.files import ImageFiles
 from datamodules.reading.listing import Split
 from datamodules.reading.torchvision_samples import TorchvisionSamples, labels_of
@@ -197,7 +197,8 @@ class TorchvisionDataModule(ClassificationDataModule):
     def _open(self, options: dict[str, Any], download: bool = False) -> Any:
         kwargs = options | ({"download": download} if self.source.downloads else {})
         with self._reading(download):
-            source = getattr(datasets, self.dataset)(self.root, **kwargs)
+            kind: Any = partial(Cifar, self.dataset) if self.dataset in ARCHIVES else getattr(datasets, self.dataset)
+            source = kind(self.root, **kwargs)
         self.classes = _class_names(source) or self.classes
         return source
 
@@ -217,9 +218,9 @@ class TorchvisionDataModule(ClassificationDataModule):
 
     @contextmanager
     def _reading(self, download: bool) -> Iterator[None]:
-        """torchvision at work on the set: it runs nothing that the files hold, and says in a line what is wrong."""
+        """torchvision at work on the set: it unpacks within our limits, and says in a line what is wrong."""
         try:
-            with _harmless():
+            with _our_limits():
                 yield
         except (RuntimeError, OSError) as error:
             found = Path(self.root).resolve()
@@ -229,28 +230,27 @@ class TorchvisionDataModule(ClassificationDataModule):
 
 
 @contextmanager
-def _harmless() -> Iterator[None]:
-    """Has torchvision unpack with our limits, and read CIFAR's pickles without running them.
+def _our_limits() -> Iterator[None]:
+    """Has torchvision unpack with our limits.
 
     Raises:
-        ImportError: If torchvision does these in other places than the known ones.
+        ImportError: If torchvision unpacks in other places than the known ones.
     """
-    utils, cifar = datasets.utils, datasets.cifar
+    utils = datasets.utils
     extractors = getattr(utils, "_ARCHIVE_EXTRACTORS", {})
-    known = set(extractors) == {".tar", ".zip"} and callable(getattr(utils, "_decompress", None))
-    if not known or getattr(cifar, "pickle", None) is not pickle:
+    if set(extractors) != {".tar", ".zip"} or not callable(getattr(utils, "_decompress", None)):
         raise ImportError(
-            f"torchvision {torchvision.__version__} unpacks or reads its data sets in a way that is not known to be "
-            "safe; that of 0.29 is"
+            f"torchvision {torchvision.__version__} unpacks its data sets in a way that is not known to be safe; that "
+            "of 0.29 is"
         )
     before = dict(extractors), utils._decompress
     extractors.update(dict.fromkeys(extractors, _extract))
-    utils._decompress, cifar.pickle = _decompress, SimpleNamespace(load=_load_arrays)
+    utils._decompress = _decompress
     try:
         yield
     finally:
         extractors.update(before[0])
-        utils._decompress, cifar.pickle = before[1], pickle
+        utils._decompress = before[1]
 
 
 def _extract(source: str, folder: str, compression: str | None) -> None:
@@ -264,73 +264,6 @@ def _decompress(source: str, target: str | None = None, remove_finished: bool = 
     if remove_finished:
         os.remove(source)
     return place
-
-
-class _Dtype:
-    """What a pickle says of an array's numbers."""
-
-    def __init__(self, code: str, *_: Any) -> None:
-        self.dtype = np.dtype(code)
-        if self.dtype.kind not in "biuf":
-            raise pickle.UnpicklingError(f"arrays of {self.dtype} are not read, only of numbers")
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self.dtype = self.dtype.newbyteorder(state[1])
-
-
-class _Array:
-    """An array, as a pickle describes it."""
-
-    def __init__(self, *_: Any) -> None:
-        self.values = np.empty(0)
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        _, shape, kind, columns_first, data = state
-        data = data.encode("latin1") if isinstance(data, str) else data  # Python 2 had one type for both
-        self.values = np.frombuffer(data, kind.dtype).reshape(shape, order="F" if columns_first else "C")
-
-
-def _from_buffer(data: bytes, kind: _Dtype, shape: tuple[int, ...], order: str) -> _Array:
-    array = _Array()
-    array.__setstate__((1, shape, kind, order == "F", data))
-    return array
-
-
-# Stand-ins for what CIFAR's files name: nothing of it is NumPy's own code but the numbers.
-_KNOWN: dict[str, Any] = {
-    "numpy.ndarray": _Array,
-    "numpy.dtype": _Dtype,
-    **{f"numpy.{core}.multiarray._reconstruct": _Array for core in ("core", "_core")},
-    **{f"numpy.{core}.numeric._frombuffer": _from_buffer for core in ("core", "_core")},
-    "_codecs.encode": lambda text, encoding: text.encode("latin1"),  # bytes, in the older formats of pickles
-}
-
-
-class _Unpickler(pickle.Unpickler):
-    """Reads numbers, names, lists, dictionaries and arrays."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return _KNOWN[f"{module}.{name}"]
-        except KeyError:
-            raise pickle.UnpicklingError(
-                f"it holds {module}.{name}, which could run code; expected numbers, names and arrays of numbers"
-            ) from None
-
-
-def _load_arrays(file: IO[bytes], encoding: str = "ASCII") -> Any:
-    """What ``pickle.load`` gives for a file of CIFAR.
-
-    Raises:
-        ValueError: If the file holds anything but numbers, names and arrays, or is damaged.
-    """
-    try:
-        content = _Unpickler(file, encoding=encoding).load()
-    except Exception as error:  # of damaged files nearly any
-        raise ValueError(f"{file.name} is not read: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file.name} is not read: expected a dictionary, got {type(content).__name__}")
-    return {key: value.values if isinstance(value, _Array) else value for key, value in content.items()}
 
 
 def _class_names(source: Any) -> list[str] | None:

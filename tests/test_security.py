@@ -10,7 +10,6 @@ import collections
 import contextlib
 import functools
 import gzip
-import hashlib
 import io
 import json
 import lzma
@@ -25,10 +24,11 @@ import threading
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -38,8 +38,8 @@ import yaml
 from PIL import Image
 from torchvision import datasets
 
-from datamodules import ImageFolderDataModule, TorchvisionDataModule, torchvision_sets
-from datamodules.reading import archives, images
+from datamodules import ImageFolderDataModule, TorchvisionDataModule
+from datamodules.reading import archives, cifar, images
 from datamodules.reading.archives import UnsafeArchiveError
 from zoo import ViTClassifier, checkpoints, weights
 from zoo._lightning import NAMESPACE
@@ -257,52 +257,72 @@ def test_names_of_hubs_and_folders_are_no_names_of_weights() -> None:
             ViTClassifier(name)
 
 
-def cifar(monkeypatch: pytest.MonkeyPatch, content: bytes) -> TorchvisionDataModule:
-    """CIFAR10 whose files are as given, and checked by their own sums."""
-    folder = Path("data", datasets.CIFAR10.base_folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    meta = pickle.dumps({"label_names": list("abcdefghij")})
-    files = {datasets.CIFAR10.meta["filename"]: meta, "evil": content}
-    for name, data in files.items():
-        (folder / name).write_bytes(data)
-    sums = {name: hashlib.md5(data).hexdigest() for name, data in files.items()}
+def write_cifar(kind: type, pixels: np.ndarray, labels: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both versions of a set, the training images the test images too: the binary one, and torchvision's."""
+    archive, pickled = cifar.ARCHIVES[kind.__name__], Path("data", kind.base_folder)
+    binary = Path("data", archive.folder)
+    names = [f"class{index}" for index in range(max(labels) + 1)]
+    for folder in (binary, pickled):
+        folder.mkdir(parents=True)
+    first = np.zeros((len(labels), archive.labels - 1), np.uint8)
+    (binary / "all.bin").write_bytes(np.hstack([first, np.array(labels, np.uint8)[:, None], pixels]).tobytes())
+    (binary / archive.names).write_text("\n".join(names) + "\n\n")
+    content = {"data": pixels, "labels": labels}
+    (pickled / "all").write_bytes(pickle.dumps(content))
+    (pickled / kind.meta["filename"]).write_bytes(pickle.dumps({kind.meta["key"]: names}))
     for of in ("train_list", "test_list"):
-        monkeypatch.setattr(datasets.CIFAR10, of, [["evil", sums["evil"]]])
-    monkeypatch.setattr(datasets.CIFAR10, "meta", datasets.CIFAR10.meta | {"md5": sums["batches.meta"]})
-    return TorchvisionDataModule("CIFAR10", "data", download=False, num_workers=0)
+        monkeypatch.setattr(kind, of, [["all", None]])
+    monkeypatch.setattr(kind, "meta", kind.meta | {"md5": None})
+    files = {"all.bin": len(labels)}
+    monkeypatch.setitem(cifar.ARCHIVES, kind.__name__, replace(archive, train=files, test=files))
 
 
-def test_hostile_cifar_files_run_nothing(marker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pixels = np.zeros((2, 3072), np.uint8)
-    hostile = {
-        "an object": {"data": Runs(marker), "labels": [0, 1]},
-        "among the labels": {"data": pixels, "labels": [0, Runs(marker)]},
-        "an array of objects": {"data": np.array([Runs(marker)], dtype=object), "labels": [0]},
-        "no dictionary": [Runs(marker)],
-    }
-    for name, content in hostile.items():
-        data = cifar(monkeypatch, pickle.dumps(content))
-        with pytest.raises(ValueError, match=r"evil is not read: .*(could run code|only of numbers)"):
-            data.samples("train")
-        assert not marker.exists(), name
-    assert torchvision_sets.datasets.cifar.pickle is pickle
-    tried(len(hostile), "hostile CIFAR files, 0 executed")
-
-
-@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_honest_cifar_files_are_read_in_every_format(protocol: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", [datasets.CIFAR10, datasets.CIFAR100])
+def test_cifar_is_what_torchvision_reads_of_its_pickles(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (20, 3072)).astype(np.uint8)
-    content = {"data": pixels, "labels": [0, 1] * 10, "batch_label": "one"}
-    samples = cifar(monkeypatch, pickle.dumps(content, protocol=protocol)).samples("train")
-    assert samples is not None
-    assert np.array_equal(samples.source.data, pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+    write_cifar(kind, pixels, [3, 1] * 10, monkeypatch)
+    ours, theirs = cifar.Cifar(kind.__name__, "data"), kind("data")
+    assert np.array_equal(ours.data, theirs.data)
+    assert (list(ours.targets), ours.classes) == (theirs.targets, theirs.classes)
+    assert len(ours) == len(theirs) == 20
+    for index in range(20):
+        (image, label), (expected, expected_label) = ours[index], theirs[index]
+        assert (image.tobytes(), image.mode, label) == (expected.tobytes(), expected.mode, expected_label)
+
+
+def test_hostile_cifar_files_are_not_opened(marker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torchvision would run stays closed, and who has it alone is told what is read."""
+    for name, kind in (("CIFAR10", datasets.CIFAR10), ("CIFAR100", datasets.CIFAR100)):
+        folder = Path("data", kind.base_folder)
+        folder.mkdir(parents=True)
+        for file in (kind.meta["filename"], *(file for file, _ in kind.train_list + kind.test_list)):
+            (folder / file).write_bytes(pickle.dumps({"data": Runs(marker), "labels": [0, 1]}))
+
+        def offline(*args: Any) -> None:
+            raise URLError("no network")
+
+        monkeypatch.setattr(cifar, "download_url", offline)
+        for download in (False, True):
+            data = TorchvisionDataModule(name, "data", download=download, num_workers=0)
+            reason = f"{cifar.ARCHIVES[name].file} is not there and not to be had: .*no network" if download else ""
+            with pytest.raises(FileNotFoundError, match=f"{reason}.*the pickled version, is not read: ") as error:
+                data.prepare_data() if download else data.samples("train")
+            assert "\n" not in str(error.value)
+        assert not marker.exists(), name
+    tried(2, "hostile CIFAR sets, 0 executed")
+
+
+def test_a_label_without_a_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    write_cifar(datasets.CIFAR10, np.zeros((2, 3072), np.uint8), [0, 9], monkeypatch)
+    Path("data/cifar-10-batches-bin/batches.meta.txt").write_text("a b c")
+    with pytest.raises(ValueError, match=r"images of class 9, but batches.meta.txt names 3"):
+        TorchvisionDataModule("CIFAR10", "data", download=False).samples("train")
 
 
 def test_a_torchvision_that_works_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = cifar(monkeypatch, pickle.dumps({}))
-    monkeypatch.setattr(datasets.cifar, "pickle", SimpleNamespace(load=pickle.load))
+    monkeypatch.setitem(datasets.utils._ARCHIVE_EXTRACTORS, ".rar", None)
     with pytest.raises(ImportError, match=r"torchvision .* in a way that is not known to be safe"):
-        data.samples("train")
+        TorchvisionDataModule("MNIST", "data", download=False, num_workers=0).samples("train")
 
 
 # 2. Archives.
@@ -481,7 +501,7 @@ def test_hostile_archives_do_not_become_data_sets(
     kind = getattr(datasets, name)
     folder = {"Flowers102": root / "flowers-102", "MNIST": root / "MNIST" / "raw", "EuroSAT": root / "eurosat"}
     file = {"Food101": "food-101.tar.gz", "Flowers102": "102flowers.tgz", "MNIST": "train-images-idx3-ubyte.gz"}
-    file |= {"EuroSAT": "EuroSAT.zip"}
+    file |= {"EuroSAT": "EuroSAT.zip", "CIFAR10": cifar.ARCHIVES["CIFAR10"].file}
     path = folder.get(name, root) / (file.get(name) or kind.filename)
     path.parent.mkdir(parents=True)
     if name == "MNIST":
@@ -492,12 +512,13 @@ def test_hostile_archives_do_not_become_data_sets(
             archive.writestr("2750/Forest/a.jpg", bytes(LARGE))
     else:
         with tarfile.open(path, "w:gz") as archive:
-            for inside in ("food-101/images", "food-101/meta", "jpg", "stl10_binary", "cifar-10-batches-py"):
+            for inside in ("food-101/images", "food-101/meta", "jpg", "stl10_binary", "cifar-10-batches-bin"):
                 add(archive, f"{inside}/first", b"x")
             add(archive, "../" * (len(path.parent.parts) - len(root.parts) + 1) + "data/../escaped")
     before = under(tmp_path)
     monkeypatch.setattr(datasets.utils, "check_md5", lambda *args, **kwargs: True)
-    monkeypatch.setattr(datasets.utils, "download_url", lambda *args, **kwargs: None)
+    for module in (datasets.utils, cifar):
+        monkeypatch.setattr(module, "download_url", lambda *args, **kwargs: None)
     with pytest.raises(ValueError, match=f"{path.name} is not unpacked"):
         TorchvisionDataModule(name, str(root)).prepare_data()
     assert under(tmp_path) - before <= {str(path.relative_to(tmp_path)) for path in folder.values()}
@@ -700,6 +721,7 @@ def strict_configurations(server: str, folder: Path) -> dict[str, dict[str, Any]
         "partial": hook({"class_path": "functools.partial", "init_args": {"func": "os.system"}}),
         "operator": hook("operator.methodcaller"),
         "re-export": hook("datamodules.torchvision_sets.datasets.LSUN"),
+        "function of a re-export": hook("datamodules.reading.cifar.download_url"),
         "function of throughput": hook(loader, "ThroughputMonitor", "batch_size_fn"),
         "checkpoint from a URL": digits | {"ckpt_path": f"{server}/object.ckpt", "weights_only": False},
         "from a URL by default": digits | {"ckpt_path": f"{server}/object.ckpt", "weights_only": None},

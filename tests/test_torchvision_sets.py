@@ -8,10 +8,10 @@ import gzip
 import hashlib
 import io
 import json
-import pickle
 import struct
 import tarfile
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from torchvision import datasets
 
 from datamodules import TorchvisionDataModule
 from datamodules._lightning import Trainer
-from datamodules.reading import archives
+from datamodules.reading import archives, cifar
 from datamodules.torchvision_sets import SOURCES
 from zoo import ViTClassifier
 
@@ -60,21 +60,15 @@ def pack(path: Path, files: dict[str, bytes]) -> None:
 
 
 def write_cifar(root: Path, patch, name: str) -> None:
-    kind = getattr(datasets, name)
-    images = np.stack([np.full(3072, shade(label), np.uint8) for label in LABELS])
-    key, names_key = ("labels", "label_names") if name == "CIFAR10" else ("fine_labels", "fine_label_names")
-    train, test = ([file for file, _ in files] for files in (kind.train_list, kind.test_list))
-    parts = np.array_split(np.arange(PER_SPLIT), len(train))
-    files = {file: {"data": images[part], key: LABELS[part].tolist()} for file, part in zip(train, parts, strict=True)}
-    files |= {test[0]: {"data": images, key: LABELS.tolist()}}
-    files |= {kind.meta["filename"]: {names_key: [f"class{i}" for i in range(SOURCES[name].classes)]}}
-    pickled = {file: pickle.dumps(content) for file, content in files.items()}
-    pack(root / kind.filename, {f"{kind.base_folder}/{file}": content for file, content in pickled.items()})
-    sums = {file: hashlib.md5(content).hexdigest() for file, content in pickled.items()}
-    patch.setattr(kind, "train_list", [[file, sums[file]] for file in train])
-    patch.setattr(kind, "test_list", [[file, sums[file]] for file in test])
-    patch.setattr(kind, "meta", kind.meta | {"md5": sums[kind.meta["filename"]]})
-    patch.setattr(kind, "tgz_md5", md5(root / kind.filename))
+    archive = cifar.ARCHIVES[name]
+    records = [bytes([9] * (archive.labels - 1) + [label]) + bytes([shade(label)]) * 3072 for label in LABELS]
+    parts = {file: records[i :: len(archive.train)] for i, file in enumerate(archive.train)}
+    parts |= dict.fromkeys(archive.test, records)
+    files = {f"{archive.folder}/{file}": b"".join(part) for file, part in parts.items()}
+    names = "\n".join(f"class{i}" for i in range(SOURCES[name].classes))
+    pack(root / archive.file, files | {f"{archive.folder}/{archive.names}": f"{names}\n\n".encode()})
+    tiny = {split: {file: len(parts[file]) for file in getattr(archive, split)} for split in ("train", "test")}
+    patch.setitem(cifar.ARCHIVES, name, replace(archive, md5=md5(root / archive.file), **tiny))
 
 
 def write_mnist(root: Path, patch, name: str) -> None:
@@ -304,6 +298,21 @@ def test_a_set_that_is_not_there_names_the_folder(tmp_path, name):
     with pytest.raises(FileNotFoundError, match=f"{name} cannot be read from .*nowhere") as error:
         data.samples("train")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["CIFAR10", "CIFAR100"])
+def test_a_set_that_was_cut_is_unpacked_again_where_it_may(made, name):
+    data = made(name)
+    data.prepare_data()
+    file = Path(data.root, cifar.ARCHIVES[name].folder, next(iter(cifar.ARCHIVES[name].test)))
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1])
+    with pytest.raises(
+        FileNotFoundError, match=rf"{name} cannot be read from .*{file.name} is not there, or not whole"
+    ):
+        data.samples("train")
+    data.prepare_data()
+    assert file.read_bytes() == whole
 
 
 def test_a_broken_file_is_named(made):

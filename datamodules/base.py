@@ -1,4 +1,4 @@
-"""Seeding, loaders and the hop to the device: the one place for all three, on top of the order of ``loading/order.py``.
+"""Base of all image data modules: loaders, the hop to the device and checkpoints, on top of ``loading/``.
 
     samples(split) -> SeededBatches, read in BatchOrder by a plain DataLoader -> uint8 on the device
                    -> on_after_batch_transfer: float32, flip, affine, binarise, normalise, erase, per sample;
@@ -67,7 +67,7 @@ class ImageDataModule(LightningDataModule):
     """
 
     in_memory = False
-    """Whether samples lie decoded in memory, so that workers would only cost."""
+    """True where samples lie decoded in memory, so that workers would only cost."""
 
     loader_timeout = 300.0
     """Seconds after which a worker that has not made its batch is taken to hang, and the run ends with an error."""
@@ -118,11 +118,11 @@ class ImageDataModule(LightningDataModule):
         raise NotImplementedError
 
     def in_stage(self, settings: dict[str, Any]) -> Callable[[Samples], Samples]:
-        """What makes, of the training samples, those with some of ``stage_settings`` replaced."""
+        """Function from the training samples to those with some of ``stage_settings`` replaced."""
         raise NotImplementedError
 
     def groups(self, samples: Samples) -> np.ndarray | None:
-        """(N,) the group of each training sample, if batches are to hold samples alike: see :class:`BatchOrder`."""
+        """Group of each training sample (N,), if batches are to hold samples alike: see :class:`BatchOrder`."""
         return None
 
     def collate(self) -> Callable[[list[Any]], Any]:
@@ -235,7 +235,7 @@ class ImageDataModule(LightningDataModule):
     # The hop to the device.
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """uint8 images (B, C, H, W) become augmented (in training), normalised, and floats of the Trainer's precision.
+        """Augments (in training) and normalises uint8 images (B, C, H, W), to floats of the Trainer's precision.
 
         All is computed in float32. The rest of the batch stays as it is.
         """
@@ -243,7 +243,7 @@ class ImageDataModule(LightningDataModule):
         return map_images(batch, lambda images: self.in_precision(self._to_float(images, training)))
 
     def in_precision(self, images: Tensor) -> Tensor:
-        """Float images in the default dtype, or in that of the Trainer's precision, ``bf16-true`` say.
+        """Converts float images to the default dtype, or that of the Trainer's precision, ``bf16-true`` say.
 
         Lightning converts a batch before it comes to the device, when images are still uint8.
         """
@@ -286,7 +286,7 @@ class ImageDataModule(LightningDataModule):
         weights_only: bool | None = True,
         **kwargs: Any,
     ) -> Any:
-        """Lightning's own, but nothing is unpickled unless ``weights_only`` is False, also from a URL."""
+        """Loads as Lightning does, but unpickles nothing unless ``weights_only`` is False, also from a URL."""
         # Lightning takes None for False where a URL is given.
         safe = weights_only is not False
         return super().load_from_checkpoint(checkpoint_path, map_location, hparams_file, weights_only=safe, **kwargs)
@@ -320,7 +320,7 @@ class ImageDataModule(LightningDataModule):
 
     @staticmethod
     def _goes_by_labels(module: Any) -> bool:
-        """Whether a module learns classes, and does not match their names to its own itself."""
+        """True for a module that learns classes, and does not match their names to its own itself."""
         return "num_classes" in getattr(module, "hparams", ()) and not hasattr(module, "classes")
 
     def _current_position(self) -> dict[str, int] | None:
@@ -336,7 +336,7 @@ class ImageDataModule(LightningDataModule):
         return order.position(epochs.ready - 1, batches.processed)
 
     def report_unreadable(self, samples: Samples) -> None:
-        """Says how many images could not be read so far, and which."""
+        """Warns how many images could not be read so far, and which."""
         unreadable = getattr(samples, "unreadable", None)
         if unreadable is None or not unreadable.any():
             return

@@ -1,4 +1,4 @@
-"""Crops, held-out shares and the cache: what folders and torchvision's data sets share."""
+"""Base of folders and torchvision's data sets: crops, held-out shares and the cache."""
 
 from collections.abc import Callable, Sequence
 from functools import partial

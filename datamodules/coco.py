@@ -40,7 +40,7 @@ __all__ = ["CocoDetectionDataModule", "CocoSamples", "export_coco"]
 
 
 class CocoSamples:
-    """``(image, target)``: uint8 (3, h, w), upright, and its boxes, labels, iscrowd, area and image_id.
+    """Samples ``(image, target)``: uint8 (3, h, w), upright, and its boxes, labels, iscrowd, area and image_id.
 
     Args:
         folder: Where the images lie.

@@ -1,4 +1,4 @@
-"""COCO annotation files: written, of whatever data a detector learns from."""
+"""Export of detection data to COCO annotation files."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What all detection data sets share: images and boxes together, and batches of images that differ in size.
+"""Base of all detection data sets: images and boxes together, and batches of images that differ in size.
 
     raw_samples(split) -> (image, target) -> DetectionTransform, in the worker -> pad_batch
                        -> on_after_batch_transfer: float32, normalised, padding 0
@@ -29,7 +29,7 @@ from datamodules.transforms.detection import DetectionTransform, Target
 
 
 class RawSamples(Protocol):
-    """What a data set's file provides: ``raw[index]`` is ``(image, target)``, or None if unreadable.
+    """Samples of one split as they are: ``raw[index]`` is ``(image, target)``, or None if unreadable.
 
     Images are uint8 tensors (3, h, w). Without a target, an image is one to predict. Optional attributes: ``names``,
     ``unreadable`` and ``random`` as :class:`datamodules.loading.seeding.Samples` has them; ``sizes`` (N, 2), (height,
@@ -186,7 +186,7 @@ class DetectionDataModule(ImageDataModule):
         self._reported: dict[Split, int] = {}
 
     def raw_samples(self, split: Split) -> RawSamples | None:
-        """The samples of one split as they are, or None if there is no such split: what a subclass says."""
+        """The samples of one split as they are, or None if there is no such split. Subclasses define it."""
         raise NotImplementedError
 
     def samples(self, split: Split) -> DetectionSamples | None:

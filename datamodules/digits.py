@@ -120,7 +120,7 @@ class DigitsDataModule(ImageDataModule):
         return DigitSamples(*self._arrays_at(size), self.indices("train"))
 
     def indices(self, split: Split) -> np.ndarray:
-        """Which of the 1,797 digits make up a split, ascending."""
+        """Indices of a split among the 1,797 digits, ascending."""
         labels = self._arrays[1].numpy()
         if self.split == "stratified":
             rest, test = train_test_split(

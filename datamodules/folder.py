@@ -100,7 +100,7 @@ class ImageFolderDataModule(ClassificationDataModule):
             self._look()
 
     def prepare_data(self) -> None:
-        """Has a cache in a folder made by one process of each node, before the others look for it."""
+        """Builds a cache in a folder, in one process of each node, before the others look for it."""
         if self.cached is not None and not self.cached.in_memory and builds(self.trainer):
             for split in ("train", "val"):
                 self.samples(split)

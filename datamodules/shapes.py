@@ -58,7 +58,7 @@ FRESH = 1 << 62
 
 
 class ShapeSamples:
-    """``(image, target)``: a uint8 tensor (3, S, S), and what is in it.
+    """Rendered samples ``(image, target)``: a uint8 tensor (3, S, S), and the objects in it.
 
     ``target`` has boxes float32 (n, 4) xyxy, labels int64 (n,), iscrowd bool (n,) and area float32 (n,) as every
     detection data set; besides, visible float32 (n,), the share of the object that others leave to be seen, and
@@ -261,7 +261,7 @@ def size_ranges(settings: ShapeSettings) -> dict[str, tuple[float, float]]:
 def only(
     targets: Iterable[Target], visible: tuple[float, float] = (0.0, 1.0), truncated: bool | None = None
 ) -> list[Target]:
-    """The targets, with all objects but some marked as ``iscrowd``, so that average precision is that of those few.
+    """Marks all objects but some as ``iscrowd``, so that average precision is that of those few.
 
     Args:
         targets: As :class:`ShapeSamples` gives them.

@@ -49,7 +49,7 @@ Name = Literal[
 
 @dataclass(frozen=True)
 class Source:
-    """What torchvision calls a set's splits, and what is known of its images without looking."""
+    """torchvision's names for a set's splits, and the facts about its images."""
 
     classes: int
     image_size: int
@@ -203,7 +203,7 @@ class TorchvisionDataModule(ClassificationDataModule):
         return source
 
     def _unpack(self, split: str) -> None:
-        """ImageNet's folder of a split from its archives: beside, since torchvision takes any folder for the whole."""
+        """Unpacks a split of ImageNet, beside its folder, since torchvision takes any folder for the whole."""
         beside = f".{split}.unpacking"
         folder = Path(self.root, beside)
         shutil.rmtree(folder, ignore_errors=True)  # of one that was interrupted
@@ -218,7 +218,7 @@ class TorchvisionDataModule(ClassificationDataModule):
 
     @contextmanager
     def _reading(self, download: bool) -> Iterator[None]:
-        """torchvision at work on the set: it unpacks within our limits, and says in a line what is wrong."""
+        """Lets torchvision read the set within our limits; raises FileNotFoundError, in a line, where it cannot."""
         try:
             with _our_limits():
                 yield
@@ -258,7 +258,7 @@ def _extract(source: str, folder: str, compression: str | None) -> None:
 
 
 def _decompress(source: str, target: str | None = None, remove_finished: bool = False) -> Path:
-    """One compressed file, in the way torchvision asks for it."""
+    """Unpacks one compressed file, in the way torchvision asks for it."""
     place = Path(source).with_suffix("") if target is None else Path(target)
     archives.extract(source, place.parent)
     if remove_finished:

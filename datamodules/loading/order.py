@@ -1,4 +1,4 @@
-"""Which samples make which batch, on which process: a pure function of seed and epoch.
+"""Order of samples and batches on every process: a pure function of seed and epoch.
 
 A position in this order is a number of samples, the same on all processes, so that a run can be continued from it by
 any number of them.
@@ -36,7 +36,7 @@ def mix(*values: int) -> int:
 
 
 class BatchOrder(DistributedSampler[Any], SequentialSampler):
-    """Which samples make which batch: yields this rank's batches, each a list of keys (epoch, copy, index).
+    """Sampler of whole batches: yields this rank's, each a list of keys (epoch, copy, index).
 
     Training: a permutation by (seed, epoch) is cut into global batches of ``batch_size * world_size``; rank r takes
     every ``world_size``-th sample of each. Evaluation: the samples in their order, cut into as few global batches as
@@ -101,7 +101,7 @@ class BatchOrder(DistributedSampler[Any], SequentialSampler):
     # A position in the order.
 
     def position(self, epoch: int, batch: int) -> dict[str, int]:
-        """What a checkpoint keeps so that :meth:`resume` goes on with a batch of an epoch: a few integers.
+        """Position before a batch of an epoch, for a checkpoint and :meth:`resume`: a few integers.
 
         ``samples`` is how many of the epoch's global order come before the batch, whatever the number of processes.
         """
@@ -109,7 +109,7 @@ class BatchOrder(DistributedSampler[Any], SequentialSampler):
         return {"epoch": epoch, "samples": samples, "total": whole, "size": self.size, "seed": self.seed}
 
     def resume(self, position: Mapping[str, int]) -> None:
-        """Makes an epoch the current one, and go on behind the samples that are done; the other epochs are whole.
+        """Makes an epoch the current one, behind the samples that are done; the other epochs are whole.
 
         The order of what is left is that of the run the position is from, also with another number of processes or
         another batch size: it is then cut into batches anew. Batches keep their numbers, so that the epoch still ends
@@ -135,16 +135,16 @@ class BatchOrder(DistributedSampler[Any], SequentialSampler):
         return self._resumed[1] if self._resumed[0] == epoch else 0
 
     def _batches(self, samples: int, total: int) -> int:
-        """How many batches some samples make."""
+        """Number of batches that some samples make."""
         return samples // total if self.drop_last else math.ceil(samples / total)
 
     def _start(self, batch: int, epoch: int) -> int:
-        """Where in the global order a batch begins."""
+        """Start of a batch in the global order."""
         first, seen = self.first_batch(epoch), self._seen(epoch)
         return seen + self._boundary(batch - first, self.size - seen, self.total)
 
     def _boundary(self, batch: int, samples: int, total: int) -> int:
-        """Where a batch begins among samples that are cut into batches from their first on."""
+        """Start of a batch among samples that are cut into batches from their first on."""
         if self.drop_last:
             return batch * total
         shorter, longer = divmod(samples, max(1, self._batches(samples, total)))
@@ -185,7 +185,7 @@ class BatchOrder(DistributedSampler[Any], SequentialSampler):
     # Batches.
 
     def positions(self, batch: int, epoch: int | None = None) -> range:
-        """Where in the global order this rank's share of a batch lies; of the current epoch if none is given."""
+        """Positions of this rank's share of a batch in the global order; of the current epoch if none is given."""
         epoch = self.epoch if epoch is None else epoch
         return range(self._start(batch, epoch) + self.rank, self._start(batch + 1, epoch), self.world_size)
 

@@ -1,4 +1,4 @@
-"""Batches of images that differ in size, and of their targets."""
+"""Collation of images that differ in size, and of their targets."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from datamodules.transforms.detection import Target
 def pad_batch(
     samples: Sequence[tuple[Tensor, Target]], multiple: int = 32, sizes: Sequence[tuple[int, int]] = ()
 ) -> tuple[Tensor, list[Target]]:
-    """Images of any size (C, h, w) become one tensor (B, C, H, W), filled up with 0 at the bottom and right.
+    """Pads images of any size (C, h, w) with 0 at the bottom and right, to one tensor (B, C, H, W).
 
     Args:
         samples: ``(image, target)`` each.

@@ -16,7 +16,7 @@ from datamodules.loading.order import Key, Keys, mix
 
 
 class Samples(Protocol):
-    """What a data set's file provides: ``samples[index]`` is an image, or ``(image, label)``, or None if unreadable.
+    """Samples of one split: ``samples[index]`` is an image, or ``(image, label)``, or None if unreadable.
 
     Images are uint8 tensors (C, H, W), labels integers from 0. Optional attributes:
     ``names``, what each sample is called (a file name); ``unreadable``, a shared uint8 tensor that marks samples which
@@ -38,7 +38,7 @@ def seed_all(seed: int) -> None:
 
 @contextmanager
 def isolated_randomness() -> Iterator[None]:
-    """Gives the generators back as they were: in the main process, loading must not disturb the model's randomness."""
+    """Restores the generators' states: in the main process, loading must not disturb the model's randomness."""
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()
     try:
         yield
@@ -131,7 +131,7 @@ class SeededBatches(Dataset[list[Any]]):
         return map_images(sample, draw, dimensions=3)
 
     def name(self, index: int) -> str:
-        """What a sample is called: its file, or its number."""
+        """Name of a sample: its file, or its number."""
         names = getattr(self.samples, "names", None)
         return str(index) if names is None else str(names[index])
 

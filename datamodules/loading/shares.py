@@ -1,4 +1,4 @@
-"""Shares of the training samples that are held out: of every class alike, and the same on every machine."""
+"""Stratified shares of the training samples to hold out, the same on every machine."""
 
 import hashlib
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ import numpy as np
 def stratified_split(
     labels: Sequence[int] | np.ndarray, fraction: float, seed: int, names: Sequence[str] | np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the samples that stay and of those that are held out, each ascending.
+    """Splits samples into those that stay and those that are held out: indices of both, each ascending.
 
     Every class gives the same share, rounded, but at least one sample, and never its last. Which ones is decided by a
     hash of seed and name: an added or removed sample hardly moves the others.

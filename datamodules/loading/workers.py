@@ -1,4 +1,4 @@
-"""Loader workers that a preemption does not take away before their run has been saved."""
+"""Loader workers that outlive a preemption's signals until their run has been saved."""
 
 import atexit
 import multiprocessing
@@ -15,7 +15,7 @@ SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGUSR2") i
 
 
 def default_workers(processes: int = 1) -> int:
-    """Loader workers for one process: its share of the cores this program may use, at most 8, one core left free."""
+    """Number of workers for one process: its share of the cores this program may use, at most 8, one left free."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(0, min(8, cores // max(1, processes) - 1))
 
@@ -83,7 +83,7 @@ def _watch(parent: Any, signals: list[int]) -> None:
 
 
 def _end_workers(seconds: float = 5.0) -> None:
-    """Ends what multiprocessing would wait for without end: a worker that hangs and keeps the interpreter's lock."""
+    """Ends workers that multiprocessing would wait for without end: such as hang and keep the interpreter's lock."""
     workers = [process for process in multiprocessing.active_children() if process.daemon]
     for process in workers:
         process.terminate()

@@ -214,13 +214,13 @@ def _categories(path: Path, categories: list[dict[str, Any]]) -> dict[int, str]:
 
 
 def _name(annotation: dict[str, Any], place: int) -> Any:
-    """What an annotation is called: its id, or where it is."""
+    """Name of an annotation for a message: its id, or its position."""
     found = annotation.get("id")
     return f"number {place}" if found is None else found if type(found) is int else str(found)
 
 
 def _boxes(path: Path, annotations: list[dict[str, Any]], ids: list[Any]) -> tuple[np.ndarray, np.ndarray]:
-    """(M, 4) float64: x, y, width, height, as they are in the file; and (M,) bool, whether there is none."""
+    """Boxes (M, 4) float64, x, y, width, height as in the file, and (M,) bool, True where there is none."""
     boxes = [annotation.get("bbox") or None for annotation in annotations]
     for place, (box, name) in enumerate(zip(boxes, ids, strict=True)):
         if box is None or (type(box) is list and len(box) == 4 and all(type(value) is float for value in box)):
@@ -242,7 +242,7 @@ def _boxes(path: Path, annotations: list[dict[str, Any]], ids: list[Any]) -> tup
 
 
 def _sizes(path: Path, images: list[dict[str, Any]]) -> np.ndarray:
-    """(N, 2) int32, height and width; 0 where the file does not say."""
+    """Sizes of images (N, 2) int32, height and width; 0 where the file does not say."""
     given = [[image.get(key) for key in ("height", "width")] for image in images]
     values = [[0 if value is None else whole(value) for value in pair] for pair in given]
     if large := [place for place, pair in enumerate(values) if max(value or 0 for value in pair) >= FARTHEST]:
@@ -275,7 +275,7 @@ def _check_unique(path: Path, kind: str, key: str, values: list[Any]) -> None:
 
 
 def _warn(path: Path, names: list[str], images: np.ndarray, kinds: dict[str, np.ndarray], stray: np.ndarray) -> None:
-    """One warning for all that is left out."""
+    """Warns once of all that is left out."""
     said = [f"{found.sum()} {kind}" for kind, found in kinds.items() if found.any()]
     files = [names[image] for image in np.unique(images[np.any(list(kinds.values()), axis=0)])]
     message = f"{' and '.join(said)}, in {listing.some(files)}" if said else ""
@@ -293,7 +293,7 @@ def _warn_of_values(path: Path, ids: list[Any], kinds: dict[str, np.ndarray]) ->
 
 
 def _warn_of_units(path: Path, raw: np.ndarray, limits: np.ndarray) -> None:
-    """Says if boxes (M, 4) look like shares of their images or like corners; ``limits`` (M, 2) are width and height."""
+    """Warns if boxes (M, 4) look like shares of images or like corners; ``limits`` (M, 2) are width and height."""
     low, high, meant = raw[:, :2], raw[:, 2:], "a bbox is read as x, y, width, height in pixels"
     small = (high < 1).all(axis=1)
     if small.sum() > len(raw) / 2:

@@ -1,4 +1,4 @@
-"""Archives from elsewhere: looked through before a byte of them is written, unpacked whole or not at all.
+"""Safe unpacking of archives from elsewhere: checked before a byte is written, unpacked whole or not at all.
 
 An archive may name files outside of its folder, hold links and devices, or be a few kilobytes that unpack to
 terabytes. ``extract`` refuses these. Sizes that are stated are added up; compressed streams, of which nothing is stated
@@ -24,7 +24,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO, Any
 
 MAX_BYTES = 256 * 2**30
-"""What an archive may unpack to. ImageNet's training images, the largest of the known sets, are 138 GB."""
+"""Bytes that an archive may unpack to. ImageNet's training images, the largest of the known sets, are 138 GB."""
 MAX_RATIO = 200
 """Bytes unpacked for each byte of the archive. Images hardly shrink, lists of names some tenfold."""
 MAX_MEMBERS = 1_000_000
@@ -75,7 +75,7 @@ def check(
     max_ratio: float = MAX_RATIO,
     max_members: int = MAX_MEMBERS,
 ) -> None:
-    """Looks through an archive and writes nothing.
+    """Checks an archive's members and sizes, and writes nothing.
 
     Args:
         path: The archive; its ending says what it is.
@@ -107,7 +107,7 @@ def extract(
     max_ratio: float = MAX_RATIO,
     max_members: int = MAX_MEMBERS,
 ) -> None:
-    """Unpacks an archive into a folder once :func:`check` has nothing against it.
+    """Unpacks an archive that passes :func:`check` into a folder.
 
     It is unpacked beside and moved to its place at the end: what is interrupted leaves a hidden folder, never half of
     a set. Owners, permissions and times of the archive are not taken over.
@@ -152,7 +152,7 @@ def _too_large(path: Path, limit: int) -> UnsafeArchiveError:
 
 @contextmanager
 def _damage(path: Path) -> Iterator[None]:
-    """Says of a damaged archive that it is damaged."""
+    """Raises ValueError, in a line, for a damaged archive."""
     try:
         yield
     except _DAMAGED as error:
@@ -198,7 +198,7 @@ def _tarred(path: Path, tar: tarfile.TarFile) -> Iterator[_Member]:
 
 
 def _place(path: Path, name: str) -> PurePosixPath:
-    """Where a member goes, below the folder that the archive is unpacked to."""
+    """The relative path of a member, below the folder that the archive is unpacked to."""
     place, there = PurePosixPath(name.replace("\\", "/")), PureWindowsPath(name)
     if place.is_absolute() or there.drive or ".." in place.parts or len(place.parts) > MAX_DEPTH or "\0" in name:
         raise UnsafeArchiveError(f"{path} is not unpacked: {name!r:.200} leads out of its folder, or far too deep")
@@ -229,7 +229,7 @@ class _Counted:
         return data
 
     def measure(self) -> int:
-        """Bytes from here to the end."""
+        """Number of bytes from here to the end."""
         while self.read(2**20):
             pass
         return self.total

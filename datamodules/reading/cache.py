@@ -40,14 +40,14 @@ class Shrink:
 
 
 class Cached:
-    """Samples whose images come from where they lie, or from small copies, whichever they are given.
+    """Samples whose images come from their source or, where they have some, from small copies.
 
     A subclass says what ``from_source`` and ``path`` of a sample are, and has a ``transform``.
     """
 
     transform: ToTensor
     shrink: Shrink | None = None
-    """What makes copies. Set without a ``store``, copies are made anew each time: the same pixels, only later."""
+    """Maker of the copies. Set without a ``store``, copies are made anew each time: the same pixels, only later."""
     store: Store | None = None
     rows: np.ndarray | None = None
     """(N,) where in the store each sample is."""
@@ -57,7 +57,7 @@ class Cached:
         raise NotImplementedError
 
     def path(self, index: int) -> str:
-        """The file it lies in."""
+        """The file of a sample."""
         raise NotImplementedError
 
     def copied(self, index: int) -> Tensor:
@@ -112,7 +112,7 @@ class Cache:
             )
 
     def serves(self, covered: tuple[int, int]) -> bool:
-        """Whether copies are large enough to be resized to cover a height and a width."""
+        """True where copies are large enough to be resized to cover a height and a width."""
         return max(covered) <= self.size
 
     def lend(self, samples: Any) -> None:
@@ -158,7 +158,7 @@ class Cache:
         return stores.in_folder(Path(self.place), job, self._fingerprint(pool), build)
 
     def _fingerprint(self, pool: Any) -> str:
-        """What a store depends on: these settings; names, sizes and times of the files."""
+        """Hash of all that a store depends on: these settings; names, sizes and times of the files."""
         digest = hashlib.blake2b(json.dumps(self.settings, sort_keys=True).encode(), digest_size=16)
         for index in range(len(pool)):
             digest.update(f"\0{pool.names[index]}\0{_state(pool.path(index))}".encode(errors="surrogateescape"))
@@ -166,7 +166,7 @@ class Cache:
 
 
 def builds(trainer: Any) -> bool:
-    """Whether copies are worth keeping: where a Trainer does something else than to fit, each image comes once."""
+    """True where copies are worth keeping: where a Trainer does not fit, each image comes once."""
     return trainer is None or trainer.state.fn == "fit"
 
 

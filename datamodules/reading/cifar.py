@@ -115,7 +115,7 @@ class Cifar:
         archives.extract(root / archive.file, root)
 
     def _instead(self) -> str:
-        """What lies there in its place, for a message."""
+        """A message's words on the pickled version, if that is what lies there."""
         if not (self.folder.parent / self.archive.pickled).is_dir():
             return ""
         return f"; {self.archive.pickled}, the pickled version, is not read: {self.archive.file} is"

@@ -1,4 +1,4 @@
-"""Where COCO files and their images lie, in the folders that programs export, and how images are named in them."""
+"""Folder layouts of COCO files and their images, as programs export them, and spellings of file names in them."""
 
 import os
 import unicodedata
@@ -30,7 +30,7 @@ def spellings(name: str) -> Iterator[str]:
 
 
 def find(folder: Path, names: np.ndarray) -> tuple[np.ndarray, list[str]]:
-    """The files that images are named by, as they are spelt in a folder, and the names of which there is none.
+    """Matches image names with the files of a folder: the files as they are spelt there, and the names without one.
 
     By one listing of each folder: asking for a million files takes minutes in a network's file system.
     """
@@ -66,7 +66,7 @@ def _any_case(pattern: str) -> str:
 
 
 def image_folders(file: Path) -> Iterator[Path]:
-    """Where the images of an annotation file may lie, most likely first, in capitals or not."""
+    """Candidate folders for the images of an annotation file, most likely first, in capitals or not."""
     name = file.stem.removeprefix("instances_").removeprefix("image_info_")
     here, above = file.parent, file.parent.parent
     for folder in (

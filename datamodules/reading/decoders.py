@@ -1,4 +1,4 @@
-"""Which package makes pixels of a file: Pillow, which reads every format, or torchcodec, which is quicker at JPEGs.
+"""Decoders of image files: Pillow, which reads every format, or torchcodec, which is quicker at JPEGs.
 
 torchcodec gets plain JPEGs only: 8 bits, grey or three channels, upright as they are, within Pillow's limit of pixels.
 Everything else, and whatever it fails at, goes to Pillow, which then also says what is wrong with a file. So both
@@ -109,7 +109,7 @@ def _plain(content: bytearray) -> int | None:
 
 
 def _components(frame: bytearray) -> int | None:
-    """Of a frame's header: bits, height, width, number of channels."""
+    """Number of channels in a frame's header, which holds bits, height, width and channels; None if it is not plain."""
     if len(frame) < 6 or frame[0] != 8 or frame[5] not in (1, 3):
         return None
     pixels = int.from_bytes(frame[1:3]) * int.from_bytes(frame[3:5])
@@ -118,7 +118,7 @@ def _components(frame: bytearray) -> int | None:
 
 
 def _is_upright(segment: bytes) -> bool:
-    """Whether metadata, in EXIF or XMP, surely name no orientation but the usual one."""
+    """True where metadata, in EXIF or XMP, surely name no orientation but the usual one."""
     for entry in _UPRIGHT:
         segment = segment.replace(entry, b"")
     return not _TURNED.search(segment) and b"rientation" not in segment

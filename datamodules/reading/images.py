@@ -1,4 +1,4 @@
-"""One image file to 8-bit pixels: upright, grey or RGB, whatever the file holds.
+"""Decoding of one image file to 8-bit pixels: upright, grey or RGB, whatever the file holds.
 
 How the less usual kinds are read:
 
@@ -58,7 +58,7 @@ def decode(path: str | os.PathLike[str], channels: int = 3) -> Image.Image:
 
 
 def _check_size(image: Image.Image) -> None:
-    """Pillow only warns up to twice its limit."""
+    """Refuses images above Pillow's limit, of which Pillow only warns up to twice that."""
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and image.width * image.height > limit:
         raise Image.DecompressionBombError(f"it has {image.width} x {image.height} pixels")
@@ -99,7 +99,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def is_turned(path: str | os.PathLike[str]) -> bool:
-    """Whether a file's EXIF orientation exchanges its sides."""
+    """True where the EXIF orientation of a file exchanges its sides."""
     try:
         with open(path, "rb") as file, Image.open(file, formats=_known_formats()) as image:
             return image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)

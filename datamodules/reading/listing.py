@@ -1,4 +1,4 @@
-"""What lies in a folder of images, by listing alone: splits, classes, files, and how to say what is there instead."""
+"""Splits, classes and files of an image folder, by listing alone, and words for what lies there instead."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ SPLIT_FOLDERS = {
     "test": ("test", "testing"),
 }
 LIKE_SPLITS = ("train", "val", "test", "eval", "dev", "holdout")
-"""How folders begin that hold a split under a name of their own, such as train_images."""
+"""Beginnings of folder names that suggest a split, such as train_images."""
 EXPECTED = (
     "expected a folder for each class (cat/1.jpg), or train, val and test folders that hold class folders or images, "
     "or images alone"
@@ -114,7 +114,7 @@ def images_in(folder: Path, start: str = "", above: frozenset[tuple[int, int]] =
 
 
 def is_image(name: str) -> bool:
-    """Whether a file's name ends like an image's."""
+    """True for a file name with an image's ending."""
     return name.lower().endswith(EXTENSIONS)
 
 
@@ -124,7 +124,7 @@ def endings() -> str:
 
 
 def seen(folder: Path) -> str:
-    """What a folder holds, in a few words."""
+    """A folder's contents in a few words, for a message."""
     folders, files = visible_folders(folder), visible_files(folder)
     if not folders and not files:
         return "it is empty"

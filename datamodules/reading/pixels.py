@@ -1,4 +1,4 @@
-"""Sizes and crops of one image in a loader's worker: a PIL image, or a uint8 tensor (C, H, W).
+"""Pixels of one image in a loader's worker, a PIL image or a uint8 tensor (C, H, W), and resizing of both.
 
 Pillow resizes PIL images, torch resizes tensors: its bilinear and bicubic filters are Pillow's, rounded in other places
 (by one level, seldom two). Its nearest is another one, and lanczos it has in its newest versions only: for these two,
@@ -20,7 +20,7 @@ _BY_TORCH = (v2.InterpolationMode.BILINEAR, v2.InterpolationMode.BICUBIC)
 
 
 def height_and_width(image_size: int | Sequence[int]) -> tuple[int, int]:
-    """Of an ``image_size``: a side in pixels, or (height, width)."""
+    """Height and width of an ``image_size``: a side in pixels, or both."""
     size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
     if len(size) != 2 or min(size) < 1:
         raise ValueError(f"image_size is {image_size}: expected a side in pixels, or height and width")
@@ -28,19 +28,19 @@ def height_and_width(image_size: int | Sequence[int]) -> tuple[int, int]:
 
 
 def size_of(image: Pixels) -> tuple[int, int]:
-    """Of a PIL image, whose own ``size`` is the other way round, or of a tensor (C, H, W)."""
+    """Height and width of a PIL image, whose own ``size`` is the other way round, or of a tensor (C, H, W)."""
     return (image.height, image.width) if isinstance(image, Image.Image) else (image.shape[-2], image.shape[-1])
 
 
 def as_image(image: Pixels) -> Image.Image:
-    """uint8 (1 or 3, H, W) becomes grey or RGB; a PIL image stays what it is."""
+    """Converts uint8 (1 or 3, H, W) to a PIL image, grey or RGB; a PIL image stays what it is."""
     if isinstance(image, Image.Image):
         return image
     return Image.fromarray(np.ascontiguousarray((image[0] if len(image) == 1 else image.permute(1, 2, 0)).numpy()))
 
 
 def as_tensor(image: Pixels) -> Tensor:
-    """A grey or RGB image becomes uint8 (1 or 3, H, W); a tensor stays what it is."""
+    """Converts a grey or RGB image to uint8 (1 or 3, H, W); a tensor stays what it is."""
     return v2.functional.pil_to_tensor(image) if isinstance(image, Image.Image) else image
 
 
@@ -56,7 +56,7 @@ def planes(image: Pixels) -> Tensor:
 
 
 def resize(image: Pixels, height: int, width: int, interpolation: v2.InterpolationMode) -> Pixels:
-    """The image at another size. At the size it has, a tensor comes back as it is, also as a view."""
+    """Resizes an image. At the size it has, a tensor comes back as it is, also as a view."""
     if isinstance(image, Image.Image):
         return v2.functional.resize(image, [height, width], interpolation)
     if (height, width) == tuple(image.shape[-2:]):

@@ -41,7 +41,7 @@ REACH = (DISC, SQUARE * math.sqrt(2), 2 * TRIANGLE, RING, PLUS * math.sqrt(10) /
 
 @dataclass(frozen=True)
 class ShapeSettings:
-    """What is rendered; see :class:`datamodules.shapes.ShapesDetectionDataModule` for the meaning of each."""
+    """Settings of the renderer; :class:`datamodules.shapes.ShapesDetectionDataModule` says what each means."""
 
     image_size: int = 128
     min_size: float = 8.0
@@ -146,12 +146,12 @@ class _Placed(NamedTuple):
 
     @property
     def area(self) -> int:
-        """Of the box."""
+        """Area of the box, in pixels."""
         return (self.box[2] - self.box[0]) * (self.box[3] - self.box[1])
 
 
 def _sizes(rng: np.random.Generator, settings: ShapeSettings, count: int) -> list[float]:
-    """Log-uniform in [min_size, max_size] outside the band to leave out."""
+    """Sizes, log-uniform in [min_size, max_size] outside the band to leave out."""
     low, high = math.log(settings.min_size), math.log(settings.max_size)
     if settings.without is None:
         gap_start, gap = high, 0.0
@@ -194,7 +194,7 @@ def _place(rng: np.random.Generator, settings: ShapeSettings, label: int, size: 
 
 
 def _box(mask: np.ndarray, window: Window) -> tuple[int, int, int, int]:
-    """xyxy around what is true in a window of the image; of no area if nothing is."""
+    """Tight box, xyxy, around a mask in a window of the image; of no area if the mask is empty."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     if not len(rows):
         return 0, 0, 0, 0
@@ -203,7 +203,7 @@ def _box(mask: np.ndarray, window: Window) -> tuple[int, int, int, int]:
 
 
 def outline(label: int, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """How far points lie outside a shape of size 1 about (0, 0), v pointing down; 0 or less inside. float32 as given.
+    """Signed distance of points to a shape of size 1 about (0, 0), v pointing down; 0 or less inside. float32 as given.
 
     Beyond a corner it is the distance from the farther of the lines that meet there.
     """
@@ -225,7 +225,7 @@ def outline(label: int, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def _star(across: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Folded along the axes of symmetry into the tenth between a point (straight up) and the corner beside it."""
+    """Distance to the star, by symmetry folded into the tenth between a point (straight up) and the corner beside."""
     up = -v
     for degrees in (72, 36):
         cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
@@ -253,7 +253,7 @@ def _background(rng: np.random.Generator, side: int, clutter: int) -> np.ndarray
 
 
 def _noise(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """Uniform float32 of mean 0 and standard deviation 1."""
+    """Uniform noise, float32, of mean 0 and standard deviation 1."""
     levels = np.frombuffer(rng.bytes(math.prod(shape)), np.uint8).reshape(shape)
     return (levels.astype(np.float32) - np.float32(127.5)) * np.float32(math.sqrt(12) / 256)
 
@@ -285,7 +285,7 @@ def _paint(
 
 
 def _texture(rng: np.random.Generator, window: Window, kind: list[float]) -> np.ndarray:
-    """Flat, stripes, checker or noise: float32 of the window's shape (or one that fits), mean about 0, from -1 to 1.
+    """Flat, striped, checkered or noisy texture: float32 of the window's shape (or one that fits), in about [-1, 1].
 
     Noise has the standard deviation 1.
     """
@@ -304,7 +304,7 @@ def _texture(rng: np.random.Generator, window: Window, kind: list[float]) -> np.
 
 
 def _wave(phase: np.ndarray) -> np.ndarray:
-    """1 in the first half of each period, -1 in the second."""
+    """Square wave: 1 in the first half of each period, -1 in the second."""
     return np.where(phase - np.floor(phase) < 0.5, np.float32(1), np.float32(-1))
 
 

@@ -1,4 +1,4 @@
-"""One file of images, mapped into memory: how it is laid out, written, found and shared.
+"""Memory-mapped file of images: its layout, and how it is written, found and shared.
 
     pixels, (height, width, channels) uint8, image after image
     heights and widths, (N, 2) int32; 0, 0 for an image that could not be read
@@ -94,7 +94,7 @@ class Store:
 
     @property
     def nbytes(self) -> int:
-        """Of all images together."""
+        """Bytes of all images together."""
         return int(self.starts[-1])
 
     def __getitem__(self, row: int) -> Tensor | None:
@@ -223,7 +223,7 @@ def _told(job: Job, store: Store, where: str, started: float) -> None:
 
 @contextmanager
 def _named(job: Job, where: str) -> Iterator[None]:
-    """Says in a line what could not be written."""
+    """Raises OSError, in a line, for a cache that could not be written."""
     try:
         yield
     except OSError as error:
@@ -236,7 +236,7 @@ def _named(job: Job, where: str) -> Iterator[None]:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[bool]:
-    """Waits until no other process is in here for the same folder. Gives whether that is sure."""
+    """Locks a folder against other processes, which wait. Yields False where it cannot be locked."""
     try:
         import fcntl
     except ImportError:  # Windows

@@ -1,4 +1,4 @@
-"""One sample of a torchvision data set: opened by torchvision, or by torchcodec, or taken from a cache."""
+"""Samples of a torchvision data set: opened by torchvision, or by torchcodec, or taken from a cache."""
 
 from typing import Any
 

@@ -19,12 +19,12 @@ Binarization = Literal["threshold", "draw", "draw_once"]
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 images become float32 in [0, 1]."""
+    """Converts uint8 images to float32 in [0, 1]."""
     return images.to(torch.float32) / 255
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(images - mean) / std, with a value for each channel or one for all. Float (B, C, H, W) in and out."""
+    """Normalises float images (B, C, H, W): (images - mean) / std, with a value for each channel or one for all."""
     channels = images.shape[-3]
     for name, values in (("mean", mean), ("std", std)):
         if len(values) not in (1, channels):
@@ -40,7 +40,7 @@ def _per_channel(values: tuple[float, ...], images: Tensor) -> Tensor:
 
 @functools.cache
 def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers on a device, (C, 1, 1). Kept, because the host waits for the device whenever it copies them there."""
+    """Constants on a device, (C, 1, 1). Kept, because the host waits for the device whenever it copies them there."""
     with torch.inference_mode(False):  # validation runs in inference mode, whose tensors training must not meet
         return torch.tensor(values, dtype=dtype, device=device).view(-1, 1, 1)
 
@@ -126,7 +126,7 @@ def _coordinates(length: int, device: torch.device) -> Tensor:
 
 
 def binarize(images: Tensor, draw: bool = False, generator: Generator | None = None, jitter: float = 0.0) -> Tensor:
-    """Each value of float (B, C, H, W) in [0, 1] becomes 0 or 1, so every channel on its own; the dtype is kept.
+    """Binarises float (B, C, H, W) in [0, 1] to 0 and 1, every channel on its own; the dtype is kept.
 
     Args:
         images: Float images, not normalised yet.
@@ -182,11 +182,11 @@ def erase(
 
 
 def _between(length: int, start: Tensor, stop: Tensor) -> Tensor:
-    """(B, length): which positions lie in [start, stop)."""
+    """Mask (B, length) of the positions in [start, stop)."""
     positions = torch.arange(length, device=start.device)
     return (positions >= start.unsqueeze(-1)) & (positions < stop.unsqueeze(-1))
 
 
 def _uniform(count: int, images: Tensor, generator: Generator | None) -> Tensor:
-    """(count, B) float32 in [0, 1)."""
+    """Uniform draws (count, B), float32 in [0, 1)."""
     return torch.rand((count, len(images)), dtype=torch.float32, generator=generator, device=images.device)

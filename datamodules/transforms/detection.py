@@ -18,7 +18,7 @@ Target = dict[str, Any]
 
 
 class DetectionTransform:
-    """``(image, target)`` as a data set has it becomes what a detector is given; of a target without boxes, the image.
+    """Transform of ``(image, target)`` for a detector; of a target without boxes, of the image alone.
 
     Images are uint8 (3, h, w). Of a target, ``boxes`` (n, 4) xyxy in pixels are kept in step with the image, and where
     a box goes, so do its entries in all other tensors of the target (``labels``, ``iscrowd``, ``area``, ...).
@@ -157,7 +157,7 @@ def _chance(probability: float) -> bool:
 
 
 def _of_each_box(inputs: tuple[Tensor, Target]) -> list[Tensor]:
-    """What is dropped with a box: all tensors of a target that have an entry for each."""
+    """The tensors of a target that have an entry for each box, and lose it with the box."""
     target = inputs[1]
     count = len(target["boxes"])
     return [

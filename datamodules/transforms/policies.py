@@ -66,5 +66,5 @@ def policy(
 
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
-    """As timm does it, but without an error from Pillow 13 for the 0 bits of strong settings: these leave black."""
+    """timm's posterize, without Pillow 13's error for the 0 bits of strong settings: these leave black."""
     return policies.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)

@@ -18,7 +18,7 @@ from datamodules.transforms.policies import policy
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 
 TRAIN_OPTIONS = ("image_size", "scale", "ratio", "interpolation", "auto_augment", "color_jitter", "padding")
-"""What a data module passes to :func:`train_transform` as its user gave it."""
+"""Arguments of :func:`train_transform` that a data module passes on as its user gave them."""
 
 LONGEST = 16
 """Longer than this many times its width, an image is cut before it is resized, since it could fill the memory."""
@@ -34,7 +34,7 @@ def train_transform(
     padding: int = 0,
     fill: Sequence[float] = (0.485, 0.456, 0.406),
 ) -> ToTensor:
-    """An image (grey or RGB) becomes an augmented uint8 tensor (C, H, W): crop, auto-augment, colour jitter.
+    """Training transform of an image to a uint8 tensor (C, H, W): random crop, auto-augment, colour jitter.
 
     Args:
         image_size: Side in pixels, or (height, width).
@@ -83,7 +83,7 @@ def train_transform(
 def eval_transform(
     image_size: int | tuple[int, int], crop_ratio: float = 0.875, interpolation: str = "bicubic"
 ) -> ToTensor:
-    """An image becomes a uint8 tensor (C, H, W): resized to cover image_size / crop_ratio, its centre cropped.
+    """Evaluation transform to a uint8 tensor (C, H, W): resize to cover image_size / crop_ratio, centre crop.
 
     Args:
         image_size: Side in pixels, or (height, width).
@@ -125,7 +125,7 @@ class Cover:
 
 
 class ResizedCrop(v2.RandomResizedCrop):
-    """torchvision's, which draws alike for both kinds of images; a tensor is cropped and resized by a shorter way."""
+    """torchvision's random resized crop, alike for PIL images and tensors; the latter are resized by a shorter way."""
 
     def forward(self, image: Pixels) -> Pixels:
         if isinstance(image, Image.Image):

@@ -18,6 +18,7 @@ from zoo.cli.benchmark.clock import Clock, Goal, percentiles
 from zoo.cli.benchmark.measure import Waits, limit_of, random_batch
 from zoo.cli.benchmark.peaks import PEAKS, peak_of
 from zoo.cli.main import PACKAGES
+from zoo.common.peers import Peer
 
 CPU = torch.device("cpu")
 
@@ -281,7 +282,7 @@ def parameters(module: nn.Module) -> int:
 
 
 def peer_of(model, name, **axes) -> peers.Other:
-    network, loss = peers.PEERS[type(model).__name__][name].build(model, axes)
+    network, loss = model.peers[name].build(model, axes)
     return peers.Other(network, loss, model)
 
 
@@ -345,14 +346,14 @@ def test_a_peer_has_the_optimizer_of_the_model_it_stands_for():
 
 
 def test_a_peer_that_is_not_installed_is_known_as_such():
-    there, not_there = (peers.Peer(name, ("step",), "", lambda: None) for name in ("torch", "no_such_package"))
+    there, not_there = (Peer(name, ("step",), "", lambda: None) for name in ("torch", "no_such_package"))
     assert peers.is_installed(there)
     assert not peers.is_installed(not_there)
 
 
 def test_a_peer_that_is_not_installed_is_a_row_that_names_the_extra(monkeypatch, tmp_path):
-    known = peers.PEERS["ViTClassifier"]["timm"]._replace(needs="no_such_package")
-    monkeypatch.setitem(peers.PEERS, "ViTClassifier", {"timm": known})
+    known = zoo.ViTClassifier.peers["timm"]._replace(needs="no_such_package")
+    monkeypatch.setattr(zoo.ViTClassifier, "peers", {"timm": known})
     setting = {"cell": Cell("step", "timm", {})._asdict(), "goal": {}, "options": ["--trainer.devices", "1"]}
     asked, found = tmp_path / "asked.json", tmp_path / "found.json"
     asked.write_text(json.dumps(setting | {"configs": [recipes.find("vit/digits")]}))

@@ -19,10 +19,10 @@ from PIL import Image
 from torch.utils.data import DataLoader, DistributedSampler
 
 from datamodules import DigitsDataModule, ImageFolderDataModule
-from zoo import FPNDetector, MAEPretrainer, ViTClassifier
+from zoo import FPNDetector, GaussianVAE, GumbelVAE, MAEPretrainer, ViTClassifier
 from zoo.callbacks import SavePictures, WriteDetections, WritePredictions
 from zoo.cli import main
-from zoo.cli.outcome import metric
+from zoo.cli.outcome import metrics
 from zoo.common import pictures
 from zoo.metrics.average_precision import CocoAveragePrecision
 
@@ -552,24 +552,27 @@ def test_images_to_predict_need_no_boxes_for_the_detector_to_know_the_original_o
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "line"),
+    ("technique", "name", "value", "lines"),
     [
-        ("test/ap", 0.52345, "test AP 52.3 %"),
-        ("test/ap50", 1.0, "test AP50 100.0 %"),
-        ("test/ap_small", 0.0, "test AP of small 0.0 %"),
-        ("test/ap_8-16", -1.0, "test AP of 8-16 undefined"),
-        ("test/ar100", 0.6, "test AR100 60.0 %"),
-        ("test/loss", 1.5, "test loss 1.5000"),
-        ("test/acc", 0.5, "test accuracy 50.00 %"),
+        (FPNDetector, "test/ap", 0.52345, ["test AP 52.3 %"]),
+        (FPNDetector, "test/ap50", 1.0, ["test AP50 100.0 %"]),
+        (FPNDetector, "test/ap_small", 0.0, ["test AP of small 0.0 %"]),
+        (FPNDetector, "test/ap_8-16", -1.0, ["test AP of 8-16 undefined"]),
+        (FPNDetector, "test/ar100", 0.6, ["test AR100 60.0 %"]),
+        (FPNDetector, "test/ap_by_class/cat", 0.6, []),
+        (FPNDetector, "test/loss", 1.5, ["test loss 1.5000"]),
+        (FPNDetector, "test/acc", 0.5, ["test accuracy 50.00 %"]),
+        (ViTClassifier, "test/ap", 0.52345, ["test average precision 0.5234"]),
+        (ViTClassifier, "test/acc", 0.5, ["test accuracy 50.00 %"]),
+        (ViTClassifier, "test/acc/dataloader_idx_1", 0.5, ["test acc/dataloader_idx_1 50.00 %"]),
+        (MAEPretrainer, "test/acc_knn", 0.5, ["test accuracy of nearest neighbours 50.00 %"]),
+        (MAEPretrainer, "test/loss_visible", 0.5, ["test loss of visible patches 0.5000"]),
+        (GaussianVAE, "test/elbo", -91.5, ["test ELBO in nats -91.5000"]),
+        (GumbelVAE, "test/active_latents", 7.0, ["test active latents 7.0000"]),
     ],
 )
-def test_a_detectors_figures_read_as_cocos(name, value, line):
-    assert metric(name, value, detector=True) == line
-
-
-def test_a_classifiers_figures_stay():
-    assert metric("test/ap", 0.52345, detector=False) == "test average precision 0.5234"
-    assert metric("test/acc", 0.5, detector=False) == "test accuracy 50.00 %"
+def test_figures_read_as_their_technique_words_them(technique, name, value, lines):
+    assert metrics(technique, {name: value}) == lines
 
 
 def test_a_detector_predicts_through_the_command_line(capsys):

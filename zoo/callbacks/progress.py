@@ -6,9 +6,10 @@ from typing import Any
 from rich import get_console
 
 from zoo._lightning import RichProgressBar
+from zoo.common.protocols import Watched
 
-# What says best how validation went: the first of these that there is.
-VALIDATED = ("val/acc", "val/ap", "val/acc_knn", "val/loss")
+# What says best how validation went: the first of these that there is, behind those that a module names.
+WATCHED = ("val/acc", "val/ap", "val/loss")
 
 
 class ProgressBar(RichProgressBar):
@@ -42,7 +43,8 @@ class ProgressBar(RichProgressBar):
         metrics.pop("v_num", None)
         rates = [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
         metrics = {"lr": f"{max(rates):.2e}", **metrics} if rates else metrics
-        score = next((name for name in VALIDATED if name in trainer.callback_metrics), None)
+        own = pl_module.watched if isinstance(pl_module, Watched) else ()
+        score = next((name for name in (*own, *WATCHED) if name in trainer.callback_metrics), None)
         return metrics | {score: float(trainer.callback_metrics[score])} if score else metrics
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:

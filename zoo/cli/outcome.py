@@ -1,18 +1,13 @@
 """How a run went, in lines: metrics in their words, what there is to beat, and what was written."""
 
-import re
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from zoo.callbacks import ResumePoint
-
-METRICS = {"acc": "accuracy", "acc5": "top-5 accuracy", "f1": "macro F1", "ap": "average precision"}
-METRICS |= {"acc_knn": "accuracy of nearest neighbours", "loss_visible": "loss of visible patches"}
-METRICS |= {"elbo": "ELBO in nats", "log_likelihood": "importance-weighted bound in nats", "kl": "KL in nats"}
-METRICS |= {"bits_per_dim": "bits per dimension", "active_latents": "active latents"}
-COCO_METRIC = re.compile(r"(a[pr]\d*)(?:_(.+))?")  # AP at an IoU, AR of so many detections, either by size
+from zoo.common.log import in_words
+from zoo.common.protocols import WordsMetrics
 
 
 def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -24,15 +19,12 @@ def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-def metric(name: str, value: float, detector: bool) -> str:
-    """``test accuracy 99.31 %`` for test/acc, a detector's ``test AP of small 20.7 %``; other numbers as they are."""
-    stage, _, metric = name.partition("/")
-    coco = COCO_METRIC.fullmatch(metric) if detector else None
-    if coco:
-        number = "undefined" if value < 0 else f"{100 * value:.1f} %"  # no such objects in the data
-        return f"{stage} {coco[1].upper()} {f'of {coco[2]} ' if coco[2] else ''}{number}"
-    number = f"{100 * value:.2f} %" if metric.startswith("acc") else f"{value:.4f}"
-    return f"{stage} {METRICS.get(metric, metric)} {number}"
+def metrics(model: Any, found: Mapping[str, float]) -> list[str]:
+    """Lines such as ``test accuracy 99.31 %`` for test/acc, in the model's own words if it has some."""
+    words = model.metric_text if isinstance(model, WordsMetrics) else in_words
+    split = [(name.partition("/"), value) for name, value in found.items()]
+    texts = [(stage, words(metric, value)) for (stage, _, metric), value in split]
+    return [f"{stage} {text}" for stage, text in texts if text]
 
 
 def baselines(data: Any, found: Mapping[str, float]) -> list[str]:

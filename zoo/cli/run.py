@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import Namespace
 
 from zoo._lightning import NAMESPACE, Callback, LightningDataModule, LightningModule
-from zoo.callbacks import LogInterval, RunDirectory, WriteDetections, WritePredictions
+from zoo.callbacks import LogInterval, RunDirectory, WritePredictions
 from zoo.callbacks.run_directory import run_directory
 from zoo.checkpoints import newest
 from zoo.cli import continuing, imports, mistakes, outcome, outputs, recipes, settings
 from zoo.cli.mistakes import Mistake
 from zoo.cli.profiler import unprofiled
 from zoo.cli.sweep import write_json
+from zoo.common.protocols import NamesPredictionWriter
 from zoo.guards import guard, keep_optimizer_settings
 from zoo.weights import reported
 
@@ -273,7 +274,8 @@ class ZooCLI(LightningCLI):
         self._check_images()
         trainer: Any = self.trainer
         if self.subcommand == "predict" and not any(isinstance(c, WritePredictions) for c in trainer.callbacks):
-            trainer.callbacks.append(WriteDetections() if hasattr(self.model, "detect") else WritePredictions())
+            writer = self.model.prediction_writer if isinstance(self.model, NamesPredictionWriter) else WritePredictions
+            trainer.callbacks.append(writer())
         if self.subcommand == "fit" and self.written.fit.get("trainer.log_every_n_steps") is None:
             warnings.filterwarnings("ignore", message="The number of training batches .* smaller than the logging inte")
             trainer.callbacks.insert(0, LogInterval())
@@ -357,9 +359,7 @@ class ZooCLI(LightningCLI):
                 weights_only=self.config.fit.weights_only,
             )
             for found in results:  # one for each of the data's loaders
-                # Of a detector, all but the AP of each class, of which there may be eighty.
-                shown = {name: value for name, value in found.items() if "/ap_by_class/" not in name}
-                lines += [outcome.metric(name, value, hasattr(self.model, "detect")) for name, value in shown.items()]
+                lines += outcome.metrics(self.model, found)
                 metrics |= found
             if trainer.is_global_zero and results:  # none with limit_test_batches 0
                 lines += outcome.baselines(self.datamodule, results[0])

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from zoo._lightning import LightningModule
 
+WORDS = {"acc": "accuracy", "acc5": "top-5 accuracy", "f1": "macro F1", "ap": "average precision"}
+"""Metrics that many techniques have, in words."""
+
 
 class StepLog:
     """Adds values up on the device in every training step, and hands on their means when the Trainer logs.
@@ -94,3 +97,15 @@ class StepLog:
             tuple(sums["names"]): ((id(trainer), sums["window"]), sums["total"].to(device), sums["count"])
             for sums in state
         }
+
+
+def in_words(metric: str, value: float, words: Mapping[str, str] | None = None) -> str:
+    """A metric as people say it: ``accuracy 99.31 %`` for "acc"; numbers that are no accuracies as they are.
+
+    Args:
+        metric: Its name without the stage.
+        value: In [0, 1] for an accuracy.
+        words: By name, those that a technique has for its own metrics.
+    """
+    number = f"{100 * value:.2f} %" if metric.startswith("acc") else f"{value:.4f}"
+    return f"{(WORDS | dict(words or {})).get(metric, metric)} {number}"

@@ -3,7 +3,7 @@
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from timm.layers import to_2tuple
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from zoo._lightning import LightningModule
+from zoo.callbacks import WriteDetections
 from zoo.checkpoints import SafeLoading
 from zoo.common import batch as batches
 from zoo.common import loaders, norms, optim, pictures
@@ -21,7 +22,8 @@ from zoo.common.labels import LabelWatch, is_remote
 from zoo.common.log import StepLog
 from zoo.common.seeding import differ_between_ranks
 from zoo.detection.losses import LossSums
-from zoo.detection.metrics import TotalLosses
+from zoo.detection.metrics import TotalLosses, in_words
+from zoo.detection.peers import random_targets
 from zoo.detection.postprocessing import to_original
 from zoo.metrics.average_precision import CocoAveragePrecision
 from zoo.sharding import Shardable
@@ -36,6 +38,8 @@ class Detector(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, Lig
 
     backbone: Any  # modules; Any, because what they have beyond torch's is timm's
     hparams: Any  # Lightning calls it a mapping, and makes its keys attributes
+    prediction_writer: ClassVar = WriteDetections
+    metric_text = staticmethod(in_words)
 
     def make_metrics(self) -> None:
         """Makes what counts and logs."""
@@ -75,6 +79,10 @@ class Detector(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, Lig
         super().add_module(name, module)
         if module is not None:
             norms.restore_activations(module)
+
+    def random_targets(self, images: Tensor, generator: torch.Generator) -> list[dict[str, Tensor]]:
+        """Targets for images (B, C, H, W) of a batch to measure with."""
+        return random_targets(images, self.hparams.num_classes, generator)
 
     def train(self, mode: bool = True) -> Self:
         """As ``nn.Module.train``; BatchNorm whose weights are frozen keeps its statistics as well."""

@@ -26,6 +26,7 @@ from zoo.detection.layouts import DetectorLayout
 from zoo.detection.losses import BoxLoss, LossSums, dense_loss, mark_sizes
 from zoo.detection.maps import Maps, create_pyramid_backbone, freeze_stages
 from zoo.detection.necks import ExtraFrom, Neck, create_neck
+from zoo.detection.peers import PEERS
 from zoo.detection.postprocessing import best_candidates, suppressed, to_original
 from zoo.weights import load as load_weights
 
@@ -108,6 +109,7 @@ class FPNDetector(Detector):
     changeable: ClassVar = ("score_threshold", "nms_threshold", "max_detections")
     compiled: ClassVar = ("_local_loss", "_dense_loss")  # assignment and loss as one graph, the same for all sizes
     foreign_weights: ClassVar = DetectorLayout()
+    peers: ClassVar = PEERS
 
     def __init__(
         self,

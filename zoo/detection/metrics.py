@@ -1,13 +1,18 @@
-"""The losses of an evaluation, however it was cut into batches and dealt out to processes."""
+"""The losses of an evaluation, however it was cut into batches and dealt out to processes; its metrics in words."""
 
+import re
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from zoo.common import log
 from zoo.common.precision import FullPrecision
 from zoo.detection.losses import LossSums
+
+COCO_METRIC = re.compile(r"(a[pr]\d*)(?:_(.+))?")
+"""AP at an IoU, AR of so many detections, either by size."""
 
 
 class TotalLosses(FullPrecision, Metric):
@@ -29,3 +34,18 @@ class TotalLosses(FullPrecision, Metric):
     def compute(self) -> LossSums:
         """The sums over all images, whose :meth:`~zoo.detection.losses.LossSums.mean` are the losses."""
         return LossSums(*self.sums)
+
+
+def in_words(metric: str, value: float) -> str:
+    """One of COCO's metrics as people say it: ``AP of small 20.7 %`` for "ap_small".
+
+    Returns:
+        "" for the AP of a class, of which there may be eighty.
+    """
+    if metric.startswith("ap_by_class/"):
+        return ""
+    found = COCO_METRIC.fullmatch(metric)
+    if found is None:
+        return log.in_words(metric, value)
+    number = "undefined" if value < 0 else f"{100 * value:.1f} %"  # no such objects in the data
+    return f"{found[1].upper()} {f'of {found[2]} ' if found[2] else ''}{number}"

@@ -14,6 +14,7 @@ from zoo.common import optim
 from zoo.common.classification import Classifier, Loss
 from zoo.common.ranges import check_ranges
 from zoo.efficientnet.networks import V2, create_network, recompute_blocks
+from zoo.efficientnet.peers import PEERS
 from zoo.efficientnet.scaling import PUBLISHED, CompoundScaling, check_resolution
 from zoo.weights import describe
 from zoo.weights import load as load_weights
@@ -76,6 +77,7 @@ class EfficientNetClassifier(Classifier):
 
     # Left None they follow from ``weights``, which are not read again when a run goes on.
     from_weights: ClassVar = ("padding", "norm_eps")
+    peers: ClassVar = PEERS
 
     def __init__(
         self,

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,7 +16,7 @@ from zoo.common import batch as batches
 from zoo.common import loaders, optim, pictures
 from zoo.common.compiling import Compilable
 from zoo.common.evaluation import Evaluation
-from zoo.common.log import StepLog
+from zoo.common.log import StepLog, in_words
 from zoo.common.precision import MeanMetric
 from zoo.common.ranges import check_ranges, check_training
 from zoo.common.seeding import differ_between_ranks
@@ -35,6 +36,14 @@ VALUES = (0.0, 1.0)
 """Of black and of white in every image: of the data, and of what a model makes of it."""
 VARIED = 16
 """How many latents are varied in a picture: the first ones."""
+WORDS = {
+    "elbo": "ELBO in nats",
+    "log_likelihood": "importance-weighted bound in nats",
+    "kl": "KL in nats",
+    "bits_per_dim": "bits per dimension",
+    "active_latents": "active latents",
+}
+"""Metrics of its own."""
 
 
 class VAE(Latents, SafeLoading, Compilable, Evaluation, Shardable, LightningModule):
@@ -49,6 +58,7 @@ class VAE(Latents, SafeLoading, Compilable, Evaluation, Shardable, LightningModu
     changeable: ClassVar = ("elbo_samples", "iw_samples")  # while a run goes on: they say how it is evaluated
     unpredicted: ClassVar = ("decoder",)  # parts that no prediction needs
     compiled: ClassVar = ("objective",)
+    metric_text = staticmethod(partial(in_words, words=WORDS))
 
     def build(self, encoder_outputs: int, decoder_inputs: int) -> None:
         """Networks, likelihood and metrics, out of ``self.hparams``."""

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from zoo.gumbel_vae.estimators.sampling import full_precision
 from zoo.gumbel_vae.latents import VAEOutput
 from zoo.gumbel_vae.metrics import ActiveLatents, CodeUsage
 from zoo.gumbel_vae.networks import Activation, Network
+from zoo.gumbel_vae.peers import PEERS
 from zoo.gumbel_vae.schedules import SCHEDULES, check_temperatures
 
 KL = Literal["analytic", "sampled", "relaxed"]
@@ -81,6 +82,8 @@ class GumbelVAE(VAE):
         ValueError: For an unknown choice, with what there is to choose from; for one category; for temperatures of 0
             or less; for sizes that do not fit; for images outside of the likelihood's support.
     """
+
+    peers: ClassVar = PEERS
 
     def __init__(
         self,

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +15,7 @@ from zoo.common import loaders, optim, pictures
 from zoo.common.backbones import name_of
 from zoo.common.compiling import Compilable
 from zoo.common.evaluation import Evaluation
-from zoo.common.log import StepLog
+from zoo.common.log import StepLog, in_words
 from zoo.common.norms import restore_layer_norm_eps, set_layer_norm_eps
 from zoo.common.precision import MeanMetric
 from zoo.common.ranges import check_ranges, check_training
@@ -32,9 +33,13 @@ from zoo.mae.patches import (
     unpatchify,
     visible_patches,
 )
+from zoo.mae.peers import PEERS
 from zoo.metrics.knn import LeaveOneOutKNN
 from zoo.sharding import Shardable
 from zoo.weights import load as load_weights
+
+WORDS = {"acc_knn": "accuracy of nearest neighbours", "loss_visible": "loss of visible patches"}
+"""Metrics of its own."""
 
 
 class MAEPretrainer(SafeLoading, Compilable, Evaluation, Shardable, LightningModule):
@@ -92,6 +97,9 @@ class MAEPretrainer(SafeLoading, Compilable, Evaluation, Shardable, LightningMod
     unpredicted: ClassVar = ("decoder",)  # parts that no prediction needs
     compiled: ClassVar = ("masked_loss",)
     foreign_weights: ClassVar = MAELayout()
+    peers: ClassVar = PEERS
+    watched: ClassVar = ("val/acc_knn",)
+    metric_text = staticmethod(partial(in_words, words=WORDS))
 
     def __init__(
         self,

@@ -110,9 +110,8 @@ def _peers(plan: Blueprint, names: Sequence[str] | None, modes: Sequence[str]) -
     """By peer, the modes it is measured in."""
     if names is None:
         return {}
-    technique = _class(plan.config.fit.model)
-    data = None if plan.config.fit.data is None else _class(plan.config.fit.data)
-    known = peers.peers_of(technique, data)
+    model, data = plan.config.fit.model, plan.config.fit.data
+    technique, known = _class(model), peers.peers_of(model.class_path, data and data.class_path)
     for name in names:
         if name not in known:
             hint = did_you_mean(name, known) or (f": there are {', '.join(known)}" if known else "; it has none")

@@ -24,6 +24,7 @@ from zoo.cli.blueprint import Blueprint
 from zoo.cli.mistakes import Mistake
 from zoo.cli.profiler import unprofiled
 from zoo.common.cost import count
+from zoo.common.protocols import DrawsTargets, HasInputShape
 from zoo.guards import guard
 
 if TYPE_CHECKING or NAMESPACE == "lightning":
@@ -33,7 +34,6 @@ else:
 
 WAITS = 0.05  # of its time for data: from there on a run is called data-bound
 ISSUES = 0.9  # of the device's time, for the host to issue a step: from there on it is called host-bound
-BOXES = 8  # in each image of a detector's random batch
 
 
 def measure(plan: Blueprint, mode: str, goal: Goal, peer: Any = None) -> dict[str, Any]:
@@ -64,25 +64,18 @@ def measure(plan: Blueprint, mode: str, goal: Goal, peer: Any = None) -> dict[st
     return driver.found(trainer, _batch_size(plan)) | _utilisation(plan, mode) | {"note": note}
 
 
-def random_batch(model: Any, batch_size: int, device: torch.device) -> tuple[Tensor, Any]:
-    """What a module trains on, of random values: ``(images, labels)``, or for a detector ``(images, targets)``.
+def random_batch(model: Any, batch_size: int, device: torch.device) -> Any:
+    """Images of random values with labels beside them, or with what the module says that it learns from.
 
-    Pixels are 0 and 1 by chance, which every technique takes. A detector gets eight boxes an image, whose sides are a
-    sixteenth to half of the image's.
+    Pixels are 0 and 1 by chance, which every technique takes.
     """
-    generator, (channels, height, width) = torch.Generator().manual_seed(0), _input_shape(model)
-    images = torch.randint(2, (batch_size, channels, height, width), generator=generator).float().to(device)
-    classes = model.hparams.get("num_classes", 2)
-    if not hasattr(model, "detect"):
-        return images, torch.randint(classes, (batch_size,), generator=generator).to(device)
-    size, targets = torch.tensor([width, height]), []
-    for _ in range(batch_size):
-        draw = torch.rand(BOXES, 4, generator=generator)
-        sides = (1 + 7 * draw[:, :2]) / 16 * size
-        corners = draw[:, 2:] * (size - sides)
-        labels = torch.randint(classes, (BOXES,), generator=generator)
-        targets.append({"boxes": torch.cat([corners, corners + sides], 1).to(device), "labels": labels.to(device)})
-    return images, targets
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(2, (batch_size, *_input_shape(model)), generator=generator).float()
+    if isinstance(model, DrawsTargets):
+        beside = model.random_targets(images, generator)
+    else:
+        beside = torch.randint(model.hparams.get("num_classes", 2), (batch_size,), generator=generator)
+    return model.transfer_batch_to_device((images, beside), device, 0)
 
 
 class Resident:
@@ -341,8 +334,7 @@ def _utilisation(plan: Blueprint, mode: str) -> dict[str, Any]:
 
 
 def _input_shape(model: Any) -> tuple[int, int, int]:
-    shape = getattr(model, "input_shape", None)
-    if shape is None:
+    if not isinstance(model, HasInputShape):
         raise Mistake(f"{type(model).__name__} does not say what images it takes: give it an input_shape, (C, H, W)")
-    channels, height, width = shape
+    channels, height, width = model.input_shape
     return channels, height, width

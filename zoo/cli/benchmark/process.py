@@ -83,7 +83,7 @@ def _peer(plan: Blueprint, setting: dict[str, Any]) -> tuple[Any, str | None]:
     if setting["cell"]["peer"] is None:
         return None, None
     model, data = plan.config.fit.model, plan.config.fit.data
-    known = peers.peers_of(model.class_path.split(".")[-1], data and data.class_path.split(".")[-1])
+    known = peers.peers_of(model.class_path, data and data.class_path)
     peer = known[setting["cell"]["peer"]]
     if not peers.is_installed(peer):
         raise ImportError(f"{setting['cell']['peer']} needs {peer.needs}: pip install 'vision-zoo[peers]'")

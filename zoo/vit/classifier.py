@@ -1,23 +1,11 @@
-"""Vision transformer classifier: from scratch, fine-tuned, or as a linear probe.
-
-Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021, arXiv 2010.11929. The network is timm's
-``VisionTransformer`` with its own parameter names; here is what one trains it with.
-
-Deviations: none in the network. Mixup and cutmix draw one ratio a batch, as timm does. The attention of a network
-without class token is shown as the mean over its queries, which neither paper on attention maps defines.
-"""
+"""ViTClassifier: a vision transformer with a linear head, and how it is trained."""
 
 import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
-from timm.layers import Attention, AttentionRope, DropPath, PatchEmbed, to_2tuple
-from timm.models.beit import Attention as BeitAttention
-from timm.models.beit import Beit
-from timm.models.eva import Eva, EvaAttention
-from timm.models.vision_transformer import VisionTransformer
-from timm.models.vision_transformer_relpos import RelPosAttention, VisionTransformerRelPos
+from timm.layers import DropPath, PatchEmbed, to_2tuple
 from torch import Tensor, nn
 
 from zoo._lightning import rank_zero_info
@@ -27,15 +15,12 @@ from zoo.common.backbones import create_backbone, feature_width, name_of, own_im
 from zoo.common.classification import Classifier, Loss
 from zoo.common.norms import restore_layer_norm_eps, set_layer_norm_eps
 from zoo.common.ranges import check_ranges
+from zoo.vit.attention import TRANSFORMERS, block_attentions, shows_attention
+from zoo.vit.peers import PEERS
 from zoo.weights import load as load_weights
 
 Pool = Literal["token", "avg", "map"]
 Schedule = Literal["linear", "uniform"]
-
-# Networks of tokens that keep their number, and the attention in them whose weights, between all tokens, are what its
-# output is made of. Others weigh channels, windows or pooled tokens, mix their heads, or subtract two attentions.
-TRANSFORMERS = (VisionTransformer, Eva, Beit, VisionTransformerRelPos)
-ATTENTIONS = (Attention, AttentionRope, EvaAttention, BeitAttention, RelPosAttention)
 
 
 class ViTClassifier(Classifier):
@@ -91,6 +76,7 @@ class ViTClassifier(Classifier):
     """
 
     layer_norm_eps: ClassVar = True  # norm_eps is LayerNorm's, for zoo.weights to set
+    peers: ClassVar = PEERS
 
     def __init__(
         self,
@@ -313,41 +299,3 @@ def drop_uniformly(backbone: Any, rate: float) -> None:
     for block in blocks:
         for name in ("drop_path1", "drop_path2"):
             setattr(block, name, DropPath(rate) if rate else nn.Identity())
-
-
-def shows_attention(backbone: Any) -> bool:
-    """Whether each block of a backbone computes one attention between all tokens, which can be seen."""
-    if not isinstance(backbone, TRANSFORMERS):
-        return False
-    # A class of one's own that is derived from these may compute something else.
-    return all(type(getattr(block, "attn", None)) in ATTENTIONS for block in backbone.blocks)
-
-
-def block_attentions(backbone: Any, images: Tensor) -> list[Tensor]:
-    """The attention weights (B, heads, N, N) of every block, for N tokens, float32.
-
-    Fused attention never forms them. For once each block computes them apart, and passes them to its dropout.
-
-    Raises:
-        ValueError: For a backbone that has none: see :func:`shows_attention`.
-    """
-    if not shows_attention(backbone):
-        raise ValueError(f"{type(backbone).__name__} has no attention between all tokens in each block to show")
-    attentions: list[Tensor] = []
-    parts = [block.attn for block in backbone.blocks]
-    fused = [part.fused_attn for part in parts]
-    hooks = [
-        part.attn_drop.register_forward_pre_hook(lambda _, args: attentions.append(args[0].float())) for part in parts
-    ]
-    modes = {part: part.training for part in backbone.modules()}
-    try:
-        for part in parts:
-            part.fused_attn = False
-        backbone.eval().forward_features(images)  # not __call__: a compiled network would be compiled again
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
-        for part, was_fused, hook in zip(parts, fused, hooks, strict=True):
-            part.fused_attn = was_fused
-            hook.remove()
-    return attentions

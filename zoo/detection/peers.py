@@ -1,0 +1,65 @@
+"""What FPNDetector is measured against, torchvision's detectors, and on: random boxes."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoo.common import batch as batches
+from zoo.common.peers import TRAINING, Built, Peer
+
+BOXES = 8
+"""In each image of a random batch."""
+
+
+def random_targets(images: Tensor, classes: int, generator: torch.Generator) -> list[dict[str, Tensor]]:
+    """Eight boxes for each image (B, C, H, W), whose sides are a sixteenth to half of the image's, and their labels."""
+    size, targets = torch.tensor([images.shape[3], images.shape[2]]), []
+    for _ in images:
+        draw = torch.rand(BOXES, 4, generator=generator)
+        sides = (1 + 7 * draw[:, :2]) / 16 * size
+        corners = draw[:, 2:] * (size - sides)
+        labels = torch.randint(classes, (BOXES,), generator=generator)
+        targets.append({"boxes": torch.cat([corners, corners + sides], 1), "labels": labels})
+    return targets
+
+
+def _torchvision(model: Any, axes: dict[str, str]) -> Built:
+    import torchvision
+    from torchvision.models.detection import FCOS, RetinaNet
+    from torchvision.models.detection.anchor_utils import AnchorGenerator
+    from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
+    from torchvision.models.detection.retinanet import RetinaNetHead
+    from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+
+    hp = model.hparams
+    make = getattr(torchvision.models, hp.backbone, None)
+    if make is None or not hp.backbone.startswith("resnet"):
+        raise ValueError(f"torchvision has no detector on {hp.backbone}: compare with --model.backbone resnet50")
+    resnet = make(weights=None, norm_layer=nn.BatchNorm2d)
+    extra = LastLevelP6P7(256, 256)
+    backbone = _resnet_fpn_extractor(resnet, 5, returned_layers=[2, 3, 4], extra_blocks=extra)
+    settings = {"image_mean": [0.0] * 3, "image_std": [1.0] * 3, "_skip_resize": True}
+    if hp.head == "retinanet":
+        sizes = tuple((x, int(x * 2 ** (1 / 3)), int(x * 2 ** (2 / 3))) for x in (32, 64, 128, 256, 512))
+        anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
+        head = RetinaNetHead(256, anchors.num_anchors_per_location()[0], hp.num_classes)
+        network = RetinaNet(backbone, hp.num_classes, anchor_generator=anchors, head=head, **settings)
+    else:
+        network = FCOS(backbone, hp.num_classes, **settings)
+
+    def loss(network: nn.Module, batch: Any) -> Tensor:
+        images, targets = batches.images_and_targets(batch)
+        return torch.stack(list(network(list(images), targets).values())).sum()
+
+    return network, loss
+
+
+PEERS = {
+    "torchvision": Peer(
+        "torchvision",
+        TRAINING,
+        "torchvision's FCOS, or RetinaNet for head=retinanet: P3 to P7, 256 channels, all layers trained, NCHW",
+        _torchvision,
+    )
+}

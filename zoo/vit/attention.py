@@ -1,0 +1,54 @@
+"""Attention weights of vision transformers, as the networks compute them."""
+
+from typing import Any
+
+from timm.layers import Attention, AttentionRope
+from timm.models.beit import Attention as BeitAttention
+from timm.models.beit import Beit
+from timm.models.eva import Eva, EvaAttention
+from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer_relpos import RelPosAttention, VisionTransformerRelPos
+from torch import Tensor
+
+# Networks of tokens that keep their number, and the attention in them whose weights, between all tokens, are what its
+# output is made of. Others weigh channels, windows or pooled tokens, mix their heads, or subtract two attentions.
+TRANSFORMERS = (VisionTransformer, Eva, Beit, VisionTransformerRelPos)
+ATTENTIONS = (Attention, AttentionRope, EvaAttention, BeitAttention, RelPosAttention)
+
+
+def shows_attention(backbone: Any) -> bool:
+    """Whether each block of a backbone computes one attention between all tokens, which can be seen."""
+    if not isinstance(backbone, TRANSFORMERS):
+        return False
+    # A class of one's own that is derived from these may compute something else.
+    return all(type(getattr(block, "attn", None)) in ATTENTIONS for block in backbone.blocks)
+
+
+def block_attentions(backbone: Any, images: Tensor) -> list[Tensor]:
+    """The attention weights (B, heads, N, N) of every block, for N tokens, float32.
+
+    Fused attention never forms them. For once each block computes them apart, and passes them to its dropout.
+
+    Raises:
+        ValueError: For a backbone that has none: see :func:`shows_attention`.
+    """
+    if not shows_attention(backbone):
+        raise ValueError(f"{type(backbone).__name__} has no attention between all tokens in each block to show")
+    attentions: list[Tensor] = []
+    parts = [block.attn for block in backbone.blocks]
+    fused = [part.fused_attn for part in parts]
+    hooks = [
+        part.attn_drop.register_forward_pre_hook(lambda _, args: attentions.append(args[0].float())) for part in parts
+    ]
+    modes = {part: part.training for part in backbone.modules()}
+    try:
+        for part in parts:
+            part.fused_attn = False
+        backbone.eval().forward_features(images)  # not __call__: a compiled network would be compiled again
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+        for part, was_fused, hook in zip(parts, fused, hooks, strict=True):
+            part.fused_attn = was_fused
+            hook.remove()
+    return attentions

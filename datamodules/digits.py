@@ -79,6 +79,7 @@ class DigitsDataModule(ImageDataModule):
         labels_per_class: int | None = None,
         labels_seed: int = 0,
         predict_root: str | None = None,
+        *,
         mean: tuple[float, ...] = (0.306,),
         std: tuple[float, ...] = (0.376,),
         **options: Unpack[ImageOptions],

@@ -71,6 +71,7 @@ class ImageFolderDataModule(ClassificationDataModule):
         self,
         root: str,
         image_size: int | tuple[int, int] = 224,
+        *,
         channels: Literal[1, 3] = 3,
         on_error: OnError = "raise",
         mean: tuple[float, ...] | None = None,

@@ -185,6 +185,7 @@ class ShapesDetectionDataModule(DetectionDataModule):
         aspect: float | None = None,
         rotation: float | None = None,
         cache_mb: int = 512,
+        *,
         mean: tuple[float, ...] = (0.5, 0.5, 0.5),
         std: tuple[float, ...] = (0.23, 0.23, 0.23),
         **options: Unpack[BoxOptions],

@@ -117,6 +117,7 @@ class TorchvisionDataModule(ClassificationDataModule):
         image_size: int | tuple[int, int] | None = None,
         channels: int | None = None,
         download: bool = True,
+        *,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         **options: Unpack[ClassificationOptions],

@@ -107,3 +107,13 @@ def test_configurations_hold_the_defaults():
     config = parser.parse_args(["--data=datamodules.CocoDetectionDataModule", "--data.hflip=0.25"])
     held = config.data.init_args
     assert (held.hflip, held.image_size, held.max_size, held.batch_size, held.iou_crop) == (0.25, 800, 1333, 16, 0.0)
+
+
+def test_shared_arguments_are_by_keyword():
+    for call in (
+        lambda: DigitsDataModule(8, "stratified", 0, None, 0, None, 64),
+        lambda: ImageFolderDataModule(".", 8, 64),
+        lambda: TorchvisionDataModule("CIFAR10", "data", None, None, True, 0.1),
+    ):
+        with pytest.raises(TypeError, match="positional arguments"):
+            call()

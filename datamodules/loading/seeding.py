@@ -156,7 +156,7 @@ def with_transform(samples: Any, transform: Callable[[Any], Tensor]) -> Samples:
 
 
 def map_images(batch: Any, function: Callable[[Tensor], Tensor], dimensions: int = 4) -> Any:
-    """Applies a function to the uint8 image tensors (4 dimensions; a sample's: 3) of a batch in all its forms."""
+    """Applies a function to the uint8 image tensors (4 dimensions; a sample's: 3) in a tensor, mapping or sequence."""
     if isinstance(batch, Tensor):
         return function(batch) if batch.dtype == torch.uint8 and batch.ndim == dimensions else batch
     if isinstance(batch, Mapping):

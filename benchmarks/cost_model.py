@@ -15,8 +15,7 @@ Nothing is measured: operations and parameters are counted, the rest is arithmet
 
 import argparse
 
-from zoo.cli.blueprint import read
-from zoo.cli.main import PACKAGES
+from zoo.cli.plan import parse
 from zoo.cli.recipes import find
 from zoo.common.cost import count
 
@@ -50,10 +49,10 @@ def main() -> None:
     titles += ["state, GB a GPU, DDP", "FSDP2"]
     print(f"| {' | '.join(titles)} |\n{'|---' * len(titles)}|")
     for name in RECIPES:
-        plan = read([find(name)], [], False, PACKAGES.values())
-        model = plan.build_model("meta")
+        plan = parse("fit", [find(name)], [])
+        model = plan.model("meta")
         cost = count(model, model.input_shape)
-        batch = plan.config.fit.data.init_args.batch_size
+        batch = plan.config.data.init_args.batch_size
         rate = own.utilisation * own.peak * 1e12 / cost.training_flops
         step = batch / rate
         gradients = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)

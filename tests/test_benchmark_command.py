@@ -12,12 +12,12 @@ from torch.utils.data import DataLoader
 
 import zoo
 from zoo.cli import main, recipes
-from zoo.cli.benchmark import cells, command, operations, peers, process, report
+from zoo.cli.benchmark import cells, operations, peers, process, report
 from zoo.cli.benchmark.cells import Cell
 from zoo.cli.benchmark.clock import Clock, Goal, percentiles
 from zoo.cli.benchmark.measure import Waits, limit_of, random_batch
 from zoo.cli.benchmark.peaks import PEAKS, peak_of
-from zoo.cli.main import PACKAGES
+from zoo.cli.commands import benchmark
 from zoo.common.peers import Peer
 
 CPU = torch.device("cpu")
@@ -357,7 +357,7 @@ def test_a_peer_that_is_not_installed_is_a_row_that_names_the_extra(monkeypatch,
     setting = {"cell": Cell("step", "timm", {})._asdict(), "goal": {}, "options": ["--trainer.devices", "1"]}
     asked, found = tmp_path / "asked.json", tmp_path / "found.json"
     asked.write_text(json.dumps(setting | {"configs": [recipes.find("vit/digits")]}))
-    process.answer(asked, found, tmp_path, False, PACKAGES.values())
+    process.answer(asked, found, tmp_path, False)
     told = "timm needs no_such_package: pip install 'vision-zoo[peers]'"
     assert json.loads(found.read_text()) == {"status": "not installed", "message": told}
 
@@ -508,9 +508,9 @@ def test_what_is_not_here_is_no_failure_unless_there_is_nothing_else(statuses, f
 
 def test_a_plot_is_named_where_it_was_drawn_and_none_is_left_from_before(tmp_path):
     failed = row([], status="failed", message="why")
-    assert command._written([row(), failed], tmp_path).splitlines()[-1] == f"plot {tmp_path / 'plot.png'}"
+    assert benchmark._written([row(), failed], tmp_path).splitlines()[-1] == f"plot {tmp_path / 'plot.png'}"
     assert (tmp_path / "plot.png").stat().st_size > 1000
-    assert command._written([failed], tmp_path).splitlines()[-1] == f"table {tmp_path / 'table.md'}"
+    assert benchmark._written([failed], tmp_path).splitlines()[-1] == f"table {tmp_path / 'table.md'}"
     assert not (tmp_path / "plot.png").exists()
     assert (tmp_path / "table.md").read_text() == report.table([failed]) + "\n"
 
@@ -578,10 +578,10 @@ def test_mistakes_are_told_before_anything_is_measured(arguments, said, capsys):
 
 def test_each_benchmark_has_a_folder_of_its_own():
     file = recipes.find("vit/digits")
-    assert command.new_folder(file) == Path("runs/benchmark/vit/digits/version_0")
+    assert benchmark.new_folder(file) == Path("runs/benchmark/vit/digits/version_0")
     Path("runs/benchmark/vit/digits/version_0").mkdir(parents=True)
-    assert command.new_folder(file) == Path("runs/benchmark/vit/digits/version_1")
-    assert command.new_folder("somewhere/mine.yaml") == Path("runs/benchmark/mine/version_0")
+    assert benchmark.new_folder(file) == Path("runs/benchmark/vit/digits/version_1")
+    assert benchmark.new_folder("somewhere/mine.yaml") == Path("runs/benchmark/mine/version_0")
 
 
 QUICK = ["--repeats", "1", "--steps", "5", "--seconds", "0", "--limit", "20"]

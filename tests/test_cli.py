@@ -191,6 +191,26 @@ def test_version_help_and_no_command(capsys: pytest.CaptureFixture[str]) -> None
     assert "--data.predict_root" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_a_help_of_its_arguments(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command.split(), "--help"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"usage: zoo {command}")
+    assert max(map(len, out.splitlines())) <= 120
+    own = [option for action in COMMANDS[command].arguments()._actions for option in action.option_strings[:1]]
+    hidden = {"--cell", "--channels_last", "--grad_checkpointing", "--batch_size", "--image_size", "--num_workers"}
+    assert all(option in out for option in own if option not in hidden)
+    if command not in ("list", "benchmark compare"):
+        assert "-c RECIPE" in out
+        assert "--strict-imports" in out
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
+def test_a_recipe_may_stand_behind_the_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert printed(capsys, command, "vit/digits") == printed(capsys, command, "-c", "vit/digits")
+    assert "did you mean vit/digits?" in refused(capsys, command, "vit/digts", "--model.lr", "1")
+
+
 def test_list_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -229,6 +249,8 @@ def test_a_shipped_recipe_by_name(capsys: pytest.CaptureFixture[str]) -> None:
         ["fit", "--model.lr", "3", "-c", "a.yaml", "--config=b.yaml"],
         ["-c", "a.yaml", "fit", "--model.lr=3", "-c", "b.yaml"],
         ["-c", "a.yaml", "-c=b.yaml", "fit", "--model.init_args.lr", "3"],
+        ["fit", "a.yaml", "b.yaml", "--model.lr", "3"],
+        ["fit", "a.yaml", "--model.lr", "3", "-c", "b.yaml"],
     ],
 )
 def test_recipes_compose_and_options_win(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -539,12 +561,13 @@ def test_a_checkpoint_of_another_network(capsys: pytest.CaptureFixture[str]) -> 
     assert told.startswith("the checkpoint is not one of this ToyClassifier")
 
 
-def test_the_private_methods_we_override_exist() -> None:
-    from zoo.cli.run import LightningCLI, ZooCLI
+def test_of_lightnings_command_line_only_what_is_public_is_overridden() -> None:
+    """And is there: a name that went would leave stock LightningCLI's behaviour, without a word."""
+    from zoo.cli.run import LightningCLI, Run
 
-    for name in ("_parse_ckpt_path", "_prepare_subcommand_parser", "_run_subcommand"):
-        assert callable(getattr(LightningCLI, name))
-    assert ZooCLI._parse_ckpt_path is not LightningCLI._parse_ckpt_path
+    hooks = {"setup_parser", "parse_arguments", "before_instantiate_classes", "instantiate_classes"}
+    ours = {name for name in vars(Run) if not name.startswith("__")}
+    assert ours & set(dir(LightningCLI)) == hooks | {"instantiate_trainer"}
 
 
 def test_predictions_of_a_folder(capsys: pytest.CaptureFixture[str]) -> None:

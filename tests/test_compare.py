@@ -18,7 +18,6 @@ from PIL import Image
 from torch import Tensor
 
 from zoo.cli import main
-from zoo.cli.mistakes import Mistake
 from zoo.cli.plots import OUTSIDE, lines
 from zoo.cli.sweep import write_json
 from zoo.gumbel_vae import GumbelVAE, compare, measure
@@ -225,7 +224,7 @@ def test_a_number_of_samples_goes_to_those_that_take_one(capsys):
     ],
 )
 def test_estimators_that_are_named_have_to_be_able(arguments, names, told):
-    with pytest.raises(Mistake, match=told):
+    with pytest.raises(ValueError, match=told):
         compare.suited(ARGUMENTS | arguments, names)
 
 

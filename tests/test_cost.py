@@ -291,7 +291,7 @@ def test_models_of_others(capsys):
         (["vit/digts"], "there is no recipe or file 'vit/digts'; did you mean vit/digits?"),
         (["-c", "vit/digts"], "there is no recipe or file 'vit/digts'; did you mean vit/digits?"),
         ([], "--model is missing: name a recipe with -c (zoo list)"),
-        (["vit/digits", "mae/digits"], "unexpected argument 'mae/digits'"),
+        (["vit/digits", "--model.width=16", "mae/digits"], "unexpected argument 'mae/digits'; recipes come first"),
         (["vit/digits", "--model.widht", "3"], "ViTClassifier has no option 'widht'; did you mean width?"),
         (["--model", "EfficientNetClassifier", "--model.image_size", "31"], "less than the total stride"),
         (["--model", "EfficientNetClassifier", "--model.phi", "-99"], "the least phi is -13.923"),

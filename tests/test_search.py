@@ -20,9 +20,10 @@ from torch.utils.data import DataLoader
 from datamodules import DigitsDataModule
 from zoo._lightning import LightningDataModule, LightningModule
 from zoo.cli import main
+from zoo.cli.commands.sweep import axis
 from zoo.cli.mistakes import Mistake
 from zoo.cli.plots import lines
-from zoo.cli.sweep import sweep, write_json
+from zoo.cli.sweep import sweep, sweep_seeds, write_json
 from zoo.efficientnet import CompoundScaling, EfficientNetClassifier, search
 
 RECIPE = "efficientnet/digits_scaling"
@@ -72,6 +73,20 @@ class Foreign(LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Tuned(Foreign):
+    """Has a learning rate."""
+
+    def __init__(self, num_classes: int = 2, lr: float = 0.1) -> None:
+        super().__init__(num_classes)
+
+
+class Unseeded(DigitsDataModule):
+    """The digits, of which nothing is drawn."""
+
+    def __init__(self) -> None:
+        super().__init__(num_workers=0)
 
 
 @pytest.fixture(autouse=True)
@@ -226,6 +241,93 @@ def test_a_fit_leaves_its_numbers_beside_its_configuration(capsys):
     assert {"train/loss", "val/acc"} <= set(metrics)
 
 
+# The command that sweeps over options.
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("model.lr=0.1,0.3", ("model.lr", ["0.1", "0.3"])),
+        ("--model.hidden=[8, 4],[16],null", ("model.hidden", ["[8, 4]", "[16]", "null"])),
+        ("model.size,data.size=8", ("model.size,data.size", ["8"])),
+    ],
+)
+def test_an_axis_is_an_option_and_its_values(text, expected):
+    assert axis(text) == expected
+
+
+@pytest.mark.parametrize("names", [("0.1", "0.3"), ("rloo", "vimco")])
+def test_finished_runs_become_a_table_of_all_metrics_and_a_plot(names, capsys, monkeypatch):
+    """Values that are no numbers stand beside each other in the plot."""
+    drawn = {}
+    monkeypatch.setattr("zoo.cli.plots.lines", lambda path, series, *rest: drawn.update({path.name: (series, rest)}))
+    option = "model.lr" if names[0] == "0.1" else "trainer.default_root_dir"
+    out = Path("there")
+    for number, name in enumerate(names):
+        for seed in range(2):
+            finished(out, f"{option}={name}_seed{seed}", val_loss=number, test_acc=0.5 + number / 4 + seed / 8)
+    args = ["sweep", "vit/digits", "--over", f"{option}={','.join(names)}", "--seeds", "2", "--out", "there"]
+    assert main(args) == 0
+    printed = capsys.readouterr().out
+    assert "4 runs, 4 of them finished already" in printed
+    assert rows(printed) == [
+        [option, "seconds", "val/loss", "test/acc"],
+        ["---"] * 4,
+        [names[0], "1.0000 ± 0.0000", "0.0000 ± 0.0000", "0.5625 ± 0.0884"],
+        [names[1], "1.0000 ± 0.0000", "1.0000 ± 0.0000", "0.8125 ± 0.0884"],
+    ]
+    assert printed.endswith(f"table {out / 'table.md'}\nplot {out / 'plot.png'}\n")
+    series, (x_label, y_label, _, ticks) = drawn["plot.png"]
+    assert (x_label, y_label, list(ticks)) == (option, "test/acc", [] if names[0] == "0.1" else [*names])
+    assert series["test/acc"] == [
+        (0.1 if names[0] == "0.1" else 0, 0.5625, pytest.approx(0.0884, abs=1e-4)),
+        (0.3 if names[0] == "0.1" else 1, 0.8125, pytest.approx(0.0884, abs=1e-4)),
+    ]
+    assert "holds runs of other options" in refused(capsys, *args, "--model.width", "48")
+
+
+def test_names_are_drawn_where_there_are_no_numbers():
+    lines(Path("plot.png"), {"test/acc": [(0, 50, 2), (1, 70, 1)]}, "model.estimator", "y", False, ["rloo", "vimco"])
+    assert is_picture(Path("plot.png"))
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["vit/digits"], "the following arguments are required: --over"),
+        (["--over", "model.lr=1"], "sweep needs a recipe: zoo sweep RECIPE (zoo list)"),
+        (["vit/digits", "--over", "model.lr"], "argument --over: 'model.lr': expected an option and its values, as in"),
+        (["vit/digits", "--over", "model.lr=1,1"], "an option and its values, as in model.lr=0.1,0.3, each once"),
+        (["vit/digits", "--over", "model.lr=1", "--over", "model.lr=2"], "argument --over: each option once"),
+        (["vit/digits", "--over", "seed_everything=1,2"], "seeds are --seeds N"),
+        (["vit/digits", "--over", "model.lrr=1,2"], "ViTClassifier has no option 'lrr'; did you mean lr?"),
+        (["vit/digits", "--over", "model.lr=1,high"], "lr of ViTClassifier: expected float, got 'high'"),
+    ],
+)  # fmt: skip
+def test_a_mistaken_sweep_gets_one_line_before_anything_runs(args, expected, capsys):
+    assert expected in refused(capsys, "sweep", *args)
+    assert not Path("runs").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)  # four processes
+def test_a_sweep_of_a_foreign_model_over_two_options_end_to_end(capsys):
+    """Its data has no seed to set, and with two options there is no plot."""
+    args = ["sweep", recipe(model="test_search.Tuned", data="test_search.Unseeded"), "--seeds", "1", "--jobs", "2"]
+    args += ["--over", "model.lr=0.1,0.2", "--over", "trainer.max_epochs=1,2", "--trainer.accelerator=cpu"]
+    assert main(args) == 0
+    head, _, *body = rows(printed := capsys.readouterr().out)
+    assert head[:2] == ["model.lr", "trainer.max_epochs"]
+    assert [row[:2] for row in body] == [["0.1", "1"], ["0.1", "2"], ["0.2", "1"], ["0.2", "2"]]
+    assert "plot" not in printed
+    for lr, epochs, *_ in body:
+        name = f"model.lr={lr}-trainer.max_epochs={epochs}_seed0"
+        saved = yaml.safe_load(Path("runs/sweep", name, "config.yaml").read_text())
+        assert (saved["model"]["init_args"]["lr"], saved["trainer"]["max_epochs"]) == (float(lr), int(epochs))
+    assert main(args) == 0
+    assert "4 runs, 4 of them finished already" in capsys.readouterr().out
+
+
 # What is tried.
 
 
@@ -310,8 +412,12 @@ def test_search_continues_and_names_the_winner(capsys):
 def test_unequal_costs_are_told_before_anything_runs(capsys):
     """Images of 16 pixels are one pixel of the last feature map; those of 17 are four, at more than twice the cost."""
     base = CompoundScaling(depth=0.3, width=0.25, image_size=16, stem_stride=1, in_channels=1)
+
+    def train(variants, needs):
+        return sweep_seeds(["nowhere.yaml"], [], variants, 1, Path("runs"), needs=needs)
+
     with pytest.raises(Mistake, match="^base_seed0 failed: "):
-        search.compare(base, ["nowhere.yaml"], [], Path("runs"), num_classes=10, multiples=[2], seeds=1)
+        search.compare(base, train, num_classes=10, multiples=[2])
     first = capsys.readouterr().out.splitlines()[0]
     assert first == (
         "not at equal cost, as the next larger network is beyond the budget: resolution x2 50%, compound x2 50%"

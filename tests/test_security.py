@@ -718,6 +718,7 @@ def strict_configurations(server: str, folder: Path) -> dict[str, dict[str, Any]
         "own command line": hook("zoo.cli.main"),
         "programs": hook("zoo.cli.sweep.subprocess.run"),
         "sweeps": hook("zoo.cli.sweep.run"),
+        "studies": hook("zoo.gumbel_vae.commands.COMMANDS"),
         "partial": hook({"class_path": "functools.partial", "init_args": {"func": "os.system"}}),
         "operator": hook("operator.methodcaller"),
         "re-export": hook("datamodules.torchvision_sets.datasets.LSUN"),
@@ -893,6 +894,22 @@ def test_every_promise_names_a_test_that_exists() -> None:
 def other_tests() -> set[str]:
     files = [path for path in (ROOT / "tests").glob("test_*.py") if path != Path(__file__)]
     return {name for path in files for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)}
+
+
+def test_no_configuration_from_a_stranger_names_the_command_line_or_what_techniques_add_to_it() -> None:
+    from zoo.cli import imports
+
+    files = [*(ROOT / "zoo" / "cli").rglob("*.py"), *(ROOT / "zoo").glob("*/commands.py")]
+    names = [path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".") for path in files]
+    assert len(names) > 30
+    for name in names:
+        assert any(f"{name}.".startswith(f"{entry}.") for entry in imports.NEVER), name
+
+
+def test_nothing_below_the_command_line_imports_it() -> None:
+    for path in (ROOT / "zoo").rglob("*.py"):
+        if "cli" not in path.parts and path.name != "__main__.py":
+            assert not re.search(r"^\s*(from|import) zoo\.cli\b", path.read_text("utf-8"), re.MULTILINE), path
 
 
 def test_every_recipe_passes_the_strict_list() -> None:

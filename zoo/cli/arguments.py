@@ -1,17 +1,129 @@
-"""Options of the zoo's own commands: a parser, and types of values, whose errors are a line."""
+"""The line that was typed, the options of the zoo's own commands, and the help made from them; errors are a line."""
 
 import math
-from argparse import ArgumentParser, ArgumentTypeError
-from typing import NoReturn
+import os
+from argparse import Action, ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
+from zoo.cli import recipes
 from zoo.cli.mistakes import Mistake
+
+if TYPE_CHECKING:
+    from zoo.cli.plan import Plan
+
+RECIPE = (
+    "RECIPE",
+    "a recipe by name (zoo list) or a YAML file, before all options; several are merged, the last one wins. "
+    "-c RECIPE and --config RECIPE do the same, anywhere",
+)
+STRICT = (
+    "--strict-imports",
+    "for a configuration from a stranger, or from a URL: it may name the classes of the zoo, and of torch.nn, "
+    "torch.optim and Lightning what needs no trust (or ZOO_STRICT_IMPORTS=1)",
+)
+
+
+class Line(NamedTuple):
+    """A command line in parts."""
+
+    command: str  # empty if there is none
+    words: list[str]  # directly behind it: recipes
+    configs: list[str]  # those named with -c, before or after the command
+    options: list[str]  # everything else
+    strict: bool  # whether a configuration may name the classes of the zoo and its libraries only
+
+
+def read(args: Sequence[str]) -> Line:
+    """The parts of a command line. What was typed is read nowhere else."""
+    configs, rest, arguments = [], [], iter(args)
+    strict = os.environ.get("ZOO_STRICT_IMPORTS", "0") not in ("", "0")
+    for arg in arguments:
+        name, equals, value = arg.partition("=")
+        if name in ("-c", "--config"):
+            value = value if equals else next(arguments, "")
+            if not value:
+                raise Mistake(f"{name} needs a recipe or a file; see zoo list")
+            configs.append(value)
+        elif arg == "--strict-imports":
+            strict = True
+        else:
+            rest.append(arg)
+    command, behind = "".join(rest[:1]), rest[1:]
+    count = next((index for index, arg in enumerate(behind) if arg.startswith("-")), len(behind))
+    # What a locale without umlauts has made of them; the name of a file has to stay like that.
+    command, *options = (
+        arg.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape") for arg in (command, *behind[count:])
+    )
+    return Line(command, behind[:count], configs, options, strict)
 
 
 class Arguments(ArgumentParser):
     """An argument parser whose errors are a line."""
 
+    def __init__(self, command: str, usage: str, text: str, end: str = "") -> None:
+        layout: Any = partial(RawDescriptionHelpFormatter, max_help_position=28, width=118)
+        super().__init__(f"zoo {command}", f"zoo {command} {usage}", text, end, formatter_class=layout, add_help=False)
+        self.allow_abbrev = False
+
     def error(self, message: str) -> NoReturn:
         raise Mistake(message)
+
+
+class Command(NamedTuple):
+    """A command. Nothing of it imports torch before it runs."""
+
+    name: str
+    summary: str  # its line in zoo --help
+    arguments: Callable[[], Arguments]  # a parser of its own arguments
+    run: Callable[[Line], int]  # does it, and returns the exit status
+    passed_on: Sequence[tuple[str, str]] = ()  # what others read, as in ("--model CLASS", "a class"), for the help
+    needs_torch: bool = True  # whether running it takes seconds, to import torch
+
+    def help(self) -> str:
+        """What ``zoo NAME --help`` prints, made from its arguments."""
+        parser = self.arguments()
+        group = parser.add_argument_group("recipe and options of zoo fit") if self.passed_on else parser
+        for told, text in self.passed_on:
+            name, _, value = told.partition(" ")
+            how: dict[str, Any] = {"metavar": value, "nargs": None if value else 0} if name.startswith("-") else {}
+            group.add_argument(name, action=Action, help=text, **how)
+        return parser.format_help().rstrip()
+
+
+class Asked(NamedTuple):
+    """What a command is asked to do to a recipe."""
+
+    files: list[str]  # the recipe's, or URLs
+    options: list[str]  # of zoo fit
+    own: dict[str, Any]  # values of the command's own arguments
+    strict: bool  # see Line
+
+    @classmethod
+    def by(cls, line: Line, parser: Arguments, recipe_required: bool = True) -> "Asked":
+        """Reads a line by the parser of a command.
+
+        Raises:
+            Mistake: For a recipe that is not there, a part of one that is no YAML, or a wrong value.
+        """
+        files = [recipes.find(name, urls=line.strict) for name in (*line.words, *line.configs)]
+        own, options = parser.parse_known_args(line.options)
+        recipes.check_parts(options)
+        if recipe_required and not files:
+            raise Mistake(f"{line.command} needs a recipe: zoo {line.command} RECIPE (zoo list)")
+        options = ["--help" if option == "--trainer.help" else option for option in options]
+        return cls(files, options, vars(own), line.strict)
+
+    def plan(self, *more: str) -> "Plan":
+        """The recipe as ``zoo fit`` would run it, under more options. It may lack data."""
+        from zoo.cli.plan import parse
+
+        return parse("fit", self.files, [*self.options, *more], self.strict)
+
+    def shared(self) -> list[str]:
+        """Options for processes that are to do the same."""
+        return [*self.options, *(["--strict-imports"] if self.strict else [])]
 
 
 def positive(text: str) -> int:

@@ -2,12 +2,14 @@
 
 from jsonargparse import set_parsing_settings
 
+import zoo
+
 # What --strict-imports lets a configuration name: classes whose arguments are numbers, names and files. Not timm,
 # torchvision and torchmetrics, some of whose parts download, unpickle, or call what their arguments name, and of
 # Lightning and torch the parts that a recipe needs.
 ALLOWED = ["zoo", "datamodules", "torch.optim", "torch.nn"]
-# The command line itself, which imports by name and starts programs; so do the sweeps of techniques.
-NEVER = ["zoo.cli", "zoo.efficientnet.search", "zoo.gumbel_vae.compare"]
+# The command line itself, which imports by name and starts programs, and what techniques add to it.
+NEVER = ["zoo.cli", *(f"zoo.{technique}.commands" for technique in dict.fromkeys(zoo._EXPORTS.values()))]
 NEVER += ["torch.nn.attention"]  # imports modules by name
 for _package, _fabric in (("lightning.pytorch", "lightning.fabric"), ("pytorch_lightning", "lightning_fabric")):
     ALLOWED += [f"{_package}.{part}" for part in ("callbacks", "plugins", "profilers", "strategies", "accelerators")]

@@ -1,11 +1,14 @@
 """What the command line says about mistakes: a line, what was probably meant, and no traceback."""
 
+import os
 import re
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
+from types import TracebackType
 
 import yaml
 
@@ -23,7 +26,36 @@ MONITORS = {
 
 
 class Mistake(Exception):
-    """A wrong argument or configuration. Its text is all that the user needs to see."""
+    """A wrong argument or configuration. Its text is all that the user needs to see.
+
+    Attributes:
+        status: Exit status of the command.
+    """
+
+    status = 2
+
+
+class Failure(Mistake):
+    """The end of something that was running: a fit, a test, a run of a sweep."""
+
+    status = 1
+
+
+@contextmanager
+def worded(kind: type[Mistake]) -> Iterator[None]:
+    """Turns what is raised for the user to read into a mistake of a kind; everything else keeps its traceback."""
+    try:
+        yield
+    except kind:
+        raise
+    except Exception as error:
+        cause = root_cause(error)
+        message = str(cause) if isinstance(cause, Mistake) else on_purpose(cause)
+        if message is not None:
+            raise kind(message) from error
+        if cause is error or os.environ.get("ZOO_DEBUG") == "1":
+            raise
+        raise cause from None
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -44,7 +76,7 @@ def explain(message: str, owner: str | None, options: list[str], classes: dict[s
     of_owner = f" of {owner}" if owner else ""
     if found := re.match(r"unrecognized arguments: ([^\s=]+)", message):
         if not found[1].startswith("-"):
-            return f"unexpected argument {found[1]!r}", found[1]
+            return f"unexpected argument {found[1]!r}; recipes come first, or behind -c", found[1]
         return f"unknown option {found[1]}{did_you_mean(found[1], [f'--{option}' for option in options])}", found[1]
     if found := re.match(r"(?:Group '(?P<group>\S+)'.*|Subcommand.*)?[Oo]ption '(?P<option>[\w.]+)'", message):
         option = ".".join(filter(None, (found["group"], found["option"])))
@@ -124,10 +156,10 @@ def _line_of(way: list[str], node: yaml.Node | None) -> int | None:
 
 def on_purpose(error: BaseException) -> str | None:
     """The message of an exception that was raised for the user to read, by this project or a library; else None."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
+    frames = traceback.extract_tb(error.__traceback__)
     if line := _of_settings(str(error)):
         return line
-    if _is_ours(frame.filename) and (frame.line or "").startswith("raise"):
+    if _is_ours(frames[-1].filename) and _was_raised(error):
         return str(error)
     # A DataLoader re-raises what happened in a worker with the worker's traceback as its message.
     if found := re.match(r"Caught (\w+) in DataLoader worker process", str(error)):
@@ -136,7 +168,6 @@ def on_purpose(error: BaseException) -> str | None:
             return re.split(rf"\n(?:[\w.]+\.)?{found[1]}: ", str(error))[-1].strip()
     # What became of a loader's worker: torch's messages say neither why nor what to do. The second form is that of one
     # that dies while a batch is being taken from it.
-    frames = traceback.extract_tb(error.__traceback__)
     if re.match(r"DataLoader worker \(pid.*?\) (is killed by signal|exited unexpectedly)", str(error)) or (
         isinstance(error, ConnectionError | EOFError)
         and any(frame.filename.endswith("torch/multiprocessing/reductions.py") for frame in frames)
@@ -168,7 +199,7 @@ def on_purpose(error: BaseException) -> str | None:
         )
     if isinstance(error, UnicodeEncodeError) and error.encoding == "ascii":
         return f"this locale does not have the letters of {error.object}: set PYTHONUTF8=1"
-    if isinstance(error, OSError) and frame.name in ("makedirs", "mkdir"):
+    if isinstance(error, OSError) and frames[-1].name in ("makedirs", "mkdir"):
         return f"the folder {error.filename} cannot be made: {error.strerror}"
     if type(error).__name__ == "MisconfigurationException" or _is_a_librarys(error):
         return " ".join(str(error).split())
@@ -196,8 +227,17 @@ def _is_a_librarys(error: BaseException) -> bool:
     """Whether a library's ``raise`` raised it, and nobody else's class, which may be to blame, was on the way."""
     frames = traceback.walk_tb(error.__traceback__)
     packages = [str(frame.f_globals.get("__name__")).split(".")[0] for frame, _ in frames]
-    line = traceback.extract_tb(error.__traceback__)[-1].line or ""
-    return packages[-1] in LIBRARIES and line.startswith("raise") and set(packages) <= NOT_FOREIGN
+    return packages[-1] in LIBRARIES and _was_raised(error) and set(packages) <= NOT_FOREIGN
+
+
+def _was_raised(error: BaseException) -> bool:
+    """Whether a ``raise`` statement of the innermost function raised it, and not something that it called."""
+    from dis import opname
+
+    last: TracebackType | None = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    return last is not None and opname[last.tb_frame.f_code.co_code[last.tb_lasti]] == "RAISE_VARARGS"
 
 
 def _is_ours(filename: str) -> bool:
@@ -211,9 +251,3 @@ def root_cause(error: Exception) -> Exception:
     while str(error).startswith(wrapped) and isinstance(error.__cause__, Exception):
         error = error.__cause__
     return error
-
-
-def was_running(error: BaseException) -> bool:
-    """Whether it happened after everything was built: while fitting, validating, testing or predicting, also apart."""
-    names = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
-    return not names.isdisjoint({"_run_subcommand", "run_apart"})

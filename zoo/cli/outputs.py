@@ -77,6 +77,22 @@ def check_names(model: Any, data: Any, built_for: int | None, source: str) -> No
         )
 
 
+def check_images(model: Any, data: Any) -> None:
+    """Compares the images of model and data before anything is loaded, where both say what theirs are.
+
+    Raises:
+        Mistake: If the model does not take the data's.
+    """
+    shape, check = getattr(data, "image_shape", None), getattr(model, "check_images", None)
+    if shape is None or check is None:
+        return
+    try:
+        check(shape)
+    except ValueError as error:
+        which = f"{type(data).__name__} and {type(model).__name__}"
+        raise Mistake(f"{which} do not fit: {error}; set size and channels of one as the other's") from error
+
+
 def check_trained(model: Any, reports: Sequence[Report], command: str) -> None:
     """Refuses to evaluate outputs that no training has made.
 

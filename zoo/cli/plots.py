@@ -12,6 +12,7 @@ def lines(
     x_label: str,
     y_label: str,
     log_x: bool = False,
+    ticks: Sequence[str] = (),
 ) -> None:
     """Draws each series as a line through its points with error bars.
 
@@ -20,6 +21,7 @@ def lines(
         series: By what the legend calls it, points (x, y, error).
         x_label, y_label: With units.
         log_x: Whether x is drawn on a logarithmic scale.
+        ticks: Names of x = 0, 1 and so on, where they are no numbers.
     """
     from matplotlib.figure import Figure  # here: it takes a third of a second to import
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
@@ -34,6 +36,8 @@ def lines(
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))  # 2, and not 2 x 10^0
         axes.xaxis.set_minor_formatter(NullFormatter())
+    if ticks:
+        axes.set_xticks(range(len(ticks)), ticks, rotation=30, ha="right")
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.grid(alpha=0.3)

@@ -2,15 +2,18 @@
 
 import ast
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType
 
 import yaml
 
+import datamodules
 import zoo
 from zoo.cli.mistakes import Mistake, did_you_mean
+
+PACKAGES = {"modules": zoo, "data": datamodules}
+"""Whose classes go by their names alone. Nothing else of the zoo knows of the data."""
 
 _HERE = Path(zoo.__file__).parent
 # In a wheel the recipes lie inside the package, in a checkout or an editable install beside it.
@@ -182,15 +185,11 @@ def _line(node: yaml.Node) -> str:
     return f"line {node.start_mark.line + 1}"
 
 
-def overview(packages: Mapping[str, ModuleType]) -> str:
-    """What ``zoo list`` prints: the packages' classes and the recipes, a line each.
-
-    Args:
-        packages: By the title they go under.
-    """
+def overview() -> str:
+    """What ``zoo list`` prints: the packages' classes and the recipes, a line each."""
     sections = {
         title: {name: _class_line(package.__name__, file, name) for name, file in package._EXPORTS.items()}
-        for title, package in packages.items()
+        for title, package in PACKAGES.items()
     }
     for title, files in (("recipes", recipes()), ("hardware, to be merged with a recipe", hardware())):
         sections[title] = {name: _first_comment(file) for name, file in files.items()}

@@ -4,19 +4,19 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from zoo.cli.mistakes import MARK, Mistake
+from zoo.cli.mistakes import MARK, Failure, Mistake
+
+if TYPE_CHECKING:  # what is imported inside of functions would slow every command down
+    import subprocess
 
 _running: set["subprocess.Popen[bytes]"] = set()
 
@@ -49,6 +49,8 @@ def sweep(
     Raises:
         Mistake: If a run fails, or if ``out`` holds runs of something else. Runs beside it are brought to their end.
     """
+    from concurrent.futures import ThreadPoolExecutor, as_completed
+
     out.mkdir(parents=True, exist_ok=True)
     configs = _kept(configs, options, out)
     finished = {name: _read(out / f"{name}.json") for name in runs if (out / f"{name}.json").exists()}
@@ -82,14 +84,18 @@ def sweep_seeds(
     out: Path,
     jobs: int = 1,
     needs: str | None = None,
+    data_seed: bool = True,
 ) -> dict[str, dict[str, list[float]]]:
-    """:func:`sweep` over variants of a recipe and seeds from 0, the model's and the data's alike.
+    """:func:`sweep` over variants of a recipe and seeds from 0, the model's and, if it has one, the data's alike.
 
     Returns:
         By variant and metric, one value for each seed. The run of a variant and a seed is called ``VARIANT_seedN``.
     """
     runs = {
-        f"{name}_seed{seed}": [*variant, "--seed_everything", str(seed), "--data.seed", str(seed)]
+        f"{name}_seed{seed}": [
+            *(*variant, "--seed_everything", str(seed)),
+            *(("--data.seed", str(seed)) if data_seed else ()),
+        ]
         for name, variant in variants.items()
         for seed in range(seeds)
     }
@@ -98,13 +104,6 @@ def sweep_seeds(
         name: {key: [metrics[f"{name}_seed{seed}"][key] for seed in range(seeds)] for key in metrics[f"{name}_seed0"]}
         for name in variants
     }
-
-
-def write_table(lines: Iterable[str], out: Path) -> str:
-    """Writes ``out/table.md``, and returns it with the line that says so, and where ``out/plot.png`` is."""
-    text = "\n".join(lines)
-    (out / "table.md").write_text(text + "\n", encoding="utf-8")
-    return f"{text}\n\ntable {out / 'table.md'}\nplot {out / 'plot.png'}"
 
 
 @contextmanager
@@ -140,12 +139,12 @@ def run_apart(
     if status := apart(command, log, env):
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         last = lines[-1].removeprefix(MARK) if lines and status > 0 else f"exit status {status}"
-        raise Mistake(f"{name} failed: {last}; all that it said is in {log}")
+        raise Failure(f"{name} failed: {last}; all that it said is in {log}")
     written = out / name / "metrics.json"
     metrics: dict[str, float] = _read(written) if written.exists() else {}
     if not metrics or needs not in (None, *metrics):
         known = f", only {', '.join(metrics)}" if metrics else ""
-        raise Mistake(f"{name} ended without {needs or 'metrics'}{known}; all that it said is in {log}")
+        raise Failure(f"{name} ended without {needs or 'metrics'}{known}; all that it said is in {log}")
     metrics["seconds"] = time.perf_counter() - start
     write_json(out / f"{name}.json", metrics)
     return metrics
@@ -153,6 +152,8 @@ def run_apart(
 
 def apart(command: Sequence[str], log: Path, env: Mapping[str, str] | None = None) -> int:
     """Runs a command to its end, and returns its status; what it prints goes to ``log``."""
+    import subprocess
+
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=env)
         _running.add(process)
@@ -168,6 +169,8 @@ def _kept(configs: Sequence[str], options: Sequence[str], out: Path) -> list[str
     Raises:
         Mistake: If there are finished runs of another recipe, or under other options.
     """
+    from hashlib import sha256
+
     texts = [Path(file).read_bytes() if Path(file).is_file() else file.encode() for file in configs]
     now = {"configs": [sha256(text).hexdigest() for text in texts], "options": list(options)}
     record = out / "sweep.json"

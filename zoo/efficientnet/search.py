@@ -1,17 +1,14 @@
 """How the rule's coefficients are found, and what the rule is worth: ``zoo scaling-search`` and ``scaling-compare``.
 
-Both train many small networks by one recipe, each some seeds, and can be stopped and continued at any time.
+Both train many small networks by one recipe, each some seeds. ``commands.py`` declares them.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from zoo.cli import plots
-from zoo.cli.mistakes import Mistake
-from zoo.cli.sweep import sweep_seeds, write_table
+from zoo.common.study import Page, Train
 from zoo.efficientnet.scaling import CompoundScaling
 
 EQUAL = 0.8  # of the budget: less is not called equal cost
@@ -36,35 +33,24 @@ def candidates(step: float = 0.1, target: float = 2.0) -> list[tuple[float, floa
     return found
 
 
-def search(
-    base: CompoundScaling,
-    configs: Sequence[str],
-    options: Sequence[str],
-    out: Path,
-    num_classes: int = 1000,
-    step: float = 0.1,
-    seeds: int = 1,
-    jobs: int = 1,
-) -> str:
+def search(base: CompoundScaling, train: Train, num_classes: int = 1000, step: float = 0.1) -> Page:
     """The paper's first step (section 3.3): phi 1, twice the cost, and a small grid of coefficients; the best are kept.
 
     Args:
         base: The network that is to be scaled; its own coefficients do not matter.
-        configs, options, out, jobs: See :func:`zoo.cli.sweep.sweep`.
+        train: Trains them.
         num_classes: Of the data, for counting what the networks cost.
         step: See :func:`candidates`.
-        seeds: Runs of each candidate, with seeds from 0.
 
     Returns:
-        A markdown table, the most accurate on the validation data first, and the winner's coefficients. It is in
-        ``out/table.md`` as well, and the figure in ``out/plot.png``.
+        A table, the most accurate on the validation data first, and the winner's coefficients.
     """
     tried = {
         f"alpha{alpha:.4g}_beta{beta:.4g}_gamma{gamma:.4g}": _rescaled(base, alpha, beta, gamma)
         for alpha, beta, gamma in candidates(step)
     }
     networks = {name: (scaling, 1.0) for name, scaling in tried.items()}
-    results = _train(networks, configs, options, out, seeds, jobs, "val/acc")
+    results = train(_variants(networks), "val/acc")
     order = sorted(tried, key=lambda name: (-mean(results[name]["val/acc"]), mean(results[name]["val/loss"])))
     lines = ["| alpha | beta | gamma | pixels | parameters | MACs | validation accuracy | validation loss |"]
     lines += ["|---" * 8 + "|"]
@@ -81,36 +67,19 @@ def search(
     for name, scaling in tried.items():
         series = by_gamma.setdefault(f"gamma {scaling.gamma:.4g}", [])
         series.append((scaling.beta, *_spread(results[name]["val/acc"])))
-    plots.lines(
-        out / "plot.png",
-        by_gamma,
-        "beta; alpha is what is left of alpha · beta² · gamma² = 2",
-        "validation accuracy, %",
-    )
-    return write_table(lines, out)
+    return Page(lines, by_gamma, "beta; alpha is what is left of alpha · beta² · gamma² = 2", "validation accuracy, %")
 
 
 def compare(
-    base: CompoundScaling,
-    configs: Sequence[str],
-    options: Sequence[str],
-    out: Path,
-    num_classes: int = 1000,
-    multiples: Sequence[float] = (2, 4, 8),
-    seeds: int = 3,
-    jobs: int = 1,
-) -> str:
+    base: CompoundScaling, train: Train, num_classes: int = 1000, multiples: Sequence[float] = (2, 4, 8)
+) -> Page:
     """Scaling by width, by depth, by resolution and by all three, at equal cost: figure 8 of the paper.
 
     Args:
         base: The network that is scaled, and the coefficients of the compound.
-        configs, options, out, jobs: See :func:`zoo.cli.sweep.sweep`.
+        train: Trains them.
         num_classes: Of the data, for counting what the networks cost.
         multiples: Budgets, in multiples of the base's multiply-accumulates. The largest network within each counts.
-        seeds: Runs of each, with seeds from 0.
-
-    Returns:
-        A markdown table. It is in ``out/table.md`` as well, and the figure in ``out/plot.png``.
 
     Raises:
         ValueError: For a multiple that is not above 1, or too small for one of the ways to make a network within it.
@@ -136,7 +105,7 @@ def compare(
     )
     if note:
         print(note, flush=True)  # before hours of training
-    results = _train(networks, configs, options, out, seeds, jobs, "test/acc")
+    results = train(_variants(networks), "test/acc")
     columns = "scaled by", "budget", "depth", "width", "pixels", "parameters", "MACs", "test accuracy", "each seed"
     lines = [f"| {' | '.join(columns)} | test loss |", "|---" * 10 + "|"]
     series: dict[str, list[tuple[float, float, float]]] = {way: [] for way in ways}
@@ -155,25 +124,24 @@ def compare(
         for points in series.values() if way == "base" else [series[way]]:
             points.append((cost.macs / 1e6, *_spread(accuracies)))
     lines += ["", note] if note else []
-    plots.lines(out / "plot.png", series, "million multiply-accumulates an image", "test accuracy, %", log_x=True)
-    return write_table(lines, out)
+    return Page(lines, series, "million multiply-accumulates an image", "test accuracy, %", log_x=True)
 
 
 def base_of(arguments: Mapping[str, Any]) -> CompoundScaling:
     """The network that an :class:`EfficientNetClassifier` with all these arguments has, as something to scale further.
 
     Raises:
-        Mistake: For a published variant, which the rule does not scale.
+        ValueError: For a published variant, which the rule does not scale, and images that are not square.
     """
     if arguments["variant"] is not None:
-        raise Mistake(
+        raise ValueError(
             f"variant {arguments['variant']} is a network of the table: scale phi, or depth and width, instead"
         )
     names = ("alpha", "beta", "gamma", "family", "depth", "width", "stem_stride", "in_channels")
     rule = CompoundScaling(**{name: arguments[name] for name in names})
     phi, size = float(arguments["phi"] or 0), arguments["image_size"]
     if isinstance(size, Sequence):
-        raise Mistake(f"image_size is {size}: the images that are scaled are square, give one side")
+        raise ValueError(f"image_size is {size}: the images that are scaled are square, give one side")
     rule.check(phi, size)
     size = rule.side(phi) if size is None else size
     return _rescaled(rule, rule.alpha, rule.beta, rule.gamma, phi, size)
@@ -189,16 +157,8 @@ def _rescaled(
     return CompoundScaling(alpha, beta, gamma, base.family, depth, width, size, base.stem_stride, base.in_channels)
 
 
-def _train(
-    networks: Mapping[str, tuple[CompoundScaling, float]],
-    configs: Sequence[str],
-    options: Sequence[str],
-    out: Path,
-    seeds: int,
-    jobs: int,
-    needs: str,
-) -> dict[str, dict[str, list[float]]]:
-    """For each network the metrics of all its seeds."""
+def _variants(networks: Mapping[str, tuple[CompoundScaling, float]]) -> dict[str, list[str]]:
+    """By network, the options of ``zoo fit`` that make it."""
     variants = {}
     for name, (scaling, phi) in networks.items():
         scaling.check(phi)
@@ -206,7 +166,7 @@ def _train(
         depth, width = scaling.depth * scale.depth, scaling.width * scale.width
         network = ["--model.phi", "0", "--model.depth", repr(depth), "--model.width", repr(width)]
         variants[name] = [*network, "--model.image_size", str(side), "--data.image_size", str(side)]
-    return sweep_seeds(configs, options, variants, seeds, out, jobs, needs)
+    return variants
 
 
 def _spread(values: Sequence[float]) -> tuple[float, float]:

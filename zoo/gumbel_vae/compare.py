@@ -6,7 +6,9 @@ they scatter, and how long a training step takes.
 """
 
 import json
+import os
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -15,63 +17,45 @@ import torch
 from torch import Tensor
 
 from zoo import weights
-from zoo.cli import plots
-from zoo.cli.mistakes import Mistake, did_you_mean
-from zoo.cli.sweep import sweep_seeds, write_json, write_table
 from zoo.common import batch as batches
+from zoo.common.study import Page, Recipe, Results
 from zoo.gumbel_vae import estimators as known
 from zoo.gumbel_vae.estimators.exact import MOST_STATES
 from zoo.gumbel_vae.gumbel import GumbelVAE
 from zoo.gumbel_vae.measure import gradients, last_knobs, relative, step_times
 
 
-def compare(
-    arguments: Mapping[str, Any],
-    data: Any,
-    configs: Sequence[str],
-    options: Sequence[str],
-    out: Path,
-    estimators: Sequence[str] | None = None,
-    seeds: int = 3,
-    jobs: int = 1,
-    trainer: Mapping[str, Any] | None = None,
-) -> str:
+def compare(recipe: Recipe, estimators: Sequence[str] | None = None) -> Page:
     """Trains, tests and measures a :class:`GumbelVAE` with each estimator.
 
     Args:
-        arguments: The model's, of its constructor.
-        data: The recipe's data module; if it has ``nats()``, log-likelihoods of other models by name, they are shown.
-        configs, options, out, jobs: See :func:`zoo.cli.sweep.sweep`.
+        recipe: The model's. If its data module has ``nats()``, log-likelihoods of other models by name, they are shown;
+            the Trainer's accelerator is the one that measurements run on as well.
         estimators: Names out of :data:`zoo.gumbel_vae.estimators.ESTIMATORS`. None: all that can do the recipe.
             Gradients are measured at the first one's model of seed 0.
-        seeds: Runs of each, with seeds from 0.
-        trainer: Settings of the Trainer: the accelerator is the one that measurements run on as well.
 
     Returns:
-        A markdown table and what belongs to it. It is in ``out/table.md`` as well, the figure in ``out/plot.png``, and
-        what was measured in ``out/measured.json``, so that it is not measured again.
+        A table and what belongs to it. What was measured is in ``measured.json``, so that it is not measured again.
 
     Raises:
-        Mistake: For an estimator that is unknown or cannot do the recipe, and a recipe without an importance-weighted
-            bound or checkpoints.
-        ValueError: For other arguments that the model refuses.
+        ValueError: For an estimator that is unknown or cannot do the recipe, a recipe without an importance-weighted
+            bound or checkpoints, and other arguments that the model refuses.
     """
-    trainer = trainer or {}
+    arguments = recipe.model
     if arguments["iw_samples"] is None:
-        raise Mistake("the importance-weighted bound is compared as well: set iw_samples, --model.iw_samples 1000")
-    if trainer.get("enable_checkpointing") is False:
-        raise Mistake("gradients are measured at a checkpoint: leave enable_checkpointing as it is")
+        raise ValueError("the importance-weighted bound is compared as well: set iw_samples, --model.iw_samples 1000")
+    if recipe.trainer.get("enable_checkpointing") is False:
+        raise ValueError("gradients are measured at a checkpoint: leave enable_checkpointing as it is")
     names = suited(arguments, estimators)
-    variants = {name: _as_options(changes(arguments, name)) for name in names}
-    results = sweep_seeds(configs, options, variants, seeds, out, jobs, needs="test/elbo")
-    measured = _measured(arguments, data, names, out, trainer.get("accelerator"))
+    results = recipe.train({name: _as_options(changes(arguments, name)) for name in names}, "test/elbo")
+    measured = _measured(recipe, names)
     points = {}
     for name, metrics in results.items():
         losses = _losses(metrics)
         error = stdev(losses) if len(losses) > 1 else 0.0
         points[name] = [(measured["milliseconds"][name], mean(losses), error)]
-    plots.lines(out / "plot.png", points, "ms a training step", "-ELBO of the test data, nats an image", log_x=True)
-    return write_table([*_table(results, measured, arguments["iw_samples"]), "", *_notes(measured)], out)
+    lines = [*_table(results, measured, arguments["iw_samples"]), "", *_notes(measured)]
+    return Page(lines, points, "ms a training step", "-ELBO of the test data, nats an image", log_x=True)
 
 
 def changes(arguments: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -90,13 +74,14 @@ def suited(arguments: Mapping[str, Any], names: Sequence[str] | None) -> list[st
     """The estimators that can do a recipe, out of those named. Of all, if none is: the others are printed.
 
     Raises:
-        Mistake: If one that is named is unknown, or cannot.
+        ValueError: If one that is named is unknown, or cannot.
     """
     model, able = build(arguments, "meta"), []
     for name in dict.fromkeys(known.ESTIMATORS if names is None else names):
         if name not in known.ESTIMATORS:
-            hint = did_you_mean(name, known.ESTIMATORS) or f"; expected some of {', '.join(known.ESTIMATORS)}"
-            raise Mistake(f"unknown estimator {name!r}{hint}")
+            near = get_close_matches(name, known.ESTIMATORS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"expected some of {', '.join(known.ESTIMATORS)}"
+            raise ValueError(f"unknown estimator {name!r}; {hint}")
         why = None
         if name == "exact" and model.categories**model.latents > MOST_STATES:
             why = f"{model.latents} latents of {model.categories} categories have more than {MOST_STATES} states"
@@ -109,7 +94,7 @@ def suited(arguments: Mapping[str, Any], names: Sequence[str] | None) -> list[st
         elif names is None:
             print(f"without {name}: {why}", flush=True)
         else:
-            raise Mistake(f"estimator {name!r} cannot do this recipe: {why}")
+            raise ValueError(f"estimator {name!r} cannot do this recipe: {why}")
     return able
 
 
@@ -125,22 +110,21 @@ def build(arguments: Mapping[str, Any], device: torch.device | str, source: Path
 # Measurements.
 
 
-def _measured(
-    arguments: Mapping[str, Any], data: Any, names: Sequence[str], out: Path, accelerator: Any
-) -> dict[str, Any]:
+def _measured(recipe: Recipe, names: Sequence[str]) -> dict[str, Any]:
     """Everything that is not the runs', by name of the estimator where it is one's: from the file, if it is there."""
+    arguments, out = recipe.model, recipe.out
     file = out / "measured.json"
     before: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     if before.get("estimators") == list(names):  # the first is where gradients were measured, and all took turns
         return before
     found = [path for path in (out / f"{names[0]}_seed0").rglob("*.ckpt") if not path.is_symlink()]
     if not found:
-        raise Mistake(f"there is no checkpoint in {out / f'{names[0]}_seed0'}, where gradients would be measured")
+        raise ValueError(f"there is no checkpoint in {out / f'{names[0]}_seed0'}, where gradients would be measured")
     checkpoint = max(found, key=lambda path: path.stat().st_mtime)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if device is None or accelerator == "cpu":
+    if device is None or recipe.trainer.get("accelerator") == "cpu":
         device = torch.device("cpu")
-    images = _training_images(data).to(device)
+    images = _training_images(recipe.data).to(device)
     models = {name: build({**arguments, **changes(arguments, name)}, device, checkpoint) for name in names}
     print(f"gradients and steps of {len(names)} estimators are measured", flush=True)
     drawn = {name: gradients(model, images, seed=seed) for seed, (name, model) in enumerate(models.items())}
@@ -161,9 +145,11 @@ def _measured(
         "images": len(images),
         "temperatures": {name: float(last_knobs(model)[1]) for name, model in models.items()},
         "device": f"{device}, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device),
-        "nats": _nats(data),
+        "nats": _nats(recipe.data),
     }
-    write_json(file, measured)
+    beside = file.with_name(f".{file.name}")
+    beside.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+    os.replace(beside, file)  # complete or not at all
     return measured
 
 
@@ -192,7 +178,7 @@ def _as_options(changed: Mapping[str, Any]) -> list[str]:
     return [f"--model.{key}={'null' if value is None else value}" for key, value in changed.items()]
 
 
-def _table(results: Mapping[str, Mapping[str, list[float]]], measured: Mapping[str, Any], samples: int) -> list[str]:
+def _table(results: Results, measured: Mapping[str, Any], samples: int) -> list[str]:
     columns = ["estimator", "unbiased", "-ELBO", f"-log p, {samples} samples", "KL", "active latents", "ms a step"]
     columns += ["gradient variance", "gradient bias", "-ELBO of each seed"]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]

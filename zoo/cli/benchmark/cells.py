@@ -2,7 +2,6 @@
 
 import json
 import sys
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
@@ -141,6 +140,8 @@ def _line(cell: Cell, row: Mapping[str, Any]) -> str:
 
 def _measured(setting: Mapping[str, Any], log: Path) -> dict[str, Any]:
     """What the process of a cell has written; if nothing, what became of it."""
+    import tempfile  # here: every command would wait for it
+
     with tempfile.TemporaryDirectory() as folder:
         asked, answer = Path(folder, "cell.json"), Path(folder, "found.json")
         asked.write_text(json.dumps(setting), encoding="utf-8")

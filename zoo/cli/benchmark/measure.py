@@ -20,8 +20,8 @@ from zoo.cli import mistakes
 from zoo.cli.benchmark import operations
 from zoo.cli.benchmark.clock import Clock, Goal, percentiles
 from zoo.cli.benchmark.peaks import peak_of
-from zoo.cli.blueprint import Blueprint
 from zoo.cli.mistakes import Mistake
+from zoo.cli.plan import Plan
 from zoo.cli.profiler import unprofiled
 from zoo.common.cost import count
 from zoo.common.protocols import DrawsTargets, HasInputShape
@@ -36,7 +36,7 @@ WAITS = 0.05  # of its time for data: from there on a run is called data-bound
 ISSUES = 0.9  # of the device's time, for the host to issue a step: from there on it is called host-bound
 
 
-def measure(plan: Blueprint, mode: str, goal: Goal, peer: Any = None) -> dict[str, Any]:
+def measure(plan: Plan, mode: str, goal: Goal, peer: Any = None) -> dict[str, Any]:
     """What a cell finds, as plain data.
 
     Args:
@@ -47,15 +47,15 @@ def measure(plan: Blueprint, mode: str, goal: Goal, peer: Any = None) -> dict[st
     """
     note = _ask_data(plan, needed=mode in ("data", "e2e"))
     if mode == "data":
-        return _load(plan.datamodule, goal, peer) | {"note": note}
-    torch.manual_seed(plan.config.fit.get("seed_everything") or 0)
-    model = peer or plan.build_model("cpu")
+        return _load(plan.data(), goal, peer) | {"note": note}
+    torch.manual_seed(plan.config.get("seed_everything") or 0)
+    model = peer or plan.model("cpu")
     trainer = _trainer(plan, whole=mode in ("fit", "e2e"))
     driver = {"step": ByHand, "infer": ByHandInference}.get(mode, Timed)(goal)
     trainer.callbacks.append(driver)
     if mode == "e2e":
         trainer.profiler = driver.waits
-        trainer.fit(model, datamodule=plan.datamodule)
+        trainer.fit(model, datamodule=plan.data())
     else:
         device = trainer.strategy.root_device
         driver.batch = random_batch(model, _batch_size(plan), device)
@@ -219,30 +219,29 @@ def limit_of(found: Mapping[str, Any]) -> str:
     return "host" if found.get("issued_ms", 0.0) >= ISSUES * found["step_ms"]["median"] else "device"
 
 
-def _ask_data(plan: Blueprint, needed: bool) -> str | None:
+def _ask_data(plan: Plan, needed: bool) -> str | None:
     """Takes the number of classes from the data; where it is not there and not needed, says so and goes on."""
     if needed:
-        plan.datamodule = plan.build_data()
-        plan.datamodule.prepare_data()  # some know their classes only then
+        plan.data().prepare_data()  # some know their classes only then
         plan.count_classes()
         return None
     try:
-        plan.ask_data()
+        plan.count_classes()
     except (OSError, ValueError) as error:
-        classes = plan.config.fit.model.init_args.num_classes
+        classes = plan.config.model.init_args.num_classes
         return f"num_classes is {classes}, since the data does not say: {mistakes.root_cause(error)}"
     return None
 
 
-def _batch_size(plan: Blueprint) -> int:
-    data = plan.config.fit.get("data")
+def _batch_size(plan: Plan) -> int:
+    data = plan.config.get("data")
     size = data.init_args.get("batch_size") if data is not None else None
     if size is None:
         raise Mistake("the recipe's data has no batch_size: name one with --batch-size")
     return int(size)
 
 
-def _trainer(plan: Blueprint, whole: bool) -> Any:
+def _trainer(plan: Plan, whole: bool) -> Any:
     """The recipe's Trainer for a run that is measured; ``whole``: with its callbacks, its logger and the guards."""
     settings = plan.trainer_settings()
     callbacks = [c for c in settings["callbacks"] or [] if not isinstance(c, Checkpoint) and not _monitors(c)]
@@ -259,7 +258,7 @@ def _trainer(plan: Blueprint, whole: bool) -> Any:
     if not whole:
         settings["log_every_n_steps"] = 0  # what a module logs is not a part of the loop written by hand
     trainer = unprofiled(Trainer(**settings))
-    return guard(trainer) if whole and plan.config.fit.guards else trainer
+    return guard(trainer) if whole and plan.config.guards else trainer
 
 
 def _monitors(callback: Any) -> bool:
@@ -319,16 +318,16 @@ def _memory(device: torch.device) -> dict[str, float]:
     return {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
 
 
-def _utilisation(plan: Blueprint, mode: str) -> dict[str, Any]:
+def _utilisation(plan: Plan, mode: str) -> dict[str, Any]:
     """Floating-point operations of an image, by the recipe's model, and the device's peak, where it is known."""
     try:
-        model = plan.build_model("meta")
+        model = plan.model("meta")
         cost = count(model, _input_shape(model))
     except Exception as error:  # a model that looks at values cannot be counted
         return {"flops_per_image": None, "uncounted": str(mistakes.root_cause(error)).split("\n")[0]}
     found: dict[str, Any] = {"flops_per_image": 2 * cost.macs if mode == "infer" else cost.training_flops}
     if torch.cuda.is_available():
-        peak = peak_of(torch.cuda.get_device_name(), str(plan.config.fit.trainer.precision or "32-true"))
+        peak = peak_of(torch.cuda.get_device_name(), str(plan.config.trainer.precision or "32-true"))
         found |= {} if peak is None else {"peak_flops": peak[0], "peak_source": peak[1]}
     return found
 

@@ -3,9 +3,7 @@
 import json
 import os
 import subprocess
-from collections.abc import Iterable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,7 +15,7 @@ from zoo.cli import mistakes
 from zoo.cli.benchmark import peers
 from zoo.cli.benchmark.clock import Goal
 from zoo.cli.benchmark.measure import measure
-from zoo.cli.blueprint import Blueprint, read
+from zoo.cli.plan import Plan, parse
 from zoo.cli.sweep import write_json
 
 
@@ -25,19 +23,19 @@ class NoDeviceError(RuntimeError):
     """A cell asks for a device that is not here."""
 
 
-def answer(asked: Path, found: Path, runs: Path, strict: bool, packages: Iterable[ModuleType]) -> None:
+def answer(asked: Path, found: Path, runs: Path, strict: bool) -> None:
     """Measures a cell and writes ``found``: status, message, and what was found.
 
     Args:
         asked: The JSON file with the cell.
         found: The JSON file to write.
         runs: A folder for what a run leaves behind.
-        strict, packages: See :func:`zoo.cli.run.run`.
+        strict: See :func:`zoo.cli.plan.parse`.
     """
     setting = json.loads(asked.read_text(encoding="utf-8"))
     content: dict[str, Any]
     try:
-        content = {"status": "ok", "message": ""} | _measured(setting, runs, strict, packages)
+        content = {"status": "ok", "message": ""} | _measured(setting, runs, strict)
     except Exception as error:
         cause = mistakes.root_cause(error)
         said = str(cause).split("\n")[0] or type(cause).__name__
@@ -57,14 +55,14 @@ def status_of(cause: BaseException, said: str, peer: str | None) -> str:
     return "not installed" if isinstance(cause, ImportError) and peer is not None else "failed"
 
 
-def _measured(setting: dict[str, Any], runs: Path, strict: bool, packages: Iterable[ModuleType]) -> dict[str, Any]:
+def _measured(setting: dict[str, Any], runs: Path, strict: bool) -> dict[str, Any]:
     place = {"save_dir": str(runs), "name": "", "version": "run"}
     logger = ["--trainer.logger=TensorBoardLogger", "--trainer.logger.default_hp_metric=false"]
     logger += [f"--trainer.logger.{key}={value}" for key, value in place.items()]
     options = [*setting["options"], *logger, "--trainer.default_root_dir", str(runs)]
-    plan = read(setting["configs"], options, strict, packages)
+    plan = parse("fit", setting["configs"], options, strict)
     config = yaml.safe_load(plan.resolved())
-    _check_devices(plan.config.fit.trainer)
+    _check_devices(plan.config.trainer)
     substitute, differs = _peer(plan, setting)
     found = measure(plan, setting["cell"]["mode"], Goal(**setting["goal"]), substitute)
     made = provenance()
@@ -78,18 +76,17 @@ def _measured(setting: dict[str, Any], runs: Path, strict: bool, packages: Itera
     }
 
 
-def _peer(plan: Blueprint, setting: dict[str, Any]) -> tuple[Any, str | None]:
+def _peer(plan: Plan, setting: dict[str, Any]) -> tuple[Any, str | None]:
     """What is measured in the place of the recipe's model, or of its loader."""
     if setting["cell"]["peer"] is None:
         return None, None
-    model, data = plan.config.fit.model, plan.config.fit.data
-    known = peers.peers_of(model.class_path, data and data.class_path)
+    known = peers.peers_of(*plan.class_paths)
     peer = known[setting["cell"]["peer"]]
     if not peers.is_installed(peer):
         raise ImportError(f"{setting['cell']['peer']} needs {peer.needs}: pip install 'vision-zoo[peers]'")
     if setting["cell"]["mode"] == "data":
         return lambda data: peer.build(data), peer.differs
-    like = plan.build_model("meta")
+    like = plan.model("meta")
     network, loss = peer.build(like, setting["cell"]["axes"])
     return peers.Other(network, loss, like), peer.differs
 

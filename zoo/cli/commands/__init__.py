@@ -1,0 +1,16 @@
+"""The commands, a file each: name, summary, arguments, and what it does, inside of which alone torch is imported."""
+
+from zoo.cli.arguments import Command
+from zoo.cli.commands import benchmark, cost, listing, sweep, train
+
+COMMANDS: dict[str, Command] = {
+    command.name: command
+    for command in (
+        *train.COMMANDS,
+        *benchmark.COMMANDS,
+        cost.COMMAND,
+        sweep.COMMAND,
+        *sweep.of_techniques(),
+        listing.COMMAND,
+    )
+}

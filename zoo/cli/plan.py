@@ -1,0 +1,123 @@
+"""A configuration that is read: ``zoo fit`` runs it, ``cost`` counts it, sweeps and ``benchmark`` vary it."""
+
+import os
+import sys
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+
+from zoo.cli import imports, outputs, parser, recipes, settings
+from zoo.cli.parser import Parser
+
+
+def parse(
+    command: str, configs: list[str], options: list[str], strict: bool = False, data_required: bool = False
+) -> "Plan":
+    """Reads ``zoo COMMAND -c CONFIG ... OPTION ...``; configurations come first, so that options win.
+
+    Args:
+        command: ``fit``, ``validate``, ``test`` or ``predict``.
+        configs: Files, or URLs.
+        options: Options of the command line.
+        strict: Whether a configuration may name the classes of the zoo and its libraries only.
+        data_required: Whether a configuration without data is a mistake.
+
+    Raises:
+        Mistake: For what cannot be read, or is wrong whatever model and data are.
+    """
+    imports.restrict(strict)
+    if not strict and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # a console script does not see the user's own modules otherwise
+    for package in recipes.PACKAGES.values():
+        for name in package._EXPORTS:
+            getattr(package, name)  # once imported, a class can be named without its path
+    parsing = parser.create(command, data_required)
+    parsing.given = configs, options
+    args = [*(arg for config in configs for arg in ("-c", config)), *options]
+    config = parsing.parse_args(args)
+    settings.check(config, command, configs, options)
+    return Plan(command, parsing, config, parsing.parse_args(args, defaults=False))
+
+
+class Plan:
+    """What a command would run.
+
+    Attributes:
+        command: ``fit``, ``validate``, ``test`` or ``predict``.
+        parser: What has read it, and builds its parts.
+        config: The resolved configuration: ``trainer``, ``model``, ``data`` and so on.
+        written: The part of it that somebody wrote, in a recipe or as an option.
+    """
+
+    def __init__(self, command: str, parser: Parser, config: Namespace, written: Namespace) -> None:
+        self.command, self.parser, self.config, self.written = command, parser, config, written
+        self._data: Any = None
+
+    @property
+    def model_name(self) -> str:
+        """Name of the model's class."""
+        return str(self.config.model.class_path).split(".")[-1]
+
+    @property
+    def class_paths(self) -> tuple[str, str | None]:
+        """Where the classes of model and data lie."""
+        return self.config.model.class_path, None if self.config.data is None else self.config.data.class_path
+
+    @property
+    def weights(self) -> str | None:
+        """What the model's weights start from: a file, a URL, or a name."""
+        found = self.config.model.get("init_args.weights")
+        return found if isinstance(found, str) and found else None
+
+    def has_option(self, *names: str) -> bool:
+        """Whether one of these stands on the command line, ``--model.weights`` for example."""
+        return not {option.partition("=")[0] for option in self.parser.given[1]}.isdisjoint(names)
+
+    def build(self, **parts: Any) -> Namespace:
+        """Instances of parts of the configuration, ``build(model=plan.config.model).model`` for example."""
+        return self.parser.instantiate(Namespace(parts))
+
+    def data(self) -> Any:
+        """The data module, which is built once."""
+        if self._data is None:
+            self._data = self.build(data=self.config.data).data
+        return self._data
+
+    def model(self, device: str) -> Any:
+        """The model, without its weights; on the meta device it is not compiled."""
+        config = self.config.model.clone()
+        for name, value in {"weights": None, **({"compile": False} if device == "meta" else {})}.items():
+            if name in config.get("init_args", {}):
+                config.init_args[name] = value
+        with torch.device(device):
+            built = self.build(model=config).model
+        return built.to(device)  # what came from elsewhere, such as a NumPy array
+
+    def trainer_settings(self) -> dict[str, Any]:
+        """The Trainer's arguments, callbacks and logger among them."""
+        return dict(self.build(trainer=self.config.trainer).trainer)
+
+    def count_classes(self, source: str | None = None) -> None:
+        """Gives the model its number of classes: the data's, or that of the checkpoint or weights it goes on from.
+
+        A model may not ask for one, and there may be no data.
+        """
+        if "num_classes" not in self.config.model.get("init_args", {}) or self.config.data is None:
+            return
+        written, file = self.written.get("model.init_args.num_classes"), outputs.on_disk(source)
+        found = outputs.count(self.data(), written, file, known_later=source is not None and file is None)
+        if found is not None:
+            self.config.model.init_args.num_classes = found
+
+    def resolved(self) -> str:
+        """The resolved configuration as it is saved."""
+        return str(self.parser.dump(shared(self.config), skip_unset=False))
+
+
+def shared(config: Namespace) -> Namespace:
+    """What every command understands of a configuration.
+
+    What belongs to one is left out, most of all ``ckpt_path``: to test a run is not to test where it started.
+    """
+    return Namespace({key: config[key] for key in ("seed_everything", "guards", "trainer", "model", "data")})

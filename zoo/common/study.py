@@ -1,0 +1,50 @@
+"""A study: a command that trains a recipe in variants and compares them, as a technique declares it.
+
+It does so in a file ``commands.py`` of its folder, which imports torch only inside of functions: ``COMMANDS`` is a list
+of :class:`Study`. ``zoo.cli`` finds them, trains the variants, continues what was interrupted, and writes the page.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+Results = Mapping[str, Mapping[str, Sequence[float]]]
+"""By variant and metric, one value for each seed."""
+Train = Callable[[Mapping[str, Sequence[str]], str], Results]
+"""Trains variants with all seeds. It takes the options of each, such as ``["--model.lr", "0.1"]``, by a name that makes
+a good directory, and the metric that the runs are for: one that ends without it is a failure."""
+
+
+class Recipe(NamedTuple):
+    """What is studied, and how."""
+
+    model: Mapping[str, Any]  # the arguments of its constructor
+    data: Any  # the data module
+    trainer: Mapping[str, Any]  # settings of the Trainer
+    out: Path  # the folder of the study; the run of a variant and a seed is in VARIANT_seedN
+    train: Train
+
+
+class Page(NamedTuple):
+    """What a study has found."""
+
+    lines: Sequence[str]  # a table in markdown, and what belongs to it
+    series: Mapping[str, Sequence[tuple[float, float, float]]]  # of the plot: by its name, points (x, y, error)
+    x_label: str  # with units
+    y_label: str
+    log_x: bool = False  # whether x is drawn on a logarithmic scale
+    ticks: Sequence[str] = ()  # names of x = 0, 1 and so on, where they are no numbers
+
+
+class Study(NamedTuple):
+    """A command ``zoo NAME RECIPE``."""
+
+    name: str
+    summary: str  # its line in zoo --help
+    text: str  # what its own help says that it does
+    does: str  # in a verb and the class of the models it takes, "trains a GumbelVAE"
+    recipes: str  # which recipes it takes, for its help
+    sets: Sequence[str]  # the arguments of the data that it sets
+    run: Callable[..., Page]  # of a Recipe and the values of its own options, by name
+    seeds: int = 3  # runs of each variant, unless somebody says otherwise
+    options: Mapping[str, Mapping[str, Any]] = {}  # its own, --step by the name step: arguments of add_argument

@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from zoo._lightning import Callback, rank_zero_warn
 from zoo.common.log import StepLog
+from zoo.common.protocols import KnownOrder
 
 KEY = "exact_resume"
 TUNER = ".lr_find_", ".scale_batch_size_"  # files that Lightning's Tuner takes back within a run: nothing to continue
@@ -112,9 +113,9 @@ class ExactResume(Callback):
         if restored is None:
             return
         order: Any = getattr(trainer.train_dataloader, "sampler", None)
-        if hasattr(order, "resume"):
+        if isinstance(order, KnownOrder):
             warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before")
-        if hasattr(order, "first_batch"):  # with another number of processes the batches that are left are others
+            # With another number of processes the batches that are left are others.
             progress = trainer.fit_loop.epoch_loop.batch_progress.current
             progress.ready = progress.started = progress.processed = progress.completed = order.first_batch(order.epoch)
         trainer.callback_metrics.update(restored["metrics"])

@@ -6,6 +6,7 @@ from typing import Any
 from zoo import weights
 from zoo._lightning import Callback
 from zoo.callbacks.run_directory import run_directory
+from zoo.common.backbones import backbone_of
 from zoo.sharding import is_split, whole_state
 
 
@@ -31,7 +32,7 @@ class ExportBackbone(Callback):
         self.last_path: Path | None = None
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        if not hasattr(pl_module, "backbone"):  # now, and not after days of training
+        if backbone_of(pl_module) is None:  # now, and not after days of training
             raise ValueError(f"{type(pl_module).__name__} has no backbone to write: leave ExportBackbone out")
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from zoo._lightning import Callback
 from zoo.callbacks.run_directory import run_directory
+from zoo.common.protocols import KnownOrder, KnownSamples
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -248,7 +249,7 @@ class NonFiniteGuard(Callback):
         dataset: Any
         sampler, dataset = getattr(loader, "sampler", None), getattr(loader, "dataset", None)
         batch = self._batch[1] if self._batch[0] == found.batch_idx else None
-        if not hasattr(sampler, "keys_of_batch"):
+        if not (isinstance(sampler, KnownOrder) and isinstance(dataset, KnownSamples)):
             return None, None, _plain(batch)
         keys = sampler.keys_of_batch(found.batch_idx, found.epoch)
         if batch is None:

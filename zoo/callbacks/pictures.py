@@ -13,6 +13,7 @@ from torchvision.utils import make_grid, save_image
 from zoo._lightning import Callback, isolate_rng, rank_zero_warn
 from zoo.callbacks.run_directory import run_directory
 from zoo.callbacks.spread import first_loader, spread_batch
+from zoo.common.protocols import DrawsPictures
 from zoo.sharding import is_split
 
 
@@ -75,7 +76,7 @@ class SavePictures(Callback):
 
     @torch.no_grad()
     def _draw(self, trainer: Any, pl_module: Any, batch: Any, moment: str, loaders: Any) -> None:
-        if trainer.fast_dev_run or not hasattr(pl_module, "pictures"):
+        if trainer.fast_dev_run or not isinstance(pl_module, DrawsPictures):
             return
         if not trainer.is_global_zero and not is_split(trainer):
             return

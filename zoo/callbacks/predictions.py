@@ -21,6 +21,7 @@ from zoo.callbacks.run_directory import run_directory
 from zoo.common import loaders
 from zoo.common.classes import names_of
 from zoo.common.pictures import class_name
+from zoo.common.protocols import KnownOrder, KnownSamples, PredictsRows
 
 FEW_CLASSES = 100
 """So many columns a table may have without being asked for them."""
@@ -111,7 +112,7 @@ class WritePredictions(Callback):
         sampler: Any
         dataset: Any
         sampler, dataset = getattr(loader, "sampler", None), getattr(loader, "dataset", None)
-        if hasattr(sampler, "batch_indices") and hasattr(dataset, "present"):
+        if isinstance(sampler, KnownOrder) and isinstance(dataset, KnownSamples):
             indices = sampler.batch_indices(batch_idx)
             present = {index for index, _ in dataset.present(indices)}
             return [(index, dataset.name(index), index in present) for index in indices]
@@ -211,7 +212,7 @@ def _rows(
     module: Any, outputs: Any, own: Sequence[str] | None, of_data: Sequence[str] | None, all_classes: bool | None
 ) -> list[list[Mapping[str, Any]]]:
     """The rows of each sample, as dictionaries of columns; ``own`` names the outputs, or else what the data says."""
-    if hasattr(module, "prediction_rows"):
+    if isinstance(module, PredictsRows):
         return [rows if isinstance(rows, list) else [rows] for rows in module.prediction_rows(outputs)]
     if not isinstance(outputs, Tensor) or outputs.ndim != 2 or not outputs.is_floating_point():
         shape = f"a tensor of shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__

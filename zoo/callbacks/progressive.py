@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from zoo._lightning import Callback, rank_zero_info
+from zoo.common.backbones import backbone_of
+from zoo.common.protocols import Mixes, TrainsInStages
 
 Side = int | tuple[int, int]
 
@@ -102,7 +104,7 @@ class ProgressiveLearning(Callback):
         self._epoch = -1
         if "dropout" in self.settings:
             _dropout(pl_module)  # raises, before there is anything to wait for
-        if "mixup" in self.settings and max(self.settings["mixup"]) and getattr(pl_module, "mix", None) is None:
+        if "mixup" in self.settings and max(self.settings["mixup"]) and _mix(pl_module) is None:
             raise ValueError(
                 f"mixup rises to {max(self.settings['mixup'])}, but {type(pl_module).__name__} does not mix: set its "
                 "own mixup to that, too"
@@ -125,7 +127,7 @@ class ProgressiveLearning(Callback):
         if not names:
             return
         data = trainer.datamodule
-        if not callable(getattr(data, "train_in_stages", None)):
+        if not isinstance(data, TrainsInStages):
             what = "loaders that are there already" if data is None else f"{type(data).__name__}"
             raise ValueError(
                 f"{what} cannot change {' and '.join(names)} from stage to stage: give the Trainer a data module with "
@@ -139,7 +141,7 @@ class ProgressiveLearning(Callback):
         settings = self.plan[first]
         if "dropout" in settings:
             setattr(*_dropout(module), settings["dropout"])
-        mix = getattr(module, "mix", None)
+        mix = _mix(module)
         if "mixup" in settings and mix is not None:
             mix.mixup_alpha = settings["mixup"]
             mix.mixup_enabled = bool(mix.mixup_alpha or mix.cutmix_alpha)  # else timm asserts
@@ -150,6 +152,10 @@ class ProgressiveLearning(Callback):
             torch.compiler.reset()
             number, values = list(self.plan).index(first), ", ".join(f"{k} {_text(v)}" for k, v in settings.items())
             rank_zero_info(f"stage {number + 1} of {len(self.plan)} from epoch {first}: {values}")
+
+
+def _mix(module: Any) -> Any:
+    return module.mix if isinstance(module, Mixes) else None
 
 
 def _of_data(settings: dict[str, Any]) -> dict[str, Any]:
@@ -176,7 +182,8 @@ def _are_sides(*sizes: Any) -> bool:
 
 def _dropout(module: Any) -> tuple[Any, str]:
     """The object and the attribute that hold the rate of the dropout before the head."""
-    backbone = getattr(module, "backbone", module)
+    own = backbone_of(module)
+    backbone: Any = module if own is None else own
     for layer in (getattr(backbone, "head_drop", None), getattr(getattr(backbone, "head", None), "drop", None)):
         if isinstance(layer, nn.Dropout):  # a copy of drop_rate, which is then not looked at again
             return layer, "p"

@@ -13,6 +13,8 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
+from zoo.common.protocols import KnownSamples
+
 
 def evenly(size: int, count: int) -> list[int]:
     """The middles of ``count`` equal parts of ``range(size)``, or all of it if there are no more."""
@@ -38,11 +40,11 @@ def spread_batch(loader: Any, count: int) -> Any | None:
     if not isinstance(loader, DataLoader) or isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         return None
     generator = torch.Generator().manual_seed(0)  # a loader seeds its workers with it
-    if hasattr(dataset, "keys_of"):  # of the zoo's own; its samples are seeded one by one, and may be made here
+    if isinstance(dataset, KnownSamples):  # they are seeded one by one, and may be made here
         order: Any = loader.sampler
         keys = dataset.keys_of(evenly(len(dataset), min(count, order.batch_size)))
-        whole = DataLoader(dataset, batch_size=None, sampler=[keys], collate_fn=loader.collate_fn, generator=generator)
-        return next(iter(whole))
+        settings: Any = {"batch_size": None, "sampler": [keys], "collate_fn": loader.collate_fn, "generator": generator}
+        return next(iter(DataLoader(loader.dataset, **settings)))
     batch_sampler = getattr(loader.batch_sampler, "_batch_sampler", loader.batch_sampler)  # Lightning's, in prediction
     if type(batch_sampler) is not BatchSampler:
         return None

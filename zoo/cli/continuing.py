@@ -19,6 +19,7 @@ import yaml
 from zoo._lightning import Checkpoint, rank_zero_info
 from zoo.checkpoints import configuration, made_by, newest
 from zoo.cli.mistakes import Mistake
+from zoo.common.protocols import Changeable
 
 WORDS = ("last", "best", "hpc")
 """Which --ckpt_path takes beside a path: the newest of this model and data, its run's best, a requeued job's."""
@@ -68,7 +69,7 @@ def differences(now: Settings, then: Settings, there: str = "", written: Setting
 
 def _in_options(ours: Settings, theirs: Settings, there: str, written: Settings | None) -> Iterator[str]:
     kind = class_of(ours["class_path"])
-    free = CHANGEABLE | set(getattr(kind, "changeable", ()))
+    free = CHANGEABLE | set(kind.changeable if isinstance(kind, Changeable) else ())
     then = theirs.get("init_args") or {}
     for name, value in (ours.get("init_args") or {}).items():
         if name in free or (

@@ -7,7 +7,7 @@ from typing import Any
 
 from zoo.callbacks import ResumePoint
 from zoo.common.log import in_words
-from zoo.common.protocols import WordsMetrics
+from zoo.common.protocols import HasBaselines, HasNats, WordsMetrics, WritesFile
 
 
 def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -29,9 +29,9 @@ def metrics(model: Any, found: Mapping[str, float]) -> list[str]:
 
 def baselines(data: Any, found: Mapping[str, float]) -> list[str]:
     """What there is to beat on the same split, if the data knows: accuracies of classifiers, nats of densities."""
-    if "test/acc" in found and hasattr(data, "baselines"):
+    if "test/acc" in found and isinstance(data, HasBaselines):
         return [f"{name} on the same split {100 * value:.2f} %" for name, value in data.baselines().items()]
-    if "test/elbo" in found and hasattr(data, "nats"):
+    if "test/elbo" in found and isinstance(data, HasNats):
         with suppress(ValueError):  # of images as they are here, it knows none
             return [f"{name} on the same split {value:.4f} nats" for name, value in data.nats().items()]
     return []
@@ -39,8 +39,8 @@ def baselines(data: Any, found: Mapping[str, float]) -> list[str]:
 
 def written(trainer: Any) -> list[tuple[str, Path]]:
     """What callbacks wrote last: ``("pictures", PATH)``."""
-    paths = [(callback, getattr(callback, "last_path", None)) for callback in trainer.callbacks]
-    return [(getattr(callback, "writes", "file"), path) for callback, path in paths if path is not None]
+    writers = [callback for callback in trainer.callbacks if isinstance(callback, WritesFile)]
+    return [(writer.writes, writer.last_path) for writer in writers if writer.last_path is not None]
 
 
 def checkpoint(trainer: Any) -> str | None:

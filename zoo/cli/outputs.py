@@ -7,7 +7,8 @@ from typing import Any
 from zoo.checkpoints import hyperparameters_of
 from zoo.cli import continuing
 from zoo.cli.mistakes import Mistake
-from zoo.common.classes import classes_of
+from zoo.common.classes import classes_of, count_of, names_of
+from zoo.common.protocols import ChecksImages, FollowsWeights, HasClasses, HasImageShape, HasInputShape, Unpredicted
 from zoo.weights import Report
 
 
@@ -25,7 +26,8 @@ def followed(class_path: str, path: str) -> dict[str, Any]:
         class_path: The module's class. It names such arguments in ``from_weights``.
         path: The checkpoint. One that lies elsewhere is not looked at.
     """
-    names = getattr(continuing.class_of(class_path), "from_weights", ())
+    kind = continuing.class_of(class_path)
+    names = kind.from_weights if isinstance(kind, FollowsWeights) else ()
     there = hyperparameters_of(path) if names and on_disk(path) else {}
     return {name: there[name] for name in names if name in there}
 
@@ -47,13 +49,25 @@ def count(data: Any, written: int | None, source: str | None, known_later: bool)
         if written not in (None, there):
             raise Mistake(f"num_classes is {written} for the model, but {source} is of {there} classes: leave it out")
         return there
-    here = getattr(data, "num_classes", None)
+    here = count_of(data)
     if here is not None and written not in (None, here) and not known_later:
         raise Mistake(
             f"num_classes is {written} for the model, but {type(data).__name__} has {here} classes: leave it out, it "
             "comes from the data"
         )
     return here if written is None else written
+
+
+def input_shape(model: Any) -> tuple[int, int, int]:
+    """(C, H, W) of the images that a model takes.
+
+    Raises:
+        Mistake: If it does not say.
+    """
+    if not isinstance(model, HasInputShape):
+        raise Mistake(f"{type(model).__name__} does not say what images it takes: give it an input_shape, (C, H, W)")
+    channels, height, width = model.input_shape
+    return channels, height, width
 
 
 def check_names(model: Any, data: Any, built_for: int | None, source: str) -> None:
@@ -67,10 +81,10 @@ def check_names(model: Any, data: Any, built_for: int | None, source: str) -> No
     Raises:
         Mistake: If the data's classes, the model's outputs or both have no names.
     """
-    here = getattr(data, "num_classes", None)
+    here = count_of(data)
     if None in (here, built_for) or here == built_for:
         return
-    if not hasattr(model, "classes") or getattr(data, "classes", None) is None or classes_of(source)[0] is None:
+    if not isinstance(model, HasClasses) or names_of(data) is None or classes_of(source)[0] is None:
         raise Mistake(
             f"{source} is of a model of {built_for} classes, {type(data).__name__} has {here}, and there are no names "
             f"by which {type(model).__name__} could match them"
@@ -83,11 +97,11 @@ def check_images(model: Any, data: Any) -> None:
     Raises:
         Mistake: If the model does not take the data's.
     """
-    shape, check = getattr(data, "image_shape", None), getattr(model, "check_images", None)
-    if shape is None or check is None:
+    shape = data.image_shape if isinstance(data, HasImageShape) else None
+    if shape is None or not isinstance(model, ChecksImages):
         return
     try:
-        check(shape)
+        model.check_images(shape)
     except ValueError as error:
         which = f"{type(data).__name__} and {type(model).__name__}"
         raise Mistake(f"{which} do not fit: {error}; set size and channels of one as the other's") from error
@@ -106,7 +120,8 @@ def check_trained(model: Any, reports: Sequence[Report], command: str) -> None:
     """
     fresh = [name for name in reports[-1].fresh if all(name in report.fresh for report in reports)] if reports else []
     if command == "predict":
-        fresh = [name for name in fresh if name.split(".")[0] not in getattr(model, "unpredicted", ())]
+        needless = model.unpredicted if isinstance(model, Unpredicted) else ()
+        fresh = [name for name in fresh if name.split(".")[0] not in needless]
     if fresh:
         some = ", ".join(fresh[:3]) + (", ..." if len(fresh) > 3 else "")
         raise Mistake(

@@ -19,7 +19,7 @@ from zoo.cli.parser import OF_ONE_COMMAND
 from zoo.cli.plan import Plan, parse, shared
 from zoo.cli.profiler import unprofiled
 from zoo.cli.sweep import write_json
-from zoo.common.protocols import NamesPredictionWriter
+from zoo.common.protocols import HasSamples, NamesPredictionWriter
 from zoo.guards import guard, keep_optimizer_settings
 from zoo.weights import reported
 
@@ -247,5 +247,4 @@ def _has_test(model: Any, data: Any) -> bool:
     """Whether there is something to test after a fit. Our data modules all have a loader, but not all have samples."""
     if not is_overridden("test_step", model) or not is_overridden("test_dataloader", data):
         return False
-    samples = getattr(data, "samples", None)
-    return not callable(samples) or samples("test") is not None
+    return not isinstance(data, HasSamples) or data.samples("test") is not None

@@ -8,6 +8,12 @@ from timm.layers import PatchEmbed, SpaceToDepth, to_2tuple
 from torch import nn
 
 
+def backbone_of(module: nn.Module) -> nn.Module | None:
+    """A module's encoder, its ``backbone``; None if it has none."""
+    found = getattr(module, "backbone", None)  # since Python 3.12 a protocol does not see submodules
+    return found if isinstance(found, nn.Module) else None
+
+
 def create_backbone(backbone: str | nn.Module, **options: Any) -> Any:
     """A timm model without its head, or the module that was given. Options that are None are left to the backbone.
 

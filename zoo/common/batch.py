@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DistributedSampler
 
 from zoo.common import loaders
+from zoo.common.protocols import KnownOrder, KnownSamples
 
 IMAGE_KEYS = ("image", "images", "pixel_values")
 LABEL_KEYS = ("label", "labels")
@@ -206,9 +207,9 @@ def readable(loader: Any, batch_idx: int) -> list[int] | None:
     Of the zoo's own loaders it is known, by their order and data set. Empty: what is in the batch stands in for others.
     """
     order, dataset = getattr(loader, "sampler", None), getattr(loader, "dataset", None)
-    if not (hasattr(order, "batch_indices") and hasattr(dataset, "present")):
+    if not (isinstance(order, KnownOrder) and isinstance(dataset, KnownSamples)):
         return None
-    return [index for index, _ in dataset.present(order.batch_indices(batch_idx))]  # type: ignore[union-attr]
+    return [index for index, _ in dataset.present(order.batch_indices(batch_idx))]
 
 
 def once(module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:

@@ -16,11 +16,25 @@ from torch import Tensor
 
 from zoo._lightning import rank_zero_info
 from zoo.checkpoints import content_of, hyperparameters_of
+from zoo.common.protocols import CountsClasses, HasCategories, HasClasses
 
 
 def names_of(owner: Any) -> list[str] | None:
     """Class names of a data module or a module, by label: ``owner.classes``, if that is a list of texts."""
-    return _names(getattr(owner, "classes", None))
+    return _names(owner.classes if isinstance(owner, HasClasses) else None)
+
+
+def ids_of(owner: Any) -> Sequence[int] | None:
+    """Category ids of a data module or a module, by label."""
+    return owner.category_ids if isinstance(owner, HasCategories) else None
+
+
+def count_of(data: Any) -> int | None:
+    """Number of classes of a data module; None if it has none, or does not say."""
+    try:
+        return data.num_classes if isinstance(data, CountsClasses) else None
+    except AttributeError:  # of unlabelled data; some versions of Python look, and do not ask
+        return None
 
 
 def in_checkpoint(content: Mapping[str, Any]) -> tuple[list[str] | None, list[int] | None]:
@@ -67,8 +81,8 @@ def category_ids(module: Any, data: Any) -> Sequence[int] | None:
     Raises:
         ValueError: If the model's category of a class that the data does not have is another class in the data.
     """
-    names, ids = names_of(module), getattr(module, "category_ids", None)
-    theirs, here = names_of(data), getattr(data, "category_ids", None)
+    names, ids = names_of(module), ids_of(module)
+    theirs, here = names_of(data), ids_of(data)
     if names is None or theirs is None or here is None:
         return ids if here is None else here
     by_name = dict(zip(theirs, here, strict=False))
@@ -149,7 +163,7 @@ class NamedClasses:
             rank_zero_info(f"the outputs, until now {_some(self.classes)}, are from now on {_some(names)}")
             self.classes = None
         if self.classes is None and learns:
-            self.classes, self.category_ids = names, _ids(getattr(data, "category_ids", None), len(names))
+            self.classes, self.category_ids = names, _ids(ids_of(data), len(names))
         if self.classes is None or (table := matched(names, self.classes)) is None:
             return
         if before is None:

@@ -15,6 +15,8 @@ from torch.backends import mha
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from zoo.common.protocols import TrainsOtherwise
+
 
 class Cost(NamedTuple):
     """Of one image.
@@ -55,7 +57,8 @@ def count(module: nn.Module, input_shape: Sequence[int]) -> Cost:
         parameter.requires_grad_(False)
     try:
         macs = training_macs = _macs(module, images)
-        if trains := getattr(module, "training_forward", None):
+        if isinstance(module, TrainsOtherwise):
+            trains = module.training_forward
             training_macs = _macs(trains, torch.cat([images, images])) - _macs(trains, images)
         return Cost(sum(p.numel() for p in parameters), macs, training_macs)
     finally:

@@ -20,6 +20,7 @@ from torch.optim import Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from zoo._lightning import LightningModule, rank_zero_warn
+from zoo.common.backbones import backbone_of
 
 # The last part of a parameter's name that says it is a token or a position, not a weight.
 _NOT_WEIGHTS = ("*token", "*tokens", "*pos_embed", "*pos_embedding")
@@ -78,9 +79,8 @@ def parameter_groups(
 
 def _layers(module: nn.Module) -> tuple[int, dict[str, int]]:
     """The last layer's number, and the layer of every parameter of the backbone, by name in the whole module."""
-    backbone, prefix = getattr(module, "backbone", None), "backbone."
-    if not isinstance(backbone, nn.Module):
-        backbone, prefix = module, ""
+    own = backbone_of(module)
+    backbone, prefix = (module, "") if own is None else (own, "backbone.")
     if not callable(getattr(backbone, "group_matcher", None)):
         raise ValueError(
             f"layer_decay needs to know the layers of {type(backbone).__name__}, which has no group_matcher() "

@@ -4,55 +4,63 @@ Each is a protocol: whoever has its members is understood, without deriving from
 not asked for.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-# Of modules: what they take, and what the command line says of them.
+# Modules: images, outputs and figures.
 
 
 @runtime_checkable
 class HasInputShape(Protocol):
-    """A module that states what images it takes, for ``zoo cost`` and ``zoo benchmark``.
-
-    Attributes:
-        input_shape: (C, H, W). It raises ValueError where nobody has said so.
-    """
+    """A module that states what images it takes, for ``zoo cost`` and ``zoo benchmark``."""
 
     @property
-    def input_shape(self) -> tuple[int, int, int]: ...
+    def input_shape(self) -> tuple[int, int, int]:
+        """(C, H, W). It raises ValueError where nobody has said so."""
 
 
 @runtime_checkable
-class ForeignWeights(Protocol):
-    """A module whose parts other programs know by other names.
+class ChecksImages(Protocol):
+    """A module that knows which images it takes before any have come."""
 
-    Attributes:
-        foreign_weights: What :func:`zoo.weights.load` has to know of them, a :class:`zoo.weights.Layout`.
-    """
-
-    foreign_weights: Any
+    def check_images(self, shape: Sequence[int]) -> None:
+        """Raises ValueError for the shape (C, H, W) of images that it does not take."""
 
 
 @runtime_checkable
-class HasPeers(Protocol):
-    """A module that ``zoo benchmark --peers`` measures against others.
+class TrainsOtherwise(Protocol):
+    """A module whose training step computes something else than ``forward``, for ``zoo cost``."""
 
-    Attributes:
-        peers: :class:`zoo.common.peers.Peer` by name.
-    """
-
-    peers: Mapping[str, Any]
+    def training_forward(self, images: Tensor) -> Any:
+        """A training step's forward pass of images (B, C, H, W)."""
 
 
 @runtime_checkable
-class DrawsTargets(Protocol):
-    """A module that learns from something else than labels (B,), for the batch that ``zoo benchmark`` measures with."""
+class DrawsPictures(Protocol):
+    """A module that shows what it does, for :class:`zoo.callbacks.SavePictures`."""
 
-    def random_targets(self, images: Tensor, generator: torch.Generator) -> Any:
-        """What stands beside images (B, C, H, W) in a batch, of random values on the CPU."""
+    def pictures(self, batch: Any) -> dict[str, Tensor]:
+        """Images (B, 3, H, W) in [0, 1] by name, of a batch as steps get it; those to be looked at come first."""
+
+
+@runtime_checkable
+class PredictsRows(Protocol):
+    """A module whose predictions are not probabilities (B, classes), for :class:`zoo.callbacks.WritePredictions`."""
+
+    def prediction_rows(self, outputs: Any) -> Sequence[Mapping[str, Any] | list[Mapping[str, Any]]]:
+        """For each sample of what ``predict_step`` returned, its row by column, or a list of rows."""
+
+
+@runtime_checkable
+class NamesPredictionWriter(Protocol):
+    """A module whose predictions are no table of rows, for ``zoo predict``."""
+
+    prediction_writer: Callable[[], Any]
+    """Makes the callback, a :class:`zoo.callbacks.WritePredictions` of another kind."""
 
 
 @runtime_checkable
@@ -68,21 +76,221 @@ class WordsMetrics(Protocol):
 
 @runtime_checkable
 class Watched(Protocol):
-    """A module whose progress bar shows another metric than accuracy, average precision or loss.
-
-    Attributes:
-        watched: Names such as "val/acc_knn"; the first that is logged is shown.
-    """
+    """A module whose progress bar shows another metric than accuracy, average precision or loss."""
 
     watched: tuple[str, ...]
+    """Names such as "val/acc_knn"; the first that is logged is shown."""
 
 
 @runtime_checkable
-class NamesPredictionWriter(Protocol):
-    """A module whose predictions are no table of rows, for ``zoo predict``.
+class HasPeers(Protocol):
+    """A module that ``zoo benchmark --peers`` measures against others."""
 
-    Attributes:
-        prediction_writer: Makes the callback, a :class:`zoo.callbacks.WritePredictions` of another kind.
-    """
+    peers: Mapping[str, Any]
+    """:class:`zoo.common.peers.Peer` by name."""
 
-    prediction_writer: Callable[[], Any]
+
+@runtime_checkable
+class DrawsTargets(Protocol):
+    """A module that learns from something else than labels (B,), for the batch that ``zoo benchmark`` measures with."""
+
+    def random_targets(self, images: Tensor, generator: torch.Generator) -> Any:
+        """What stands beside images (B, C, H, W) in a batch, of random values on the CPU."""
+
+
+@runtime_checkable
+class Mixes(Protocol):
+    """A module that mixes images of a batch, for :class:`zoo.callbacks.ProgressiveLearning`."""
+
+    mix: Any
+    """timm's ``Mixup``; None while nothing is mixed."""
+
+
+# Modules: arguments, weights and checkpoints.
+
+
+@runtime_checkable
+class KeepsArguments(Protocol):
+    """A module that knows what it was built with, as Lightning's ``save_hyperparameters`` has it."""
+
+    @property
+    def hparams(self) -> MutableMapping[str, Any]:
+        """Arguments by name."""
+
+
+@runtime_checkable
+class ForeignWeights(Protocol):
+    """A module whose parts other programs know by other names."""
+
+    foreign_weights: Any
+    """What :func:`zoo.weights.load` has to know of them, a :class:`zoo.weights.Layout`."""
+
+
+@runtime_checkable
+class SetsLayerNorm(Protocol):
+    """A module whose argument ``norm_eps`` is LayerNorm's, and follows from weights where it is None."""
+
+    layer_norm_eps: bool
+
+
+@runtime_checkable
+class Pruned(Protocol):
+    """A module that has removed parts of its backbone which nothing reads."""
+
+    pruned: frozenset[str]
+    """Names of their tensors within the backbone, which files of weights may have."""
+
+
+@runtime_checkable
+class FollowsWeights(Protocol):
+    """A module with arguments that follow from ``weights`` where they are None; a checkpoint knows them."""
+
+    from_weights: tuple[str, ...]
+
+
+@runtime_checkable
+class Changeable(Protocol):
+    """A module with arguments that may change while a run goes on: they say how it is evaluated."""
+
+    changeable: tuple[str, ...]
+
+
+@runtime_checkable
+class Unpredicted(Protocol):
+    """A module with parts that no prediction needs, so that they may be untrained."""
+
+    unpredicted: tuple[str, ...]
+
+
+# Modules and data: classes.
+
+
+@runtime_checkable
+class HasClasses(Protocol):
+    """A module or data module whose classes may have names."""
+
+    classes: Sequence[str] | None
+    """By label; None where they are not known."""
+
+
+@runtime_checkable
+class HasCategories(Protocol):
+    """A module or data module whose classes have other numbers in files of detections."""
+
+    category_ids: Sequence[int] | None
+    """By label; None where they are not known."""
+
+
+@runtime_checkable
+class CountsClasses(Protocol):
+    """A data module that knows how many classes its labels are of."""
+
+    @property
+    def num_classes(self) -> int | None:
+        """Their number; None, or an AttributeError, where there are no labels."""
+
+
+# Data modules.
+
+
+@runtime_checkable
+class HasImageShape(Protocol):
+    """A data module that knows what images its batches have."""
+
+    @property
+    def image_shape(self) -> Sequence[int] | None:
+        """(C, H, W); None where they differ."""
+
+
+@runtime_checkable
+class HasSamples(Protocol):
+    """A data module with loaders for splits that may be empty."""
+
+    def samples(self, split: Any) -> Any:
+        """A split's data set, "train", "val", "test" or "predict"; None if there is none."""
+
+
+@runtime_checkable
+class HasBaselines(Protocol):
+    """A data module that knows how accurate others are on its test split."""
+
+    def baselines(self) -> Mapping[str, float]:
+        """Accuracies in [0, 1] by name."""
+
+
+@runtime_checkable
+class HasNats(Protocol):
+    """A data module that knows how likely its test split is to others."""
+
+    def nats(self) -> Mapping[str, float]:
+        """Log-likelihoods in nats an image by name. It raises ValueError for images as they are here."""
+
+
+@runtime_checkable
+class HasSizeRanges(Protocol):
+    """A data module for which average precision by size has other sizes than COCO's."""
+
+    size_ranges: Mapping[str, tuple[float, float]] | None
+    """(low, high) in pixels squared by name; None for COCO's."""
+
+
+@runtime_checkable
+class TrainsInStages(Protocol):
+    """A data module whose training images may change from epoch to epoch."""
+
+    def train_in_stages(self, stages: Any) -> None:
+        """Takes by first epoch what to change from there on; nothing, to go back."""
+
+
+# Loaders: their samplers and data sets.
+
+
+@runtime_checkable
+class KnownOrder(Protocol):
+    """A sampler of whole batches whose order is a function of the epoch, and can be continued in the midst of one."""
+
+    epoch: int
+
+    def batch_indices(self, batch: int) -> list[int]:
+        """This process's samples of a batch, by number in the data set."""
+
+    def keys_of_batch(self, batch: int, epoch: int) -> Any:
+        """What the data set makes that batch of; the last of each key is the sample's number."""
+
+    def first_batch(self, epoch: int) -> int:
+        """The number of the batch that an epoch starts with, more than 0 after :meth:`resume`."""
+
+    def resume(self, position: Any) -> None:
+        """Goes on behind the samples that a checkpoint's position has done."""
+
+
+@runtime_checkable
+class KnownSamples(Protocol):
+    """A data set that names its samples and knows which could be read."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, keys: Any) -> Any:
+        """The samples of a batch's keys."""
+
+    def name(self, index: int) -> str:
+        """A sample's file, or its number."""
+
+    def present(self, indices: Sequence[int]) -> list[tuple[int, str]]:
+        """(index, name) of those that could be read."""
+
+    def keys_of(self, indices: Sequence[int]) -> Any:
+        """What it makes some samples of, as an evaluation before all training."""
+
+
+# Callbacks.
+
+
+@runtime_checkable
+class WritesFile(Protocol):
+    """A callback that writes a file, which the lines after a run name."""
+
+    writes: str
+    """What it is, "predictions" for example."""
+    last_path: Path | None
+    """Where the last one is; None before."""

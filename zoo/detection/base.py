@@ -20,6 +20,7 @@ from zoo.common.compiling import Compilable
 from zoo.common.evaluation import Evaluation
 from zoo.common.labels import LabelWatch, is_remote
 from zoo.common.log import StepLog
+from zoo.common.protocols import HasSizeRanges
 from zoo.common.seeding import differ_between_ranks
 from zoo.detection.losses import LossSums
 from zoo.detection.metrics import TotalLosses, in_words
@@ -130,7 +131,7 @@ class Detector(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, Lig
         classes = self.classes or names_of(data)
         if classes is not None:  # there may be outputs without a name
             classes = [*classes, *(f"label {i}" for i in range(len(classes), self.hparams.num_classes))]
-        metric = CocoAveragePrecision(getattr(data, "size_ranges", None), classes, counted)
+        metric = CocoAveragePrecision(data.size_ranges if isinstance(data, HasSizeRanges) else None, classes, counted)
         return metric.to(self.device)  # where Lightning gathers what is logged
 
     def evaluation_step(self, batch: Any, batch_idx: int, dataloader_idx: int, stage: str) -> None:

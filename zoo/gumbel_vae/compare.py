@@ -18,6 +18,7 @@ from torch import Tensor
 
 from zoo import weights
 from zoo.common import batch as batches
+from zoo.common.protocols import HasNats
 from zoo.common.study import Page, Recipe, Results
 from zoo.gumbel_vae import estimators as known
 from zoo.gumbel_vae.estimators.exact import MOST_STATES
@@ -165,7 +166,7 @@ def _training_images(data: Any) -> Tensor:
 def _nats(data: Any) -> dict[str, float]:
     """Log-likelihoods of the test data under other models, if the data module knows some for data like this."""
     try:
-        return data.nats() if hasattr(data, "nats") else {}
+        return dict(data.nats()) if isinstance(data, HasNats) else {}
     except ValueError as error:
         print(f"without figures of other models: {error}", flush=True)
         return {}

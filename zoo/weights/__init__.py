@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from zoo.common.classes import NamedClasses
 from zoo.common.norms import layer_norm_eps, set_layer_norm_eps
+from zoo.common.protocols import KeepsArguments, SetsLayerNorm
 from zoo.weights.fitting import fit
 from zoo.weights.layouts import Layout, layout_of
 from zoo.weights.names import brief
@@ -166,7 +168,7 @@ def save(module: nn.Module, path: str | Path, state: Mapping[str, Tensor] | None
         beside.unlink(missing_ok=True)
 
 
-def _settle_eps(module: nn.Module, eps: float | None) -> list[str]:
+def _settle_eps(module: Any, eps: float | None) -> list[str]:
     """Gives LayerNorms the epsilon that the weights were trained with, where the module leaves it to them.
 
     Returns:
@@ -175,12 +177,11 @@ def _settle_eps(module: nn.Module, eps: float | None) -> list[str]:
     here = layer_norm_eps(encoder_of(module))
     if eps is None or here is None or here == eps:
         return []
-    settings = getattr(module, "hparams", None)
-    if settings is not None and not hasattr(module, "layer_norm_eps"):
-        return [f"LayerNorm's epsilon was {eps:g} there and is {here:g} here"]
-    if settings is not None and settings.get("norm_eps") is not None:
-        return [f"to compute as there, build with norm_eps={eps:g}"]
+    if isinstance(module, KeepsArguments):
+        if not isinstance(module, SetsLayerNorm):
+            return [f"LayerNorm's epsilon was {eps:g} there and is {here:g} here"]
+        if module.hparams.get("norm_eps") is not None:
+            return [f"to compute as there, build with norm_eps={eps:g}"]
+        module.hparams["norm_eps"] = eps  # a checkpoint remembers it
     set_layer_norm_eps(module, eps)
-    if settings is not None:
-        settings["norm_eps"] = eps  # a checkpoint remembers it
     return [f"norm_eps {eps:g}, as there"]

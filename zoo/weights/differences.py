@@ -5,10 +5,11 @@ Each is found by its name and refused in a line; what may differ, and what is re
 
 from torch import Tensor, nn
 
+from zoo.common.protocols import Pruned
 from zoo.weights.names import HEADS, POOLING, brief, is_encoder, numbered, relative, unwrapped
 from zoo.weights.positions import TABLE, TOKENS
 from zoo.weights.reading import Source
-from zoo.weights.stated import by_module
+from zoo.weights.stated import by_module, options_of
 
 # Parts of an encoder without a number, which change what it computes wherever they are.
 PARTS = (*TOKENS, "pos_embed", "patch_embed", "norm_pre", "rel_pos_bias", "rel_pos", "rope")
@@ -37,7 +38,7 @@ def check_tokens(module: nn.Module, source: Source, missing: list[str]) -> None:
     theirs = {unwrapped(key): value for key, value in source.tensors.items()}
     if "blocks.0.norm1.weight" not in theirs or {relative(name) for name in missing} - {*TOKENS, "pos_embed"}:
         return
-    options = getattr(module, "hparams", {})
+    options = options_of(module)
     name, what = source.name, type(module).__name__
     if "dist_token" in theirs and "dist_token" not in inside:
         raise ValueError(
@@ -81,7 +82,7 @@ def check_whole(module: nn.Module, source: Source, used: set[str]) -> None:
         ValueError: If there are any, but for what pools and classifies.
     """
     own, what = module.state_dict(), type(module).__name__
-    gone = getattr(module, "pruned", ())
+    gone = module.pruned if isinstance(module, Pruned) else ()
     here = numbered(relative(name) for name in own)
     lists = {part.rpartition(".")[0] for part in here}
     rest = {key: unwrapped(key) for key in source.tensors if key not in used and unwrapped(key) not in gone}
@@ -106,7 +107,7 @@ def check_whole(module: nn.Module, source: Source, used: set[str]) -> None:
     ]
     if besides:
         named = next(filter(None, (ARGUMENTS.get(word) for key in besides for word in key.split("."))), None)
-        options = getattr(module, "hparams", {})
+        options = options_of(module)
         how = f"build with {named}" if named in options else "take the same backbone"
         raise ValueError(f"{source.name} has what {what} does not compute with, {brief(besides)}: {how}")
 
@@ -117,7 +118,7 @@ def check_heads(module: nn.Module, source: Source) -> None:
     Raises:
         ValueError: If the source says another number than the module has.
     """
-    here, options = by_module(module), getattr(module, "hparams", {})
+    here, options = by_module(module), options_of(module)
     has_decoder = any(unwrapped(key).startswith("decoder.") for key in source.tensors)
     for there, count, option in (
         (source.stated.heads, here.heads, "heads"),

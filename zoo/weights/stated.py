@@ -10,7 +10,9 @@ import timm
 from timm.layers import Conv2dSame
 from torch import nn
 
+from zoo.common.backbones import backbone_of
 from zoo.common.norms import layer_norm_eps
+from zoo.common.protocols import KeepsArguments
 
 Size = tuple[int, int]
 
@@ -156,8 +158,13 @@ def _convolutions(encoder: nn.Module) -> dict[str, Any]:
 
 def encoder_of(module: nn.Module) -> nn.Module:
     """A module's ``backbone``, or itself if it has none."""
-    backbone = getattr(module, "backbone", None)
-    return backbone if isinstance(backbone, nn.Module) else module
+    backbone = backbone_of(module)
+    return module if backbone is None else backbone
+
+
+def options_of(module: Any) -> Mapping[str, Any]:
+    """The arguments that a module was built with; none of one that keeps none."""
+    return module.hparams if isinstance(module, KeepsArguments) else {}
 
 
 def _heads(network: Any) -> int | None:

@@ -21,10 +21,11 @@ from zoo.cli.benchmark import operations
 from zoo.cli.benchmark.clock import Clock, Goal, percentiles
 from zoo.cli.benchmark.peaks import peak_of
 from zoo.cli.mistakes import Mistake
+from zoo.cli.outputs import input_shape
 from zoo.cli.plan import Plan
 from zoo.cli.profiler import unprofiled
 from zoo.common.cost import count
-from zoo.common.protocols import DrawsTargets, HasInputShape
+from zoo.common.protocols import DrawsTargets
 from zoo.guards import guard
 
 if TYPE_CHECKING or NAMESPACE == "lightning":
@@ -70,7 +71,7 @@ def random_batch(model: Any, batch_size: int, device: torch.device) -> Any:
     Pixels are 0 and 1 by chance, which every technique takes.
     """
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(2, (batch_size, *_input_shape(model)), generator=generator).float()
+    images = torch.randint(2, (batch_size, *input_shape(model)), generator=generator).float()
     if isinstance(model, DrawsTargets):
         beside = model.random_targets(images, generator)
     else:
@@ -322,7 +323,7 @@ def _utilisation(plan: Plan, mode: str) -> dict[str, Any]:
     """Floating-point operations of an image, by the recipe's model, and the device's peak, where it is known."""
     try:
         model = plan.model("meta")
-        cost = count(model, _input_shape(model))
+        cost = count(model, input_shape(model))
     except Exception as error:  # a model that looks at values cannot be counted
         return {"flops_per_image": None, "uncounted": str(mistakes.root_cause(error)).split("\n")[0]}
     found: dict[str, Any] = {"flops_per_image": 2 * cost.macs if mode == "infer" else cost.training_flops}
@@ -330,10 +331,3 @@ def _utilisation(plan: Plan, mode: str) -> dict[str, Any]:
         peak = peak_of(torch.cuda.get_device_name(), str(plan.config.trainer.precision or "32-true"))
         found |= {} if peak is None else {"peak_flops": peak[0], "peak_source": peak[1]}
     return found
-
-
-def _input_shape(model: Any) -> tuple[int, int, int]:
-    if not isinstance(model, HasInputShape):
-        raise Mistake(f"{type(model).__name__} does not say what images it takes: give it an input_shape, (C, H, W)")
-    channels, height, width = model.input_shape
-    return channels, height, width

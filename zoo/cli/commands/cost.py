@@ -26,6 +26,7 @@ def _arguments() -> Arguments:
 def _run(line: Line) -> int:
     """Builds the model on the meta device, where tensors have no memory, and counts."""
     plan = Asked.by(line, _arguments(), recipe_required=False).plan()
+    from zoo.cli.outputs import input_shape
     from zoo.common.cost import count
 
     try:
@@ -36,9 +37,7 @@ def _run(line: Line) -> int:
         print(f"zoo: {told}", file=sys.stderr)
     try:
         model = plan.model("meta")
-        shape = getattr(model, "input_shape", None)
-        if shape is None:
-            raise Mistake(f"{plan.model_name} does not say what images it takes: give it an input_shape, (C, H, W)")
+        shape = input_shape(model)
         found = count(model, shape)
     except Exception as error:
         reason = mistakes.root_cause(error)

@@ -25,7 +25,7 @@ class HasInputShape(Protocol):
 
 @runtime_checkable
 class ChecksImages(Protocol):
-    """A module that knows which images it takes before any have come."""
+    """A module that knows which images it takes before the first ones have come."""
 
     def check_images(self, shape: Sequence[int]) -> None:
         """Raises ValueError for the shape (C, H, W) of images that it does not take."""

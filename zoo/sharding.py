@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
 from zoo._lightning import NAMESPACE
+from zoo.common.protocols import Entered
 
 if TYPE_CHECKING or NAMESPACE == "lightning":
     from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
@@ -93,7 +94,7 @@ def shard(module: nn.Module, mesh: DeviceMesh) -> None:
         parameter.data = parameter.data.contiguous()  # torch does not split what lies in memory channels last
     for block in _blocks(module):
         if sum(parameter.numel() for parameter in block.parameters()) >= SMALLEST:
-            _split(block, mesh, getattr(block, "entered", ()))
+            _split(block, mesh, block.entered if isinstance(block, Entered) else ())
     _split(module, mesh, [name for name in STEPS if hasattr(module, name)])
 
 

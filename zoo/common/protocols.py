@@ -162,6 +162,26 @@ class Unpredicted(Protocol):
     unpredicted: tuple[str, ...]
 
 
+# Parts of modules.
+
+
+@runtime_checkable
+class StatesMaps(Protocol):
+    """A backbone that returns a list of maps, for a detector; timm's say so in ``feature_info``."""
+
+    strides: Sequence[int]
+    """Of each map, in pixels."""
+    channels: Sequence[int]
+
+
+@runtime_checkable
+class Entered(Protocol):
+    """A block with other methods than ``forward`` that have to gather its weights where these are split."""
+
+    entered: Sequence[str]
+    """Names of the methods."""
+
+
 # Modules and data: classes.
 
 

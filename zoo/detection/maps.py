@@ -13,6 +13,7 @@ from timm.models import group_parameters, is_model_in_modules
 from torch import Tensor, nn
 
 from zoo.common.backbones import create_backbone
+from zoo.common.protocols import StatesMaps
 
 # timm's files whose vision transformers take images of every size, if they are told to.
 DYNAMIC = ("vision_transformer", "vision_transformer_hybrid", "deit", "eva")
@@ -177,10 +178,9 @@ def _described(backbone: Any) -> tuple[list[int], list[int], list[int]]:
         return [e["reduction"] for e in entries], [e["num_chs"] for e in entries], list(range(len(entries)))
     if hasattr(info, "channels"):  # timm's features_only
         return list(info.reduction()), list(info.channels()), list(range(len(info.channels())))
-    strides, channels = getattr(backbone, "strides", None), getattr(backbone, "channels", None)
-    if strides is None or channels is None:
+    if not isinstance(backbone, StatesMaps):
         raise ValueError(
             f"{type(backbone).__name__} does not say what maps it gives: expected a network of timm, or a module with "
             "strides and channels that returns a list of maps"
         )
-    return list(strides), list(channels), list(range(len(strides)))
+    return list(backbone.strides), list(backbone.channels), list(range(len(backbone.strides)))

@@ -59,6 +59,7 @@ class VAE(Latents, SafeLoading, Compilable, Evaluation, Shardable, LightningModu
     unpredicted: ClassVar = ("decoder",)  # parts that no prediction needs
     compiled: ClassVar = ("objective",)
     metric_text = staticmethod(partial(in_words, words=WORDS))
+    categories = 1  # of each latent, where they are categorical
 
     def build(self, encoder_outputs: int, decoder_inputs: int) -> None:
         """Networks, likelihood and metrics, out of ``self.hparams``."""
@@ -163,7 +164,7 @@ class VAE(Latents, SafeLoading, Compilable, Evaluation, Shardable, LightningModu
         the codebook, each of whose categories has noise of its own for every latent.
         """
         maps = math.prod(self.input_shape) * self.likelihood.maps_per_channel
-        code = self.latents * getattr(self, "categories", 1)
+        code = self.latents * self.categories
         return max(1, VALUES_AT_A_TIME // max(maps, code, getattr(self.decoder, "widest", 0)))
 
     def bits_per_dim(self, nats: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ from zoo._lightning import LightningModule, rank_zero_info
 from zoo.checkpoints import SafeLoading
 from zoo.common import batch as batches
 from zoo.common import loaders, optim, pictures
+from zoo.common.compiling import Compilable
+from zoo.common.evaluation import Evaluation
 from zoo.common.log import StepLog, in_words
 from zoo.common.precision import MeanMetric
 from zoo.common.seeding import differ_between_ranks
@@ -22,7 +24,7 @@ from zoo.sharding import Shardable
 from zoo.weights import load as load_weights
 
 
-class RotationPretrainer(SafeLoading, Shardable, LightningModule):
+class RotationPretrainer(SafeLoading, Compilable, Evaluation, Shardable, LightningModule):
     """Rotation predictor.
 
     Batch: square images (B, C, H, H) in any form that :mod:`zoo.common.batch` reads; labels are not learned from. Logs
@@ -113,32 +115,15 @@ class RotationPretrainer(SafeLoading, Shardable, LightningModule):
         self.step_log(self, {"train/loss": loss.detach()}, prog_bar=("train/loss",))
         return loss
 
-    def on_validation_epoch_start(self) -> None:
-        loaders.start(self, "val_metrics")
+    def start_evaluation(self, stage: str) -> None:
+        loaders.start(self, f"{stage}_metrics")
 
-    def on_test_epoch_start(self) -> None:
-        loaders.start(self, "test_metrics")
-
-    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._evaluate(batch, batch_idx, dataloader_idx, "val")
-
-    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._evaluate(batch, batch_idx, dataloader_idx, "test")
-
-    def _evaluate(self, batch: Any, batch_idx: int, dataloader_idx: int, stage: str) -> None:
-        if (batch := batches.once(self, batch, batch_idx, dataloader_idx)) is None:
-            return
+    def evaluation_step(self, batch: Any, batch_idx: int, dataloader_idx: int, stage: str) -> None:
         images, turns = self.rotations(batches.images(batch))
         logits, metrics = self(images).float(), loaders.metric(self, f"{stage}_metrics", dataloader_idx)
         metrics["loss"].update(F.cross_entropy(logits, turns, reduction="none"))
         metrics["acc_rotation"].update((logits.argmax(1) == turns).float())
         loaders.log(self, {f"{stage}/{name}": metric for name, metric in metrics.items()})
-
-    def on_validation_epoch_end(self) -> None:
-        loaders.finish(self)
-
-    def on_test_epoch_end(self) -> None:
-        loaders.finish(self)
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         return self(batches.images(batch))

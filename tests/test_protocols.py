@@ -31,8 +31,9 @@ OTHERS = {
     "feature_info forward_intermediates grid_size group_matcher head head_drop heads img_size no_weight_decay "
     "num_heads output_fmt patch_embed pretrained_cfg proj prune_intermediate_layers reset_classifier window_size",
     "Lightning: what is missing without a Trainer, or of some loggers, plugins and callbacks": "_batch_sampler "
-    "_timeout _trainer add_image auto_requeue best_model_path datamodule dirpath hparams last_model_path lightning_module "
-    "monitor overfit_batches procs rank requeue_signal root_dir save_on_exception scaler train_dataloader",
+    "_timeout _trainer add_image auto_requeue best_model_path datamodule dirpath hparams last_model_path "
+    "lightning_module monitor overfit_batches procs rank requeue_signal root_dir save_on_exception scaler "
+    "train_dataloader",
     "jsonargparse's parsers": "parent_parser print_config subcommand_parser",
     "submodules, which an instance check does not see since Python 3.12": "backbone decoder",
     "the optional attributes of datamodules' Samples, which its docstring lists": "batch in_batch names random raw "

@@ -201,6 +201,13 @@ def _describe(value: Any) -> str:
     return f"{type(value).__name__}"
 
 
+def check_shape(shape: Sequence[int], expected: Sequence[int]) -> None:
+    """Raises ValueError for images of another shape (C, H, W) than a model's."""
+    if tuple(shape) != tuple(expected):
+        got, own = ("x".join(map(str, each)) for each in (shape, expected))
+        raise ValueError(f"images are {got}, but the model was built for {own}")
+
+
 def readable(loader: Any, batch_idx: int) -> list[int] | None:
     """The samples' indices in a batch that was loaded, without those that could not be read; None if unknown.
 

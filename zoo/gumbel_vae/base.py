@@ -244,9 +244,7 @@ class VAE(Latents, SafeLoading, Compilable, Evaluation, Shardable, LightningModu
 
     def check_images(self, shape: Sequence[int]) -> None:
         """Raises ValueError for the shape (C, H, W) of images that it does not take."""
-        if tuple(shape) != self.input_shape:
-            got, expected = ("x".join(map(str, each)) for each in (shape, self.input_shape))
-            raise ValueError(f"images are {got}, but the model was built for {expected}")
+        batches.check_shape(shape, self.input_shape)
 
     def _parts(
         self, images: Tensor, posterior: Tensor, samples: int, chunk: int | None = None

@@ -257,9 +257,7 @@ class MAEPretrainer(SafeLoading, Compilable, Evaluation, Shardable, LightningMod
 
     def check_images(self, shape: Sequence[int]) -> None:
         """Raises ValueError for the shape (C, H, W) of images that it does not take."""
-        if tuple(shape) != self.input_shape:
-            got, expected = ("x".join(map(str, each)) for each in (shape, self.input_shape))
-            raise ValueError(f"images are {got}, but the model was built for {expected}")
+        batches.check_shape(shape, self.input_shape)
 
     def training_forward(self, images: Tensor) -> Tensor:
         """What a training step computes, which is less than :meth:`forward`."""

@@ -73,7 +73,7 @@ def by_checkpoint(content: Any) -> Stated:
     if not isinstance(content, Mapping):
         return Stated()
     if isinstance(given := content.get("hyper_parameters"), Mapping):
-        of_batch_norm = "padding" in given or "head_depth" in given  # an EfficientNetClassifier, an FPNDetector
+        of_batch_norm = "padding" in given or "head_depth" in given  # arguments of networks of convolutions
         return Stated(
             image=_size(given.get("image_size", given.get("img_size"))),
             backbone=_of(str, given.get("backbone")),

@@ -86,9 +86,7 @@ class RotationPretrainer(SafeLoading, Compilable, Evaluation, Shardable, Lightni
         return self.hparams.in_channels, self.hparams.image_size, self.hparams.image_size
 
     def check_images(self, shape: Sequence[int]) -> None:
-        if tuple(shape) != self.input_shape:
-            got, expected = ("x".join(map(str, each)) for each in (shape, self.input_shape))
-            raise ValueError(f"images are {got}, but the model was built for {expected}")
+        batches.check_shape(shape, self.input_shape)
 
     def training_forward(self, images: Tensor) -> Tensor:
         return self(self.rotations(images)[0])

@@ -84,7 +84,10 @@ class Watched(Protocol):
 
 @runtime_checkable
 class HasPeers(Protocol):
-    """A module that ``zoo benchmark --peers`` measures against others."""
+    """A module that ``zoo benchmark --peers`` measures against others.
+
+    Its ``hparams`` have ``optimizer``, ``lr`` and ``weight_decay``, which peers are trained with as well.
+    """
 
     peers: Mapping[str, Any]
     """:class:`zoo.common.peers.Peer` by name."""

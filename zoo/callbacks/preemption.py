@@ -3,22 +3,19 @@
 import math
 import multiprocessing
 import os
-import select
 import signal
 import subprocess
 import threading
 import time
-import weakref
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 
 from zoo._lightning import Callback, rank_zero_info, rank_zero_warn
 from zoo.callbacks.run_directory import run_directory
+from zoo.callbacks.signals import Handler, let_go_of_terminal, say
 from zoo.checkpoints import free_path
 
 STATUS = 128 + signal.SIGTERM
@@ -37,40 +34,6 @@ class Preempted(SystemExit):
     def __init__(self, code: int = STATUS, path: str | None = None) -> None:
         super().__init__(code)
         self.path = path
-
-
-class _Handler:
-    """A signal's handler, from the beginning of a run until Lightning's teardown, or until long after it has left."""
-
-    def __init__(self, guard: "PreemptionGuard", trainer: Any, usual: Any) -> None:
-        self.guard, self.usual = guard, usual
-        self.trainer = weakref.ref(trainer)  # a notebook may live long, and wants its memory back
-        self.process = os.getpid()
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self.process:  # a loader's worker, forked with this handler
-            return
-        trainer = self.trainer()
-        if trainer is None or self.guard._take_note(trainer, number):
-            signal.signal(number, self.usual)
-            os.kill(os.getpid(), number)
-
-
-def _say(line: str) -> None:
-    """Writes a line from within a signal's handler, where the buffers of sys.stderr may be in use."""
-    with suppress(OSError):
-        os.write(2, f"\n{line}\n".encode())
-
-
-def _let_go_of_terminal() -> None:
-    """Leads what is printed into nothing where its reader is gone: an error in a progress bar would end the run."""
-    for descriptor in (1, 2):
-        watched = select.poll()
-        watched.register(descriptor, select.POLLOUT)
-        if any(event & select.POLLERR for _, event in watched.poll(0)):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, descriptor)
-            os.close(nowhere)
 
 
 class PreemptionGuard(Callback):
@@ -132,7 +95,7 @@ class PreemptionGuard(Callback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         for number in signal.valid_signals() if threading.current_thread() is threading.main_thread() else ():
             handler = signal.getsignal(number)
-            if isinstance(handler, _Handler) and handler.guard._left is not None:  # of a run that is long over
+            if isinstance(handler, Handler) and handler.guard._left is not None:  # of a run that is long over
                 signal.signal(number, handler.usual)
         late = self.received == signal.SIGINT and stage == "fit"  # an interrupted fit is not about the next one
         if self._left is not None or late:  # somebody has caught what was raised, and goes on
@@ -162,10 +125,10 @@ class PreemptionGuard(Callback):
         type(connector).register_signal_handlers(connector)  # it also remembers what its teardown puts back
         for number in self._signals if threading.current_thread() is threading.main_thread() else ():
             usual = connector._original_handlers.get(number)
-            handler = _Handler(self, trainer, signal.SIG_DFL if usual is None else usual)
+            handler = Handler(self, trainer, signal.SIG_DFL if usual is None else usual)
             signal.signal(number, signal.SIG_IGN if number in ignored else handler)
 
-    def _take_note(self, trainer: Any, number: int) -> bool:
+    def take_note(self, trainer: Any, number: int) -> bool:
         """Deals with a signal while a run lasts or has just left. Whether its usual effect is to follow."""
         now = time.monotonic()
         if number == signal.SIGINT:
@@ -173,7 +136,7 @@ class PreemptionGuard(Callback):
                 return True
             self._interrupted = self._interrupted or now
         elif number == getattr(signal, "SIGHUP", None):
-            _let_go_of_terminal()
+            let_go_of_terminal()
         if self._left is not None:
             return now - self._left > (TOGETHER if self.received == signal.SIGINT else IMMUNE)
         if self.received:
@@ -184,7 +147,7 @@ class PreemptionGuard(Callback):
             raise self._leave(trainer)
         if number == signal.SIGINT and trainer.is_global_zero:
             saved = "" if trainer.fast_dev_run else ", with a checkpoint to continue from"
-            _say(f"ending after this step{saved}; Ctrl-C again ends at once")
+            say(f"ending after this step{saved}; Ctrl-C again ends at once")
         return False
 
     def _pass_on(self, trainer: Any) -> None:

@@ -1,35 +1,20 @@
 """COCO's average precision as a torchmetrics Metric: exact, gathered once, every image counted once."""
 
-import gc
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from faster_coco_eval import COCO, COCOeval_faster
 from torch import Tensor
 from torchmetrics import Metric
+
+from zoo.metrics.coco import Images, box_sizes, evaluate_images, joined, mean_of_defined
 
 SIZE_RANGES = {"small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, 1e5**2)}  # COCO's
 ANY_SIZE = (0.0, 1e5**2)
 THRESHOLDS, RECALLS, AT_75 = 10, 101, 5  # IoU .50 to .95, recall 0 to 1, and where IoU .75 is
-
-
-class _Images(NamedTuple):
-    """Images with what was found and what is there, in columns: the rows of all images one after the other."""
-
-    ids: list[int | str | None]
-    found: np.ndarray  # (images,): how many rows of the next three are an image's
-    boxes: np.ndarray  # (n, 4), xyxy
-    scores: np.ndarray
-    labels: np.ndarray
-    there: np.ndarray  # (images,): how many rows of the next four are an image's
-    true_boxes: np.ndarray  # (m, 4), xyxy
-    true_labels: np.ndarray
-    crowd: np.ndarray
-    area: np.ndarray
 
 
 class CocoAveragePrecision(Metric):
@@ -95,7 +80,7 @@ class CocoAveragePrecision(Metric):
         self.size_ranges = {name: (float(low), float(high)) for name, (low, high) in ranges.items()}
         self.classes = None if classes is None else list(classes)
         self.max_detections = numbers
-        self._images: list[_Images] = []
+        self._images: list[Images] = []
         self._per_class: dict[str, float] | None = None
 
     def update(self, detections: Sequence[Mapping[str, Any]], targets: Sequence[Mapping[str, Any]]) -> None:
@@ -126,11 +111,11 @@ class CocoAveragePrecision(Metric):
         for index, target in enumerate(targets):
             one, other = arrays[f"detections[{index}]"], arrays[f"targets[{index}]"]
             found, there = len(one["boxes"]), len(other["boxes"])
-            crowd, area = other.get("iscrowd", np.zeros(there)), other.get("area", _sizes(other["boxes"]).prod(1))
+            crowd, area = other.get("iscrowd", np.zeros(there)), other.get("area", box_sizes(other["boxes"]).prod(1))
             detected = np.array([found]), one["boxes"], one["scores"], one["labels"]
             true = np.array([there]), other["boxes"], other["labels"], crowd.astype(bool), area
-            images.append(_Images([_image_id(target, index)], *detected, *true))
-        self._images.append(_joined(images))
+            images.append(Images([_image_id(target, index)], *detected, *true))
+        self._images.append(joined(images))
 
     def forward(self, detections: Sequence[Mapping[str, Any]], targets: Sequence[Mapping[str, Any]]) -> None:
         """As :meth:`update`. It returns nothing, since AP of a batch, or its mean over batches, is another figure."""
@@ -147,9 +132,9 @@ class CocoAveragePrecision(Metric):
         ``ap``; ``ap50`` and ``ap75``, at that IoU alone; ``ap_<size>`` for each size range; ``ar<n>`` for each of
         ``max_detections``; ``ar_<size>``.
         """
-        self._images = [_joined(self._images)] if self._images else []
+        self._images = [joined(self._images)] if self._images else []
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            everywhere: list[list[_Images]] = [[] for _ in range(dist.get_world_size())]
+            everywhere: list[list[Images]] = [[] for _ in range(dist.get_world_size())]
             dist.all_gather_object(everywhere, self._images)
             outcome: list[Any] = [None]
             if dist.get_rank() == 0:
@@ -182,24 +167,24 @@ class CocoAveragePrecision(Metric):
             known = "" if self.classes is None else f", {classes} classes are known"
             raise ValueError(f"{where}['labels'] holds {wrong[0]}: labels run from 0{known}")
 
-    def _evaluate(self, parts: list[_Images]) -> tuple[dict[str, float], dict[str, float]]:
+    def _evaluate(self, parts: list[Images]) -> tuple[dict[str, float], dict[str, float]]:
         """The scores, and AP by class name, of images in the order of ranks."""
         ranges, maxima = [ANY_SIZE, *self.size_ranges.values()], self.max_detections
-        curves, labels = _evaluate_images(_joined(parts), ranges, maxima) if parts else ({}, set())
+        curves, labels = evaluate_images(joined(parts), ranges, maxima) if parts else ({}, set())
         none = np.empty((THRESHOLDS, RECALLS, 0, len(ranges), len(maxima)))
         precision = np.concatenate([none, *(precision for precision, _ in curves.values())], axis=2)
         recall = np.concatenate([none[:, 0], *(recall for _, recall in curves.values())], axis=1)
         sizes = list(enumerate(self.size_ranges, start=1))
         scores = {
-            "ap": _mean(precision[..., 0, -1]),
-            "ap50": _mean(precision[0, ..., 0, -1]),
-            "ap75": _mean(precision[AT_75, ..., 0, -1]),
-            **{f"ap_{name}": _mean(precision[..., index, -1]) for index, name in sizes},
-            **{f"ar{number}": _mean(recall[..., 0, index]) for index, number in enumerate(maxima)},
-            **{f"ar_{name}": _mean(recall[..., index, -1]) for index, name in sizes},
+            "ap": mean_of_defined(precision[..., 0, -1]),
+            "ap50": mean_of_defined(precision[0, ..., 0, -1]),
+            "ap75": mean_of_defined(precision[AT_75, ..., 0, -1]),
+            **{f"ap_{name}": mean_of_defined(precision[..., index, -1]) for index, name in sizes},
+            **{f"ar{number}": mean_of_defined(recall[..., 0, index]) for index, number in enumerate(maxima)},
+            **{f"ar_{name}": mean_of_defined(recall[..., index, -1]) for index, name in sizes},
         }
         names = {label: str(label) for label in sorted(labels)} if self.classes is None else enumerate(self.classes)
-        by_class = {label: _mean(precision[..., 0, -1]) for label, (precision, _) in curves.items()}
+        by_class = {label: mean_of_defined(precision[..., 0, -1]) for label, (precision, _) in curves.items()}
         return scores, {name: by_class.get(label, -1.0) for label, name in dict(names).items()}
 
 
@@ -258,120 +243,3 @@ def _image_id(image: Mapping[str, Any], index: int) -> int | str | None:
     if not isinstance(image_id, int | np.integer):
         raise ValueError(f"targets[{index}]['image_id'] is {image_id!r}: expected a whole number or a text")
     return int(image_id)
-
-
-def _joined(parts: list[_Images]) -> _Images:
-    ids = [image_id for part in parts for image_id in part.ids]
-    return _Images(ids, *(np.concatenate(columns) for columns in zip(*(part[1:] for part in parts), strict=True)))
-
-
-def _places(images: _Images) -> np.ndarray:
-    """The place (images,) of each image in the order of ids, then those without; -1 if its id was there before."""
-    ends = np.cumsum(images.there)
-    first: dict[tuple[int, Any], int] = {}
-    # Numbers, then texts, in their order, then those without an id as they came.
-    keys = [(2, at) if id_ is None else (int(isinstance(id_, str)), id_) for at, id_ in enumerate(images.ids)]
-    for position, key in enumerate(keys):
-        earlier = first.setdefault(key, position)
-        if earlier != position:
-            (one, boxes), (other, others) = (
-                (images.true_labels[rows], images.true_boxes[rows])
-                for rows in (slice(ends[at] - images.there[at], ends[at]) for at in (earlier, position))
-            )
-            if np.array_equal(one, other) and not np.allclose(boxes, others, rtol=1e-3, atol=0.1):
-                raise ValueError(
-                    f"image_id {key[1]} stands for images of different ground truth, boxes {boxes.tolist()!s:.60} and "
-                    f"{others.tolist()!s:.60}: an id is of one image, which counts once"
-                )
-            if not np.array_equal(one, other):
-                raise ValueError(
-                    f"image_id {key[1]} stands for images of different ground truth, labels {one.tolist()} and "
-                    f"{other.tolist()}: an id is of one image, which counts once"
-                )
-    order = {key: place for place, key in enumerate(sorted(first))}
-    return np.array([order[key] if first[key] == position else -1 for position, key in enumerate(keys)], dtype=np.int64)
-
-
-def _sizes(boxes: np.ndarray) -> np.ndarray:
-    """Width and height (n, 2) of boxes (n, 4), float64."""
-    return boxes[:, 2:].astype(np.float64) - boxes[:, :2]
-
-
-def _evaluate_images(
-    images: _Images, ranges: list[tuple[float, float]], maxima: list[int]
-) -> tuple[dict[int, tuple[np.ndarray, np.ndarray]], set[int]]:
-    """Precision and recall by label, of those that have ground truth, and all labels that occur."""
-    place = _places(images)
-    found_in, there_in = np.repeat(place, images.found), np.repeat(place, images.there)
-    found, there = _by_label(images.labels, found_in), _by_label(images.true_labels, there_in)
-    none = np.empty(0, np.int64)
-    curves = {}
-    # One class at a time, and of the images those that have anything of it: memory is that of one class, and the empty
-    # pairs of image and class, which are nearly all when there are many classes, cost nothing.
-    enabled = gc.isenabled()
-    gc.disable()  # or half a million dicts set off a search of everything that the process holds, again and again
-    try:
-        for label, truth in there.items():
-            rows = found.get(label, none)
-            boxes, true_boxes = images.boxes[rows], images.true_boxes[truth]
-            curves[label] = _evaluate_class(
-                _annotations(found_in[rows], boxes, _sizes(boxes).prod(1), "score", images.scores[rows]),
-                _annotations(there_in[truth], true_boxes, images.area[truth], "iscrowd", images.crowd[truth]),
-                ranges,
-                maxima,
-            )
-    finally:
-        if enabled:
-            gc.enable()
-    return curves, {*found, *there}
-
-
-def _by_label(labels: np.ndarray, place: np.ndarray) -> dict[int, np.ndarray]:
-    """The rows of each label, in their order. Those of images without a place are left out."""
-    rows = np.flatnonzero(place >= 0)
-    rows = rows[np.argsort(labels[rows], kind="stable")]
-    names, starts = np.unique(labels[rows], return_index=True)
-    return dict(zip(names.tolist(), np.split(rows, starts)[1:], strict=True))
-
-
-def _annotations(
-    places: np.ndarray, boxes: np.ndarray, areas: np.ndarray, key: str, values: np.ndarray
-) -> list[dict[str, Any]]:
-    """Rows as dicts in COCO's format, of the one class 0. Ids run from 1: 0 would stand for "no match"."""
-    corners = np.concatenate([boxes[:, :2], _sizes(boxes)], axis=1)
-    rows = zip(places.tolist(), corners.tolist(), areas.tolist(), values.tolist(), strict=True)
-    return [
-        {"id": number, "image_id": place, "category_id": 0, "bbox": box, "area": area, key: value}
-        for number, (place, box, area, value) in enumerate(rows, start=1)
-    ]
-
-
-def _evaluate_class(
-    found: list[dict[str, Any]], there: list[dict[str, Any]], ranges: list[tuple[float, float]], maxima: list[int]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Precision (thresholds, recalls, 1, ranges, maxima) and recall (thresholds, 1, ranges, maxima) of a class."""
-    images = [{"id": place} for place in sorted({row["image_id"] for row in found + there})]
-    data = {"images": images, "categories": [{"id": 0}]}
-    evaluation = COCOeval_faster(
-        COCO({**data, "annotations": there}, print_function=_silent),
-        COCO({**data, "annotations": found}, print_function=_silent),
-        iouType="bbox",
-        print_function=_silent,
-    )
-    # Given as ranges above, those that do not reach from 0 to 1e10 would be warned about.
-    evaluation.params.areaRng = [list(limits) for limits in ranges]
-    evaluation.params.areaRngLbl = [str(index) for index in range(len(ranges))]
-    evaluation.params.maxDets = maxima
-    evaluation.evaluate()
-    evaluation.accumulate()
-    return evaluation.eval["precision"], evaluation.eval["recall"]
-
-
-def _silent(*_: object) -> None:
-    pass
-
-
-def _mean(values: np.ndarray) -> float:
-    """Of what is defined."""
-    values = values[values > -1]
-    return float(values.mean()) if values.size else -1.0

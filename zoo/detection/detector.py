@@ -59,45 +59,47 @@ class FPNDetector(Detector):
         num_classes: K.
         head: "fcos" (Tian et al. 2019, as improved in its released code), "atss" (Zhang et al. 2020) or "retinanet"
             (Lin et al. 2017).
-        anchors: "centered"; or "torchvision", whose conventions its checkpoints need: where anchors lie, and how FCOS
-            breaks ties.
-        score_threshold: Detections below are dropped.
-        nms_threshold: Of two detections of a class that overlap by more, IoU, the lower one is dropped.
-        max_detections: An image's, after that.
+        anchors: Where anchors lie, and how FCOS breaks ties: "centered"; or "torchvision", whose conventions
+            its checkpoints need.
+        score_threshold: Least score of a detection.
+        nms_threshold: IoU above which NMS drops the lower of two detections of a class.
+        max_detections: Most detections of an image, after NMS.
         weights: Weights to start from, of the backbone alone or of a whole detector: see :func:`zoo.weights.load`.
         in_channels: Channels of the images.
-        image_size: What ``zoo cost`` counts for, and a ViT's position embeddings are for: side, or (height, width).
-            Images of every size are taken.
+        image_size: Side in pixels, or (height, width), that ``zoo cost`` counts for and a ViT's position embeddings are
+            made for. Images of every size are taken.
         neck: "fpn"; or "single", one level alone, to compare with.
         levels: Finest and coarsest level; level l has a stride of 2**l pixels. None: (3, 7); for "single" (4, 4).
-        channels: Of neck and head.
+        channels: Channels of neck and head.
         head_depth: Convolutions of each of the head's two towers.
         head_norm: "group" or "none". None: none for "retinanet", else group.
-        extra_from: What levels coarser than the backbone's are made of: "output", the pyramid's own coarsest, or
+        extra_from: Input of the levels coarser than the backbone's: "output", the pyramid's own coarsest map, or
             "backbone", the backbone's, as in RetinaNet's paper.
         box_loss: "giou" or "l1". None: l1 for "retinanet", else giou.
         weighted: Whether a cell's box loss counts by its centerness, for "fcos" and "atss".
         center_radius: Points of an object lie at most so many strides from its centre, for "fcos".
-        normalizer: Of training: "batch", the sum over all cells of all ranks by the number of those with an object, as
-            evaluation has it over all of the data; "image", each image's by its own, as torchvision's RetinaNet.
-        top_candidates: Detections of a level that are compared by overlap, at most.
+        normalizer: Divisor of the training loss: "batch", the sum over all cells of all ranks by the number of those
+            with an object, as evaluation has it over all of the data; "image", each image's by its own, as
+            torchvision's RetinaNet.
+        top_candidates: Pre-NMS top-k: detections of a level that NMS compares, at most.
         freeze_norm: Whether the backbone's BatchNorm keeps its statistics and weights. Without it they are trained;
             ``Trainer(sync_batchnorm=True)`` shares them over ranks.
         norm_eps: Epsilon of the backbone's BatchNorm: 0, with ``freeze_norm``, is what torchvision's COCO weights of
             its first RetinaNet were trained with. None: the backbone's own.
-        frozen_stages: So many of the backbone's first stages are not trained, the stem being the first; their
+        frozen_stages: Number of the backbone's first stages that are not trained, the stem being the first; their
             BatchNorm keeps its statistics.
         grad_checkpointing: Recompute the backbone in the backward pass: less memory, more time.
         channels_last: Keep images and weights in the memory order that convolutions are faster in.
         optimizer: Name of an optimizer of timm.
         lr: Learning rate, as it is used.
         weight_decay: Not applied to norms and biases.
-        momentum, betas: Of the optimizer. None: its own.
-        layer_decay: Of the backbone's learning rates: see :func:`zoo.common.optim.parameter_groups`.
-        schedule: "cosine", or "steps": a tenth of the learning rate from each milestone on.
-        milestones: In epochs.
+        momentum: Momentum of the optimizer. None: its own.
+        betas: Betas of the optimizer. None: its own.
+        layer_decay: Layer decay of the backbone's learning rates: see :func:`zoo.common.optim.parameter_groups`.
+        schedule: Learning rate after the warm-up: "cosine", or "steps", a tenth of it from each milestone on.
+        milestones: Epochs at which the schedule "steps" lowers the learning rate.
         warmup_epochs: Linear warm-up, in epochs; fractions count.
-        min_lr: Where the cosine ends.
+        min_lr: Learning rate that the cosine ends at.
         compile: Compile in place: the networks, and the loss as one graph.
 
     Raises:

@@ -34,8 +34,8 @@ class EfficientNetClassifier(Classifier):
 
     Args:
         variant: A published network: "b0" to "b7", or EfficientNetV2's "v2_s", "v2_m", "v2_l".
-        phi: Or a network by the rule, of any real phi (:class:`zoo.efficientnet.CompoundScaling`). Neither: phi 0,
-            which is B0.
+        phi: Compound coefficient of a network by the rule, a real number (:class:`zoo.efficientnet.CompoundScaling`).
+            Neither this nor ``variant``: phi 0, which is B0.
         num_classes: Number of classes.
         image_size: Side in pixels, or (height, width), of the images it is meant for. None: the published one, or that
             of phi. The data's own ``image_size`` is set there.
@@ -45,29 +45,37 @@ class EfficientNetClassifier(Classifier):
             of torchvision's and of the package efficientnet_pytorch's, and of Lightning checkpoints. Any other file
             does not say: of a ``tf_efficientnet_*`` network it needs ``padding="same"``, or every output is a little
             wrong. :func:`zoo.weights.load` alone, on a module that is there, changes neither.
-        family: What phi scales: "efficientnet", "mobilenetv2" or "resnet50".
-        depth, width: Multipliers of the family's own, which phi starts from.
-        alpha, beta, gamma: Of the rule: depth, width and resolution at phi 1.
+        family: Network that phi scales: "efficientnet", "mobilenetv2" or "resnet50".
+        depth: Multiplier of the family's own depth, which phi starts from.
+        width: Multiplier of the family's own width, which phi starts from.
+        alpha: Depth at phi 1, by the rule.
+        beta: Width at phi 1, by the rule.
+        gamma: Resolution at phi 1, by the rule.
         stem_stride: Stride of the first convolution: 1 for small images, which halves the total stride.
-        dropout: Before the head. None: the published one; by phi 0.2 + 0.3 phi / 7, in [0, 0.5].
+        dropout: Dropout before the head. None: the published one; by phi 0.2 + 0.3 phi / 7, in [0, 0.5].
         drop_path: Stochastic depth (Huang et al. 2016): rises from 0 in the first block; 0.2 is published for all.
-        padding: "symmetric", or TensorFlow's "same". None: as ``weights`` were trained, or symmetric.
+        padding: Padding of convolutions: "symmetric", or TensorFlow's "same". None: as ``weights`` were trained, or
+            symmetric.
         norm_eps: Epsilon of BatchNorm. None: as ``weights`` were trained, or TensorFlow's 1e-3 for "same", else 1e-5.
-        norm_momentum: The share of each batch in BatchNorm's running statistics.
+        norm_momentum: Share of each batch in BatchNorm's running statistics.
         channels_last: Keep images and weights with channels last in memory, which convolutions are faster on.
         grad_checkpointing: Recompute blocks in the backward pass: less memory, about a third more time.
-        multi_label: Several labels an image.
+        multi_label: Whether an image has several labels.
         loss: See :func:`zoo.common.classification.classification_loss`.
-        label_smoothing: In [0, 1).
-        mixup, cutmix: Alpha of each; 0 is off (Zhang et al. 2018, Yun et al. 2019).
+        label_smoothing: Label smoothing (Szegedy et al. 2016), in [0, 1).
+        mixup: Alpha of mixup (Zhang et al. 2018); 0 is off.
+        cutmix: Alpha of cutmix (Yun et al. 2019); 0 is off. With both on, each batch has one of them.
         optimizer: Name of an optimizer of timm.
         lr: Learning rate, as it is used: the paper's code has 0.016 times the total batch size / 256.
         weight_decay: Not applied to norms and biases.
-        momentum, eps, betas: Of the optimizer. None: its own; of "rmsproptf" the paper's, 0.9 and 1e-3.
-        schedule: "staircase", or half a "cosine", after the warm-up.
-        decay_rate, decay_epochs: Of the staircase: multiply by the rate every so many epochs.
+        momentum: Momentum of the optimizer. None: its own; of "rmsproptf" the paper's, 0.9.
+        eps: Epsilon of the optimizer. None: its own; of "rmsproptf" the paper's, 1e-3.
+        betas: Betas of the optimizer. None: its own.
+        schedule: Learning rate after the warm-up: "staircase", or half a "cosine".
+        decay_rate: Factor of each step of the staircase.
+        decay_epochs: Epochs between steps of the staircase; fractions count.
         warmup_epochs: Linear warm-up, in epochs.
-        min_lr: Where the cosine ends.
+        min_lr: Learning rate that the cosine ends at.
         compile: Compile the backbone in place.
 
     Raises:

@@ -25,11 +25,32 @@ class GaussianVAE(VAE):
     perplexity. Predicts the means of the posterior.
 
     Args:
-        latents: How many, N; or their grid (h, w), with N = h * w in raster order.
-        samples: z for each image in a training step.
-        image_size, in_channels, likelihood, weights, kl_weight, kl_warmup_steps, levels, network, hidden, activation,
-            dropout, width, blocks, elbo_samples, iw_samples, optimizer, lr, weight_decay, betas, lr_schedule,
-            warmup_epochs, min_lr, compile: See :class:`zoo.gumbel_vae.GumbelVAE`.
+        latents: Number of latents, N; or their grid (h, w), with N = h * w in raster order.
+        image_size: Side in pixels, or (height, width).
+        in_channels: Channels of the images.
+        likelihood: Likelihood of images: "bernoulli", "categorical", "logistic" or "logit_laplace", as of
+            :class:`zoo.gumbel_vae.GumbelVAE`.
+        weights: Weights to start from: see :func:`zoo.weights.load`.
+        samples: Samples z of each image in a training step.
+        kl_weight: Weight of the KL in the training objective, in nats an image as the distortion is: 1 for a bound.
+        kl_warmup_steps: Steps over which the weight rises from 0, along half a cosine.
+        levels: Grey levels of the images, for the likelihoods that have them.
+        network: "mlp" or "conv": see :mod:`zoo.gumbel_vae.networks`.
+        hidden: Widths of the encoder's hidden layers, for "mlp"; the decoder has them in reverse.
+        activation: Activation between the hidden layers, for "mlp": "relu" or "tanh".
+        dropout: Dropout of the hidden layers, for "mlp".
+        width: Channels at the images' resolution, for "conv", doubled with each halving.
+        blocks: Residual blocks at each resolution, for "conv".
+        elbo_samples: Samples z of each image in evaluation.
+        iw_samples: Samples z of each image for the importance-weighted bound, which testing logs. None: no such bound.
+        optimizer: Name of an optimizer of timm.
+        lr: Learning rate.
+        weight_decay: Not applied to biases.
+        betas: Betas of the optimizer. None: its own.
+        lr_schedule: "cosine", to min_lr at the end of the run after a linear warm-up; or "constant".
+        warmup_epochs: Linear warm-up of the cosine, in epochs; fractions count.
+        min_lr: Learning rate that the cosine ends at.
+        compile: Compile in place, as ``model.compile()`` does.
 
     Raises:
         ValueError: As there.

@@ -37,45 +37,48 @@ class GumbelVAE(VAE):
     ``test/log_likelihood``. Predicts codes.
 
     Args:
-        latents: How many, N; or their grid (h, w), with N = h * w in raster order: a tokeniser of images.
-        categories: K, of each latent.
+        latents: Number of latents, N; or their grid (h, w), with N = h * w in raster order: a tokeniser of images.
+        categories: Categories K of each latent.
         image_size: Side in pixels, or (height, width).
         in_channels: Channels of the images.
-        likelihood: "bernoulli", for images of 0 and 1; of images with grey levels "categorical" over them, "logistic"
-            (discretised) or "logit_laplace"; all of them normalised: see :mod:`zoo.gumbel_vae.likelihoods`.
+        likelihood: Likelihood of images: "bernoulli", for images of 0 and 1; of images with grey levels "categorical"
+            over them, "logistic" (discretised) or "logit_laplace"; all of them normalised: see
+            :mod:`zoo.gumbel_vae.likelihoods`.
         estimator: How gradients pass the sample: a name out of :data:`zoo.gumbel_vae.estimators.ESTIMATORS`.
         weights: Weights to start from: see :func:`zoo.weights.load`.
-        estimator_samples: Of an estimator that takes several: z for each image, or conditional Gumbels of
-            "gumbel_rao". None: the estimator's own number.
-        temperature: Of relaxed samples, at the start.
-        min_temperature: Where its schedule ends.
+        estimator_samples: Samples z of each image, or conditional Gumbels of "gumbel_rao", for an estimator that takes
+            several. None: the estimator's own number.
+        temperature: Temperature of relaxed samples, at the start.
+        min_temperature: Temperature that the schedule ends at.
         temperature_schedule: "constant"; "exponential", a factor a step (Jang et al. 2017); "cosine" (Ramesh et al.
             2021).
         temperature_steps: Steps of the optimizer from the one to the other. An exponential decay at rate r, as papers
             give it, takes ln(temperature / min_temperature) / r of them.
-        kl: "analytic", the closed form for categories; "sampled", log q(z|x) - log p(z) at the estimator's samples,
-            which is noisier and, at relaxed ones, not a divergence of anything (Maddison et al. 2017, equation 21);
-            "relaxed", of the densities of relaxed samples (equation 20), which alone makes a bound of the relaxed
-            model, but has no upper limit and, without warm-up, makes small models ignore their latents. "relaxed" goes
-            with "gumbel_softmax".
-        prior_temperature: Of the relaxed prior, with kl "relaxed". None: the posterior's.
-        prior: "uniform", or "learned", a distribution for each latent.
-        kl_weight: Of the KL in the training objective, in nats an image as the distortion is: 1 for a bound.
+        kl: KL of the training objective: "analytic", the closed form for categories; "sampled", log q(z|x) - log p(z)
+            at the estimator's samples, which is noisier and, at relaxed ones, not a divergence of anything (Maddison et
+            al. 2017, equation 21); "relaxed", of the densities of relaxed samples (equation 20), which alone makes a
+            bound of the relaxed model, but has no upper limit and, without warm-up, makes small models ignore their
+            latents. "relaxed" goes with "gumbel_softmax".
+        prior_temperature: Temperature of the relaxed prior, with kl "relaxed". None: the posterior's.
+        prior: Prior of the codes: "uniform", or "learned", a distribution for each latent.
+        kl_weight: Weight of the KL in the training objective, in nats an image as the distortion is: 1 for a bound.
         kl_warmup_steps: Steps over which the weight rises from 0, along half a cosine.
         levels: Grey levels of the images, for the likelihoods that have them.
         network: "mlp" or "conv": see :mod:`zoo.gumbel_vae.networks`.
-        hidden: Widths of the encoder's hidden layers; the decoder has them in reverse. Of "mlp", as is activation,
-            "relu" or "tanh", and dropout.
-        width: Channels at the images' resolution, doubled with each halving. Of "conv", as is blocks, the residual
-            blocks at each resolution.
-        elbo_samples: z for each image in evaluation.
-        iw_samples: z for each image for the importance-weighted bound, which testing logs. None: it is not computed.
+        hidden: Widths of the encoder's hidden layers, for "mlp"; the decoder has them in reverse.
+        activation: Activation between the hidden layers, for "mlp": "relu" or "tanh".
+        dropout: Dropout of the hidden layers, for "mlp".
+        width: Channels at the images' resolution, for "conv", doubled with each halving.
+        blocks: Residual blocks at each resolution, for "conv".
+        elbo_samples: Samples z of each image in evaluation.
+        iw_samples: Samples z of each image for the importance-weighted bound, which testing logs. None: no such bound.
         optimizer: Name of an optimizer of timm.
         lr: Learning rate.
         weight_decay: Not applied to biases.
-        betas: Of the optimizer. None: its own.
-        lr_schedule: "cosine", to min_lr at the end of the run after warmup_epochs of linear warm-up; or "constant".
-        warmup_epochs, min_lr: Of the cosine.
+        betas: Betas of the optimizer. None: its own.
+        lr_schedule: "cosine", to min_lr at the end of the run after a linear warm-up; or "constant".
+        warmup_epochs: Linear warm-up of the cosine, in epochs; fractions count.
+        min_lr: Learning rate that the cosine ends at.
         compile: Compile in place, as ``model.compile()`` does.
 
     Raises:

@@ -64,12 +64,16 @@ class MAEPretrainer(SafeLoading, Compilable, Evaluation, Shardable, LightningMod
         norm_pix_loss: Whether each patch to be predicted is first given mean 0 and variance 1.
         decoder: "self", the paper's; or "cross", CrossMAE's (:class:`zoo.mae.decoders.CrossDecoder`): less than
             half the time for a small ViT, and as good to fine-tune from; for linear probes nothing is claimed of it.
-        decoder_dim, decoder_depth, decoder_heads: Size of the decoder.
+        decoder_dim: Width of the decoder.
+        decoder_depth: Number of the decoder's blocks.
+        decoder_heads: Attention heads of a decoder's block; they divide its width.
         weights: Weights to start from: see :func:`zoo.weights.load`.
         predict_ratio: Share of all patches that "cross" predicts in a training step, at most ``mask_ratio``. None:
             0.25. The decoder "self" predicts all that is removed.
         patch_size: Side of a patch in pixels. None: the backbone's own.
-        width, depth, heads: Size of the encoder, if not the backbone's own.
+        width: Embedding dimension of the encoder. None: the backbone's own.
+        depth: Number of the encoder's blocks. None: the backbone's own.
+        heads: Attention heads of an encoder's block. None: the backbone's own.
         class_token: Whether the encoder has one, for a backbone by name. Without, features are the mean over patches.
         reg_tokens: Register tokens (Darcet et al. 2024). 0: the backbone's own number.
         norm_eps: Epsilon of LayerNorm, in encoder and decoder. None: as ``weights`` were trained, if they say so
@@ -78,9 +82,9 @@ class MAEPretrainer(SafeLoading, Compilable, Evaluation, Shardable, LightningMod
         optimizer: Name of an optimizer of timm.
         lr: Learning rate, as it is used: the paper's is 1.5e-4 times the total batch size / 256.
         weight_decay: Not applied to norms, biases, position embeddings and tokens.
-        betas: Of the optimizer. None: its own.
+        betas: Betas of the optimizer. None: its own.
         warmup_epochs: Linear warm-up, in epochs; a half-cosine follows.
-        min_lr: Where the half-cosine ends.
+        min_lr: Learning rate that the half-cosine ends at.
         compile: Compile in place, as ``model.compile()`` does.
 
     Raises:

@@ -40,7 +40,9 @@ class ViTClassifier(Classifier):
         patch_size: Side of a patch in pixels. None: the backbone's own.
         in_channels: Channels of the images. Of a module, its own.
         weights: Weights to start from: see :func:`zoo.weights.load`.
-        width, depth, heads: Size of the transformer, if not the backbone's own.
+        width: Embedding dimension of the transformer. None: the backbone's own.
+        depth: Number of blocks. None: the backbone's own.
+        heads: Attention heads of a block. None: the backbone's own.
         pool: What the head reads: the class "token", the "avg" of the patch tokens, or attention pooling ("map").
             None: the backbone's own.
         reg_tokens: Register tokens (Darcet et al. 2024). 0: the backbone's own number.
@@ -56,18 +58,20 @@ class ViTClassifier(Classifier):
         grad_checkpointing: Recompute blocks in the backward pass: less memory, about a third more time.
         linear_probe: Train the head alone: the backbone is frozen and in evaluation mode, and the head is BatchNorm
             without affine parameters followed by a linear layer (He et al. 2022, appendix A.1).
-        multi_label: Several labels an image.
+        multi_label: Whether an image has several labels.
         loss: See :func:`zoo.common.classification.classification_loss`.
-        label_smoothing: In [0, 1).
-        mixup, cutmix: Alpha of each; 0 is off (Zhang et al. 2018, Yun et al. 2019).
-        head_std, head_bias: Initial weights (truncated normal) and bias of the head.
+        label_smoothing: Label smoothing (Szegedy et al. 2016), in [0, 1).
+        mixup: Alpha of mixup (Zhang et al. 2018); 0 is off.
+        cutmix: Alpha of cutmix (Yun et al. 2019); 0 is off. With both on, each batch has one of them.
+        head_std: Standard deviation of the head's initial weights, truncated normal.
+        head_bias: Initial bias of the head.
         optimizer: Name of an optimizer of timm.
         lr: Learning rate, as it is used: nothing is scaled by batch size.
         weight_decay: Not applied to norms, biases, position embeddings and tokens.
-        betas: Of the optimizer. None: its own.
+        betas: Betas of the optimizer. None: its own.
         layer_decay: Each block's learning rate is this times the next one's (Clark et al. 2020, BEiT, MAE).
         warmup_epochs: Linear warm-up, in epochs; a half-cosine follows.
-        min_lr: Where the half-cosine ends.
+        min_lr: Learning rate that the half-cosine ends at.
         compile: Compile the backbone in place.
 
     Raises:

@@ -56,7 +56,7 @@ class FPNDetector(Detector):
         backbone: A timm network by name, with maps at the levels' strides, or a plain ViT, which gets a simple feature
             pyramid; or a module: one of timm's, or one that returns a list of maps and states ``strides`` and
             ``channels``.
-        num_classes: K.
+        num_classes: Number of classes, K.
         head: "fcos" (Tian et al. 2019, as improved in its released code), "atss" (Zhang et al. 2020) or "retinanet"
             (Lin et al. 2017).
         anchors: Where anchors lie, and how FCOS breaks ties: "centered"; or "torchvision", whose conventions

@@ -1,4 +1,4 @@
-"""What keeps a run whole, added to a Trainer in one line: ``trainer = guard(Trainer(...))``.
+"""Guards that keep a run whole, added to a Trainer in one line: ``trainer = guard(Trainer(...))``.
 
 Each part can be had alone: the callbacks of ``zoo.callbacks``, and ``zoo.checkpoints.AtomicCheckpointIO`` as a plugin.
 The ``zoo`` command adds them all, unless ``--guards false``.

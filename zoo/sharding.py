@@ -115,7 +115,7 @@ def _blocks(module: nn.Module) -> list[nn.Module]:
 
 
 def is_split(trainer: Any) -> bool:
-    """Whether a Trainer's strategy splits weights between processes: all of them have to run what one of them runs."""
+    """Tells whether a Trainer's strategy splits weights between processes: all have to run what one of them runs."""
     return any(kind.__name__ in SPLITTING for kind in type(trainer.strategy).__mro__)
 
 

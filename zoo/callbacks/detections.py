@@ -60,7 +60,7 @@ class WriteDetections(WritePredictions):
         return [(_of_loader(self._whole, loader), _of_loader(path, loader)) for loader in range(count)]
 
     def _entries(self, module: Any, outputs: Any, data: Any) -> Sequence[Any]:
-        """What is to be written of each image: its detections, as they are."""
+        """The entries of each image: its detections, as they are."""
         if not isinstance(outputs, list | tuple) or not all(map(_is_detection, outputs)):
             raise ValueError(
                 f"{type(module).__name__} predicts {_describe(outputs)}: expected for each image a dict of tensors "

@@ -90,7 +90,7 @@ class EMA(Callback):
 
     @torch.no_grad()
     def update(self) -> None:
-        """One update of the average."""
+        """Updates the average once."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
         self.updates += 1
         tensors = self._tensors()
@@ -148,7 +148,7 @@ class EMA(Callback):
         return any(held is part._parameters or held is part._buffers for part in module.modules())
 
     def _find_tensors(self, module: nn.Module) -> None:
-        """Where each tensor of the state lies, once, and which of them every name of the state means."""
+        """Looks up where each tensor of the state lies, once, and which of them every name of the state means."""
         self._places, first = {}, {}
         for prefix, part in module.named_modules():
             buffers = {k: v for k, v in part._buffers.items() if k not in part._non_persistent_buffers_set}

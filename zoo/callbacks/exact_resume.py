@@ -139,7 +139,7 @@ class ExactResume(Callback):
 
 
 def _ended_within_epoch(loop: Any) -> bool:
-    """Whether an epoch has been ended before its last batch, by ``max_steps`` or ``should_stop``."""
+    """Tells whether an epoch ended before its last batch, by ``max_steps`` or ``should_stop``."""
     epochs, batches = loop.epoch_progress.current, loop.epoch_loop.batch_progress.current
     return epochs.processed == epochs.ready and batches.ready > 0 and not loop.epoch_loop._num_ready_batches_reached()
 
@@ -174,7 +174,7 @@ def _rewind(loop: dict[str, Any], restored: dict[str, Any]) -> bool:
 
 
 def _go_on(loop: Any, epoch_ends: bool, within_epoch: bool) -> None:
-    """Does what was still to come when the checkpoint was written, and that Lightning cannot tell from its counters.
+    """Goes on with what was to come when the checkpoint was written, which Lightning cannot tell from its counters.
 
     Args:
         loop: The loop over epochs, with its counters set back.
@@ -230,7 +230,7 @@ def _logs(trainer: Any) -> list[StepLog]:
 
 
 def _gathered(trainer: Any, own: dict[str, Any]) -> list[dict[str, Any]]:
-    """Each process's part, in the process that writes; elsewhere its own only."""
+    """Gathers each process's part in the process that writes; elsewhere gives its own only."""
     if trainer.world_size == 1:
         return [own]
     parts: list[Any] | None = [None] * trainer.world_size if trainer.global_rank == 0 else None

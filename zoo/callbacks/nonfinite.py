@@ -24,7 +24,7 @@ class NonFiniteWeightError(FloatingPointError):
 
 
 class Step(NamedTuple):
-    """One training batch: the optimizer step it belongs to, its epoch, and its number within the epoch."""
+    """A training batch: the optimizer step it belongs to, its epoch, and its number within the epoch."""
 
     step: int
     epoch: int
@@ -142,7 +142,7 @@ class NonFiniteGuard(Callback):
         self._judge(trainer, losses, values, None if first is None else losses[first][0])
 
     def _look_at_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> bool:
-        """Whether the step that is due is to be skipped. All processes answer alike."""
+        """Decides whether the step that is due is skipped. All processes answer alike."""
         losses, self._losses = self._losses, []
         gradients = [] if _has_scaler(trainer) else [parameter.grad for parameter in _with_gradient(optimizer)]
         parts = [loss.float().reshape(1) for _, loss in losses] + ([_largest(gradients)] if gradients else [])
@@ -156,7 +156,7 @@ class NonFiniteGuard(Callback):
         return self._judge(trainer, losses, values, last, f"the gradient of {name} is not finite")
 
     def _judge(self, trainer: Any, losses: Losses, values: list[float], found: Step | None, gradient: str = "") -> bool:
-        """Whether a process has found a batch with a bad loss or gradient, which raises unless it may be skipped."""
+        """Tells whether a process has found a batch with a bad loss or gradient; raises unless it may be skipped."""
         own = math.inf if found is None else found.step
         # A gradient counts where no process has a bad loss, which spoils the gradients of all.
         number = _of_all(trainer, own + 0.5 if gradient else own, "min")

@@ -99,7 +99,7 @@ class OptimizerSettings(Callback):
     def _schedules_of(
         self, optimizer: Any, states: Sequence[dict[str, Any]], records: Sequence[Record | None], recorded: bool
     ) -> dict[int, Schedule]:
-        """Those of an optimizer's schedules whose settings are known, by their number."""
+        """The schedules of an optimizer whose settings are known, by their number."""
         found = {}
         for k, (scheduler, saved, then) in enumerate(zip(self._schedulers, states, records, strict=False)):
             now = self._configured["schedulers"][k]["state"]
@@ -150,7 +150,7 @@ def _assumed_schedule(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, A
 
 
 def _differing(saved: dict[str, Any], now: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """What each has that the other lacks. Both: two kinds, since a newer version of torch only adds something."""
+    """Settings that each has and the other lacks. Both: two kinds, since a newer version of torch only adds some."""
     pairs = (saved.keys() - now.keys(), now.keys() - saved.keys())
     theirs, ours = (sorted(k for k in keys - SHOWN - KEPT_APART if not k.startswith("_")) for keys in pairs)
     return theirs, ours

@@ -127,7 +127,7 @@ def _first(batch: Any, count: int) -> Any:
 
 
 def _is_by_sample(batch: tuple[Any, ...] | list[Any]) -> bool:
-    """Whether a list has an entry for each sample, not one for all images and one for all labels or targets."""
+    """Tells whether a list has an entry for each sample, not one for all images and one for all labels or targets."""
     if any(isinstance(part, tuple | list) and part and isinstance(part[0], Tensor) for part in batch):
         return False  # images of unequal size, and their targets
     return all(not isinstance(part, Tensor) or part.ndim in (0, 3) for part in batch)

@@ -92,7 +92,7 @@ class WritePredictions(Callback):
                 self._write(dataloader_idx, index, name, entry)
 
     def _entries(self, module: Any, outputs: Any, data: Any) -> Sequence[Any]:
-        """What is to be written of each image: here its rows, as dictionaries of columns."""
+        """The entries of each image: here its rows, as dictionaries of columns."""
         rows = _rows(module, outputs, names_of(module), names_of(data), self.all_classes)
         self._columns = self._columns or next((list(found[0]) for found in rows if found), None)
         return rows
@@ -153,7 +153,7 @@ class WritePredictions(Callback):
             raise ValueError(text)
 
     def _part_of(self, rank: int) -> Path:
-        """Where a process writes its rows until all are merged."""
+        """The path of a process's rows until all are merged."""
         return self._whole.with_name(f"{self._whole.name}.rank{rank}")
 
     def _wait_for(self, parts: Sequence[Path]) -> None:

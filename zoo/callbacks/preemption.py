@@ -246,7 +246,7 @@ class PreemptionGuard(Callback):
             raise self._leave(trainer)
 
     def _begin(self) -> None:
-        """Forgets how long a step takes: others begin."""
+        """Starts counting steps and their time anew."""
         self._every, self._count, self._since = self.every_n_steps or 1, 0, time.monotonic()
 
     def _agree(self, trainer: Any) -> None:
@@ -263,7 +263,7 @@ class PreemptionGuard(Callback):
             self._stop(trainer)
 
     def _reduce(self, trainer: Any, seconds: float) -> tuple[int, float]:
-        """Whether one of the ranks got a signal before now, which all have then received, and the longest time."""
+        """Reduces over ranks: whether one got a signal before now, which all have then received, and the longest time."""
         place = self._signals.index(self.received) + 1 if self.received else 0
         values = torch.tensor([place, seconds], dtype=torch.float32, device=trainer.strategy.root_device)
         agreed, longest = trainer.strategy.reduce(values, reduce_op="max").tolist()
@@ -303,7 +303,7 @@ class PreemptionGuard(Callback):
 
 
 def _is_continued(trainer: Any, path: Path) -> bool:
-    """Whether a checkpoint is the one that this run goes on from, which its own may replace."""
+    """Tells whether a checkpoint is the one that this run continues, which its own may replace."""
     return trainer.ckpt_path is not None and Path(trainer.ckpt_path).exists() and path.samefile(trainer.ckpt_path)
 
 

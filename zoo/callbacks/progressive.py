@@ -83,7 +83,7 @@ class ProgressiveLearning(Callback):
         self._epoch = -1
 
     def at(self, stage: int) -> dict[str, Any]:
-        """What is set in a stage, counted from 0."""
+        """The settings of a stage, counted from 0."""
         share = stage / (self.stages - 1)
         return {name: _between(ends[0], ends[1], share) for name, ends in self.settings.items()}
 
@@ -163,7 +163,7 @@ def _of_data(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _between(first: Any, last: Any, share: float) -> Any:
-    """What lies a share of the way from the first value to the last; whole numbers stay whole."""
+    """Interpolates from the first value to the last; whole numbers stay whole."""
     if isinstance(first, tuple | list):
         return tuple(_between(a, b, share) for a, b in zip(first, last, strict=True))
     if isinstance(first, str):
@@ -174,7 +174,7 @@ def _between(first: Any, last: Any, share: float) -> Any:
 
 
 def _are_sides(*sizes: Any) -> bool:
-    """Whether both are sides, or both heights and widths, and all whole numbers."""
+    """Tells whether both are sides, or both heights and widths, and all whole numbers."""
     if all(isinstance(size, tuple | list) and len(size) == 2 for size in sizes):
         return _are_sides(*sizes[0], *sizes[1])
     return all(isinstance(size, int) and size > 0 for size in sizes)

@@ -1,4 +1,4 @@
-"""What made a checkpoint, inside of it."""
+"""Provenance of a checkpoint, inside of it."""
 
 import os
 import platform
@@ -41,7 +41,7 @@ class Provenance(Callback):
 
 
 def provenance(config: str | None = None) -> dict[str, Any]:
-    """What a run is made of: the configuration, versions of packages, and git revisions of the code.
+    """The provenance of a run: its configuration, versions of packages, and git revisions of the code.
 
     Args:
         config: The resolved configuration, as YAML.
@@ -74,7 +74,7 @@ def _revision(folder: Path) -> dict[str, Any] | None:
 
 
 def _git(folder: Path, *command: str) -> str | None:
-    """What git says, or None: no git, no work tree, or one that takes long."""
+    """The output of git, or None: no git, no work tree, or one that takes long."""
     # Neither a program that the repository names nor a lock on its index.
     arguments = ["git", "-c", "core.fsmonitor=false", "-C", str(folder), *command]
     environment = os.environ | {"GIT_OPTIONAL_LOCKS": "0"}

@@ -67,7 +67,7 @@ def mended(state: State, saver: Any, continued: Path, there: str = "") -> State:
 
 
 def best_path(checkpoint: Mapping[str, Any], path: Path) -> Path | None:
-    """Where the best checkpoint lies of the run that wrote this one, by its first ModelCheckpoint with a ``monitor``.
+    """The best checkpoint of the run that wrote this one, by its first ModelCheckpoint with a ``monitor``.
 
     Args:
         checkpoint: Its content.
@@ -99,7 +99,7 @@ def _paths(state: State) -> set[str]:
 
 
 def _place(path: str, dirpath: Any, continued: Path, there: str) -> Path | None:
-    """Where a checkpoint lies that a run had in one place: from where it is continued, or where it was."""
+    """The path of a checkpoint of a run that may have moved: beside the one it is continued from, or where it was."""
     if "://" in path:
         return Path(path)
     places = [Path(there, path), Path(path)]

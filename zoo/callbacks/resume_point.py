@@ -141,14 +141,14 @@ class ResumePoint(Checkpoint):
         return found
 
     def _shared(self, trainer: Any, saved: str) -> bool:
-        """Whether the file could be given a second name. Only where nobody writes into a file that is there."""
+        """Gives the file a second name if that can be done, and nobody writes into a file that is there."""
         done = False
         if trainer.is_global_zero and isinstance(trainer.strategy.checkpoint_io, AtomicCheckpointIO):
             done = "://" not in saved and give_name(Path(saved), Path(str(self.path)))
         return bool(trainer.strategy.broadcast(done))
 
     def _is_past(self, trainer: Any, path: Path) -> bool:
-        """Whether a checkpoint is of the run that this one continues, and no further than where it goes on from."""
+        """Tells whether a checkpoint is of the run that this one continues, and no further than where it goes on from."""
         if trainer.ckpt_path is None or not Path(trainer.ckpt_path).exists():
             return False
         own = path.samefile(trainer.ckpt_path) or (self._before is not None and path.name == Path(self._before).name)
@@ -160,7 +160,7 @@ def _savers(trainer: Any) -> list[Any]:
 
 
 def _folder(trainer: Any) -> str | None:
-    """Where the first ModelCheckpoint saves, or, if another callback saves, ``checkpoints`` in the run's directory."""
+    """The folder of the first ModelCheckpoint, or, if another callback saves, ``checkpoints`` in the run's directory."""
     savers = _savers(trainer)
     if savers:
         return str(savers[0].dirpath)

@@ -97,7 +97,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         rank_zero_warn(f"{found}; as they are, the checkpoints load with weights_only=False alone")
 
     def _enter(self, folder: Path) -> None:
-        """What is done once for each folder that is saved to."""
+        """Prepares a folder that is saved to, once."""
         folder.mkdir(parents=True, exist_ok=True)
         if folder in self._known:
             return
@@ -144,7 +144,7 @@ def _unsaved(target: Path, cause: OSError) -> OSError:
 
 @contextmanager
 def _checked(path: Any, weights_only: bool | None) -> Iterator[tuple[Any, bool]]:
-    """What to read of a path, a URL or an open file, and whether only tensors; then words what went wrong."""
+    """Opens a path, a URL or a file for reading, decides whether for tensors only, and words what went wrong."""
     safe = weights_only is not False
     with _downloaded(path) if str(path).startswith(("http://", "https://")) else nullcontext(path) as file:
         local = _local(file) if isinstance(file, str | Path) else None

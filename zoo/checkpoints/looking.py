@@ -16,7 +16,7 @@ SKEW = 60 * 10**9  # nanoseconds by which the clock of a file server may be behi
 
 
 def damage(path: str | Path) -> str | None:
-    """Why a checkpoint is not whole, or None if it is. It is read once, and no code is run.
+    """The damage of a checkpoint, in words, or None. It is read once, and no code is run.
 
     A file has to be the archive that torch writes, with all its records, each as its checksum says. Of a distributed
     checkpoint, a folder, only what is written last is looked for.
@@ -83,7 +83,7 @@ def hyperparameters_of(path: str | Path) -> dict[str, Any]:
 
 
 def saved_at(path: str | Path) -> int:
-    """When a checkpoint was saved, in nanoseconds since 1970; if it does not say, when it was changed."""
+    """The time of saving a checkpoint, in nanoseconds since 1970; if it does not say, that of its last change."""
     saved = _head(Path(path))[1]
     return _changed(Path(path)) if saved is None else saved
 
@@ -131,7 +131,7 @@ def newest_of(
 
 
 def _changed(path: Path) -> int:
-    """When a checkpoint was changed, in nanoseconds since 1970: a folder's own time is that of its first file."""
+    """The time of a checkpoint's change, in nanoseconds since 1970: a folder's own time is that of its first file."""
     last = path / "meta.pt"
     try:
         return (last if last.exists() else path).stat().st_mtime_ns

@@ -78,7 +78,7 @@ def _leaves(checkpoint: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any,
 
 
 def _reads_back(value: Any) -> bool:
-    """Whether torch writes a value, and reads it without running code."""
+    """Tells whether torch writes a value, and reads it without running code."""
     file = io.BytesIO()
     try:
         torch.save(value, file)

@@ -1,4 +1,4 @@
-"""How far features tell classes apart, without training anything on them."""
+"""Accuracy of nearest neighbours: how far features tell classes apart, without training anything on them."""
 
 from typing import Any
 

@@ -263,7 +263,7 @@ class PreemptionGuard(Callback):
             self._stop(trainer)
 
     def _reduce(self, trainer: Any, seconds: float) -> tuple[int, float]:
-        """Reduces over ranks: whether one got a signal before now, which all have then received, and the longest time."""
+        """Reduces over ranks: whether one got a signal, which all have then received, and the longest time."""
         place = self._signals.index(self.received) + 1 if self.received else 0
         values = torch.tensor([place, seconds], dtype=torch.float32, device=trainer.strategy.root_device)
         agreed, longest = trainer.strategy.reduce(values, reduce_op="max").tolist()

@@ -148,7 +148,7 @@ class ResumePoint(Checkpoint):
         return bool(trainer.strategy.broadcast(done))
 
     def _is_past(self, trainer: Any, path: Path) -> bool:
-        """Tells whether a checkpoint is of the run that this one continues, and no further than where it goes on from."""
+        """Tells whether a checkpoint is of the run that this one continues, and no later than where it goes on from."""
         if trainer.ckpt_path is None or not Path(trainer.ckpt_path).exists():
             return False
         own = path.samefile(trainer.ckpt_path) or (self._before is not None and path.name == Path(self._before).name)
@@ -160,7 +160,7 @@ def _savers(trainer: Any) -> list[Any]:
 
 
 def _folder(trainer: Any) -> str | None:
-    """The folder of the first ModelCheckpoint, or, if another callback saves, ``checkpoints`` in the run's directory."""
+    """The first ModelCheckpoint's folder, or, if another callback saves, ``checkpoints`` in the run's directory."""
     savers = _savers(trainer)
     if savers:
         return str(savers[0].dirpath)

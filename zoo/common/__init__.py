@@ -1,1 +1,1 @@
-"""What techniques are made of: each file a part that anyone may call, none of them a technique."""
+"""Parts of techniques, each of which anyone may call; none is a technique."""

@@ -65,7 +65,7 @@ def create_backbone(backbone: str | nn.Module, **options: Any) -> Any:
 
 
 def name_of(backbone: str | nn.Module) -> str:
-    """What a checkpoint remembers of the backbone: timm's name, or the module's class."""
+    """The name of a backbone for a checkpoint: timm's, or the module's class."""
     if isinstance(backbone, str):
         return backbone
     return f"{type(backbone).__module__}.{type(backbone).__qualname__}"

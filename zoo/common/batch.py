@@ -1,4 +1,4 @@
-"""What a batch may look like: torchvision's ``(images, labels)`` or ``(images, targets)``, bare images, or a dict.
+"""Reading batches: torchvision's ``(images, labels)`` or ``(images, targets)``, bare images, or a dict.
 
 Images are float tensors (B, C, H, W), or a list of B tensors (C, H, W); labels are integers (B,), or for several labels
 an image (B, classes) of 0 and 1; targets are B dicts of ``boxes`` and ``labels``. A named tuple is read as a dict if it
@@ -76,7 +76,7 @@ def images_and_labels(batch: Any) -> tuple[Tensor, Tensor]:
 
 
 def has_labels(batch: Any) -> bool:
-    """Whether a batch carries class labels beside its images: integers (B,). Whatever else it carries is none.
+    """Tells whether a batch carries class labels beside its images: integers (B,). Whatever else it carries is none.
 
     Negative ones, as of images whose class is not known, are integers like others: values are not looked at.
     """
@@ -117,7 +117,7 @@ def about_images(batch: Any) -> list[Mapping[str, Any]]:
 
 
 def has_targets(batch: Any) -> bool:
-    """Whether a batch carries dicts of boxes and labels beside its images."""
+    """Tells whether a batch carries dicts of boxes and labels beside its images."""
     return any("boxes" in target or "labels" in target for target in _dicts(batch) or [])
 
 

@@ -56,7 +56,7 @@ def classes_of(path: str | Path) -> tuple[list[str] | None, int | None]:
 
 
 def matched(data: Sequence[str], model: Sequence[str]) -> list[int] | None:
-    """For each label of the data the model's, by name; None if both have the same names in the same order.
+    """The model's label for each of the data's, by name; None if both have the same names in the same order.
 
     Raises:
         ValueError: If the model does not know a name, or if one stands for several classes.
@@ -76,7 +76,7 @@ def matched(data: Sequence[str], model: Sequence[str]) -> list[int] | None:
 
 
 def category_ids(module: Any, data: Any) -> Sequence[int] | None:
-    """By the model's label, what a results file says instead: the data's category of that name, else the model's.
+    """Category ids for a results file, by the model's label: the data's category of that name, else the model's.
 
     Raises:
         ValueError: If the model's category of a class that the data does not have is another class in the data.

@@ -1,4 +1,4 @@
-"""What classifiers share: losses, metrics, pictures, and the steps between a network and a Trainer."""
+"""Losses, metrics, pictures and steps of a classifier, between a network and a Trainer."""
 
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
@@ -204,7 +204,7 @@ class Classifier(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, L
         return {"predictions": pictures.captioned(images, captions, right)}
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
-        """As ``nn.Module.add_module``. Conversions of BatchNorm, and back, end in it: they put each child in anew."""
+        """Adds a child. Conversions of BatchNorm, and back, end in it: they put each child in anew."""
         super().add_module(name, module)
         if module is not None:
             norms.restore_activations(module)

@@ -1,4 +1,4 @@
-"""What a network costs: its parameters, and the multiply-accumulates of an image.
+"""Cost of a network: its parameters, and the multiply-accumulates of an image.
 
 torch counts the operations of a forward pass; on the meta device, where tensors have shapes and no memory, this takes a
 fraction of a second for a network of any size. Its count of the backward pass is wrong for grouped convolutions (42
@@ -19,7 +19,7 @@ from zoo.common.protocols import TrainsOtherwise
 
 
 class Cost(NamedTuple):
-    """Of one image.
+    """Cost of one image.
 
     Attributes:
         parameters: All of them, frozen ones as well.

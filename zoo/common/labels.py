@@ -52,5 +52,5 @@ def check_range(low: int, high: int, num_classes: int) -> None:
 
 
 def is_remote(tensor: Tensor) -> bool:
-    """Whether to look at a tensor's values means to wait for a device."""
+    """Tells whether looking at a tensor's values means waiting for a device."""
     return tensor.device.type != "cpu"

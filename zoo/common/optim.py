@@ -116,7 +116,7 @@ def create_optimizer(
     momentum: float | None = None,
     eps: float | None = None,
 ) -> Optimizer:
-    """One of timm's optimizers on :func:`parameter_groups`.
+    """Creates one of timm's optimizers on :func:`parameter_groups`.
 
     Args:
         module, lr, weight_decay, layer_decay: See :func:`parameter_groups`.
@@ -176,7 +176,7 @@ def _by_dimension(group: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def warmup_cosine_factor(step: int, warmup_steps: int, total_steps: int, min_lr_ratio: float = 0.0) -> float:
-    """What the learning rate is multiplied by at a step, counted from 0.
+    """Factor of the learning rate at a step, counted from 0: linear warm-up and half-cosine.
 
     It rises in a straight line from 0 at step 0 to 1 at ``warmup_steps``, then falls along half a cosine to
     ``min_lr_ratio`` at ``total_steps``, where training ends, so that the last step taken is just above. The very first
@@ -204,7 +204,7 @@ def warmup_cosine(optimizer: Optimizer, warmup_steps: int, total_steps: int, min
 
 
 def warmup_staircase_factor(step: int, warmup_steps: int, decay_steps: float, decay_rate: float) -> float:
-    """What the learning rate is multiplied by at a step, counted from 0, as EfficientNet was trained.
+    """Factor of the learning rate at a step, counted from 0: linear warm-up and staircase, as EfficientNet was trained.
 
     It rises in a straight line from 0 at step 0 until ``warmup_steps``; from then on it is ``decay_rate`` to the number
     of whole ``decay_steps`` since step 0, those of the warm-up included (Tan and Le 2019, section 5.2, and their code).
@@ -213,7 +213,7 @@ def warmup_staircase_factor(step: int, warmup_steps: int, decay_steps: float, de
 
 
 def warmup_steps_factor(step: int, warmup_steps: int, milestones: Sequence[float], gamma: float = 0.1) -> float:
-    """What the learning rate is multiplied by at a step, counted from 0, as detectors are trained.
+    """Factor of the learning rate at a step, counted from 0: linear warm-up and milestones, as detectors are trained.
 
     It rises in a straight line from 0 at step 0 to 1 at ``warmup_steps``, and falls to ``gamma`` of itself at each
     milestone, in steps, also within the warm-up.
@@ -230,7 +230,7 @@ def lightning_schedule(
     staircase: tuple[float, float] | None = None,
     milestones: Sequence[float] | None = None,
 ) -> dict[str, Any]:
-    """What ``configure_optimizers`` returns for warm-up and half-cosine, staircase or steps, over the Trainer's run.
+    """Warm-up and half-cosine, staircase or steps over the Trainer's run, as ``configure_optimizers`` returns them.
 
     Args:
         module: Attached to a Trainer, which knows how many steps of the optimizer there will be.

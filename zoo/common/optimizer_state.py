@@ -195,7 +195,7 @@ def _starts(record: Record) -> Rates:
 
 
 def _sized(saved: Sequence[dict[str, Any]], record: Record) -> bool:
-    """Whether the first groups, behind which some may have been added, have as many parameters as the record's."""
+    """Tells whether the first groups, behind which some may have been added, have the sizes of the record's."""
     counts = [len(names) for names in record["names"]]
     return [len(group["params"]) for group in saved[: len(counts)]] == counts
 
@@ -270,7 +270,7 @@ def _carried_group(
 
 
 def _rate(saved: float, then: float, now: float) -> float:
-    """What stands to ``now`` as the saved learning rate does to ``then``."""
+    """The learning rate that stands to ``now`` as the saved one does to ``then``."""
     if abs(then) <= 1e-9 * abs(now):  # at the end of a cosine: it says nothing of what else has changed the rate
         return now
     ratio = saved / then
@@ -278,7 +278,7 @@ def _rate(saved: float, then: float, now: float) -> float:
 
 
 def _sources(then: Record, now: Record) -> list[list[int]]:
-    """For each group of now the groups that its parameters were in."""
+    """The groups that the parameters of each group of now were in."""
     places = {name: i for i, names in enumerate(then["names"]) for name in names}
     wanted = {name for names in now["names"] for name in names}
     for names, what in ((places.keys() - wanted, "not trained here"), (wanted - places.keys(), "trained here only")):

@@ -233,5 +233,5 @@ def _dashed(draw: ImageDraw.ImageDraw, size: tuple[int, int], corners: list[int]
 
 
 def _inside(start: int, length: int, whole: int) -> int:
-    """Where what would begin at ``start`` has to begin to be seen."""
+    """The place to begin at, nearest to ``start``, of what is to be seen whole."""
     return max(0, min(start, whole - length))

@@ -1,4 +1,4 @@
-"""Which cell learns which object: the assignments of FCOS, ATSS and RetinaNet, for all images of a batch at once.
+"""Assignment of objects to cells, of FCOS, ATSS and RetinaNet, for all images of a batch at once.
 
 Each gives ``match`` (B, N) int64: an index into the M slots of the image's targets; BACKGROUND; or IGNORE, for what is
 neither. Pairs of objects and anchors are tensors (B, M, N), the anchors last, where memory is contiguous.
@@ -167,7 +167,7 @@ def pairwise_iou(anchors: Tensor, boxes: Tensor) -> Tensor:
 
 
 def _inside_share(anchors: Tensor, boxes: Tensor) -> Tensor:
-    """What share (B, M, N) of each anchor lies inside each box."""
+    """Share (B, M, N) of each anchor that lies inside each box."""
     return _intersection(anchors, boxes) / _area(anchors)
 
 

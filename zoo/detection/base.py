@@ -76,7 +76,7 @@ class Detector(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, Lig
             raise ValueError(f"images are {got}, but the model was built for {expected} channels")
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
-        """As ``nn.Module.add_module``. Conversions of BatchNorm, and back, end in it: they put each child in anew."""
+        """Adds a child. Conversions of BatchNorm, and back, end in it: they put each child in anew."""
         super().add_module(name, module)
         if module is not None:
             norms.restore_activations(module)
@@ -86,7 +86,7 @@ class Detector(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, Lig
         return random_targets(images, self.hparams.num_classes, generator)
 
     def train(self, mode: bool = True) -> Self:
-        """As ``nn.Module.train``; BatchNorm whose weights are frozen keeps its statistics as well."""
+        """Sets the mode; BatchNorm whose weights are frozen keeps its statistics as well."""
         super().train(mode)
         for module in batch_norms(self.backbone):
             if self.hparams.freeze_norm or (module.weight is not None and not module.weight.requires_grad):
@@ -125,7 +125,7 @@ class Detector(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, Lig
         loaders.start(self, f"{stage}_ap", new=self._new_metric)
 
     def _new_metric(self) -> CocoAveragePrecision:
-        """What counts an evaluation's detections, by the sizes and classes that the data names."""
+        """The metric of an evaluation's detections, by the sizes and classes that the data names."""
         data = getattr(self._trainer, "datamodule", None)
         counted = (1, 10, 100, max(100, self.hparams.max_detections))  # COCO's, and all that may be detected
         classes = self.classes or names_of(data)

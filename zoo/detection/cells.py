@@ -1,4 +1,4 @@
-"""Where a dense detector predicts: the cells of its maps and the anchors in them; and boxes as it predicts them.
+"""Cells of a dense detector's maps, the anchors in them, and the coding of boxes.
 
 All of it is float32, whatever the precision: in bfloat16 a coordinate of 1,000 pixels is off by up to 4.
 """
@@ -22,7 +22,7 @@ RETINANET_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
 
 
 class Cells(NamedTuple):
-    """Where predictions are made: N anchors, level by level, row by row; anchors of one cell follow each other.
+    """Places of predictions: N anchors, level by level, row by row; anchors of one cell follow each other.
 
     Attributes:
         anchors: (N, 4) xyxy in pixels, float32. FCOS has points, not anchors: squares of one stride around them.
@@ -96,7 +96,7 @@ def make_cells(
 
 
 def anchors_per_cell(head: Head) -> int:
-    """How many anchors a cell has.
+    """The number of anchors of a cell.
 
     Raises:
         ValueError: For an unknown head.
@@ -138,7 +138,7 @@ def decode_deltas(deltas: Tensor, anchors: Tensor, weights: Sequence[float]) -> 
 
 
 def encode_deltas(boxes: Tensor, anchors: Tensor, weights: Sequence[float]) -> Tensor:
-    """What :func:`decode_deltas` turns into ``boxes``, of positive width and height."""
+    """Deltas that :func:`decode_deltas` turns into ``boxes``, which have positive width and height."""
     centers, sizes = (anchors[..., :2] + anchors[..., 2:]) / 2, anchors[..., 2:] - anchors[..., :2]
     shifts = ((boxes[..., :2] + boxes[..., 2:]) / 2 - centers) / sizes
     logs = ((boxes[..., 2:] - boxes[..., :2]) / sizes).log()

@@ -1,4 +1,4 @@
-"""FPNDetector: a dense detector on any timm backbone, its loss, its detections, and how it learns.
+"""FPNDetector: a dense detector on any timm backbone, its loss and its detections.
 
 Deviations. FCOS (Tian et al. 2019) and ATSS (Zhang et al. 2020): the score that has to pass ``score_threshold`` is the
 one that is reported, the geometric mean of class probability and centerness; the released codes compare the class
@@ -273,7 +273,7 @@ class FPNDetector(Detector):
         return sums._replace(positives=positives, box_weight=box_weight).mean(self.hparams.head)
 
     def loss_sums(self, maps: DenseMaps, targets: Sequence[Mapping[str, Any]]) -> LossSums:
-        """What :meth:`loss` divides: the sums of each image."""
+        """Sums of the losses of each image, which :meth:`loss` divides."""
         return self._dense_loss(*self._inputs(maps, targets))
 
     def _inputs(self, maps: DenseMaps, targets: Sequence[Mapping[str, Any]]) -> tuple[Outputs, Cells, Targets, int]:

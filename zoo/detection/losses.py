@@ -1,4 +1,4 @@
-"""What a dense detector learns from, summed image by image: no boolean index, no one-hot target, no wait for a device.
+"""Losses of a dense detector, summed image by image: no boolean index, no one-hot target, no wait for a device.
 
 A cell that is not matched gets values that every root, logarithm and quotient can take, and is masked afterwards: NaN
 times 0 would be NaN in the backward pass.
@@ -189,7 +189,7 @@ def giou_loss(boxes: Tensor, targets: Tensor) -> Tensor:
 
 
 def centerness_of(boxes: Tensor, centers: Tensor) -> Tensor:
-    """How central points (N, 2) lie in boxes (B, N, 4): (B, N) in [0, 1] (Tian et al. 2019, equation 3)."""
+    """Centerness (B, N) in [0, 1] of points (N, 2) in boxes (B, N, 4) (Tian et al. 2019, equation 3)."""
     x, y = centers.unbind(-1)
     x1, y1, x2, y2 = boxes.unbind(-1)
     left, top, right, bottom = x - x1, y - y1, x2 - x, y2 - y

@@ -21,7 +21,7 @@ SWIN = ("swin_transformer", "swin_transformer_v2", "swin_transformer_v2_cr")
 
 
 class Maps:
-    """Which of a backbone's maps make the pyramid, and how to get them.
+    """Selection of a backbone's maps for the pyramid.
 
     Attributes:
         levels: Level of each map, ascending.
@@ -132,7 +132,7 @@ def create_pyramid_backbone(backbone: str | nn.Module, in_channels: int, image_s
 
 
 def _is_for_another_size(model: Any, name: str, in_channels: int, image_size: Any) -> bool:
-    """Whether a timm network takes images of ``image_size`` only if it is built for them.
+    """Tells whether a timm network takes images of ``image_size`` only if it is built for them.
 
     timm says of many that their size is fixed, also of some that adapt to every one: tried out, without memory.
     """

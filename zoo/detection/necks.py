@@ -66,7 +66,7 @@ class FPN(nn.Module):
 
 
 class SingleLevel(nn.Module):
-    """One level, for comparison: the lateral and the output convolution of an FPN on one map of the backbone."""
+    """A single level, for comparison: the lateral and the output convolution of an FPN on one map of the backbone."""
 
     def __init__(self, in_channels: int, channels: int) -> None:
         super().__init__()

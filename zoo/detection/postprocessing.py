@@ -1,4 +1,4 @@
-"""From raw predictions to detections: the best of each level, non-maximum suppression, and back to the original image.
+"""Post-processing of raw predictions: pre-NMS top-k of each level, NMS, and boxes in the original image.
 
 All of it is float32. In bfloat16 boxes of different classes, which are kept apart by shifting them, would meet.
 """
@@ -51,7 +51,7 @@ def suppressed(
     nms_threshold: float,
     max_detections: int,
 ) -> dict[str, Tensor]:
-    """What is left of one image's candidates (n,), best first: those above a score, of each overlap the better one.
+    """Detections of one image, best first: its candidates (n,) above a score, after NMS.
 
     What has no area in the image is none: boxes that lie in the padding beside it end as lines and points at its edge.
 

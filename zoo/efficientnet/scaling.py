@@ -25,7 +25,7 @@ SHALLOWEST = 0.01  # times the family's own depth: no stage has a hundred blocks
 
 
 class Published(NamedTuple):
-    """One of the paper's networks: multipliers of B0's width and depth, image side in pixels, dropout."""
+    """A network of the paper: multipliers of B0's width and depth, image side in pixels, dropout."""
 
     width: float
     depth: float
@@ -47,7 +47,7 @@ PUBLISHED = {
 
 
 class Scale(NamedTuple):
-    """What depth, width and the image's side are multiplied by."""
+    """Multipliers of depth, width and the image's side."""
 
     depth: float
     width: float
@@ -191,7 +191,7 @@ class CompoundScaling:
         return self._largest(lambda phi: self.count(phi, image_size, num_classes).macs, budget, "MACs", least)
 
     def for_params(self, budget: float, image_size: int | None = None, num_classes: int = 1000) -> float:
-        """As :meth:`for_macs`, for parameters, of which an image size changes nothing but how small phi may be."""
+        """The largest phi for so many parameters, as :meth:`for_macs`; an image size only bounds phi from below."""
         if image_size is not None:
             check_resolution(image_size, self.stem_stride)
         side, least = total_stride(self.stem_stride), self.least(image_size)
@@ -216,13 +216,13 @@ class CompoundScaling:
         return low / STEP
 
     def table(self, phis: Iterable[float] = range(8)) -> str:
-        """What each phi makes and costs, as text: a markdown table."""
+        """Size and cost of each phi's network, as text: a markdown table."""
         counted = {phi: self.count(phi) for phi in phis}
         return _table("phi", [(f"{phi:g}", self.at(phi), self.side(phi), cost) for phi, cost in counted.items()])
 
 
 def published_table() -> str:
-    """What each of the paper's networks is and costs, as text: a markdown table."""
+    """Size and cost of the paper's networks, as text: a markdown table."""
     base = CompoundScaling()
     rows = []
     for name, network in PUBLISHED.items():

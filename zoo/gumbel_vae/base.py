@@ -1,4 +1,4 @@
-"""What autoencoders share, whatever their latents: bounds in nats, pictures, and the steps of training."""
+"""Bounds in nats, pictures and steps of autoencoders, whatever their latents."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -158,7 +158,7 @@ class VAE(Latents, SafeLoading, Compilable, Evaluation, Shardable, LightningModu
         return torch.cat(found) - math.log(samples)
 
     def images_at_a_time(self) -> int:
-        """How many images to decode at a time, so that no tensor on the way has more than 8 million values.
+        """The number of images to decode at a time, so that no tensor on the way has more than 8 million values.
 
         That is a matter of the likelihood's maps, 256 for each channel of "categorical", of the decoder's layers and of
         the codebook, each of whose categories has noise of its own for every latent.
@@ -206,7 +206,7 @@ class VAE(Latents, SafeLoading, Compilable, Evaluation, Shardable, LightningModu
         return self._shown(z.flatten(0, 1)).unflatten(0, z.shape[:2])
 
     def variations(self, z: Tensor, numbers: Sequence[int] | None = None) -> Tensor:
-        """Copies of a single z (N, D) that differ from it in one of the first 16 latents: (latents, values, N, D).
+        """Latent traversal of a single z (N, D), one of the first 16 latents at a time: (latents, values, N, D).
 
         Args:
             z: On which all others stay.
@@ -221,7 +221,7 @@ class VAE(Latents, SafeLoading, Compilable, Evaluation, Shardable, LightningModu
 
     @torch.no_grad()
     def traverse(self, z: Tensor) -> Tensor:
-        """Images (latents, values, C, H, W) in [0, 1] of a single z's :meth:`variations`, few at a time."""
+        """Images (latents, values, C, H, W) in [0, 1] of a latent traversal: the :meth:`variations` of a single z."""
         latents, values = min(self.latents, VARIED), len(self.latent_values(z))
         numbers, chunk = range(latents * values), self.images_at_a_time()
         parts = (numbers[start : start + chunk] for start in range(0, len(numbers), chunk))
@@ -265,7 +265,7 @@ class VAE(Latents, SafeLoading, Compilable, Evaluation, Shardable, LightningModu
     # Training.
 
     def training_forward(self, images: Tensor) -> Tensor:
-        """What a training step computes."""
+        """The loss of each image, as a training step computes it."""
         return self.objective(images, *self.knobs().values()).loss
 
     @property
@@ -275,7 +275,7 @@ class VAE(Latents, SafeLoading, Compilable, Evaluation, Shardable, LightningModu
         return trainer.global_step if trainer is not None else 0
 
     def knobs(self) -> dict[str, Tensor]:
-        """What changes over a run, by name, as scalars on the device, so that compiled code need not change."""
+        """Scheduled values by name, as scalars on the device, so that compiled code need not change."""
         hp = self.hparams
         return {"kl_weight": self._scalar(cosine(self.step, 0.0, hp.kl_weight, hp.kl_warmup_steps))}
 
@@ -322,7 +322,7 @@ class VAE(Latents, SafeLoading, Compilable, Evaluation, Shardable, LightningModu
 
     @torch.no_grad()
     def pictures(self, batch: Any) -> dict[str, Tensor]:
-        """What is looked at, in [0, 1].
+        """Pictures in [0, 1]: reconstructions, samples and a latent traversal.
 
         Reconstructions (B, 3, h, 2w) beside their originals; samples of the prior (B, 3, h, w); and "latents", one
         picture (1, 3, H, W) in which the first image has one latent changed at a time, a row for each.

@@ -153,5 +153,5 @@ class GaussianVAE(VAE):
         return self.codes(self._posterior(batches.images(batch)))[..., 0]
 
     def prediction_rows(self, outputs: Tensor) -> list[dict[str, Any]]:
-        """For each image the means, one column each, as :class:`zoo.callbacks.WritePredictions` writes them."""
+        """Rows of :class:`zoo.callbacks.WritePredictions`: the means of each image, one column each."""
         return [{f"mean{i}": f"{value:.6g}" for i, value in enumerate(row)} for row in outputs.float().tolist()]

@@ -191,7 +191,7 @@ class GumbelVAE(VAE):
         return F.one_hot(posterior.argmax(-1), self.categories).to(self.dtype)
 
     def between(self, first: Tensor, second: Tensor, steps: int) -> Tensor:
-        """Of the latents that differ, a growing share in raster order is that of the second."""
+        """Interpolation: of the latents that differ, a growing share in raster order is that of the second."""
         differ = (first != second).any(-1)  # (B, N)
         rank = differ.cumsum(1)
         share = torch.linspace(0, 1, steps, dtype=torch.float32, device=first.device)[:, None]
@@ -231,7 +231,7 @@ class GumbelVAE(VAE):
 
     @property
     def temperature(self) -> float:
-        """Of relaxed samples, at this step."""
+        """Temperature of relaxed samples, at this step."""
         hp = self.hparams
         schedule = SCHEDULES[hp.temperature_schedule]
         return schedule(self.step, hp.temperature, hp.min_temperature, hp.temperature_steps)
@@ -285,7 +285,7 @@ class GumbelVAE(VAE):
         return self.tokens(batches.images(batch))
 
     def prediction_rows(self, outputs: Tensor) -> list[dict[str, Any]]:
-        """For each image its codes, one column each, as :class:`zoo.callbacks.WritePredictions` writes them."""
+        """Rows of :class:`zoo.callbacks.WritePredictions`: the codes of each image, one column each."""
         return [{f"code{i}": code for i, code in enumerate(codes)} for codes in outputs.tolist()]
 
 

@@ -1,4 +1,4 @@
-"""What a decoder's output says of an image: four likelihoods, each a normalised density, in nats and nothing left out.
+"""Likelihoods of images given a decoder's output: four normalised densities, in nats, nothing left out.
 
 Images are (..., C, H, W) in [0, 1], a decoder's parameters (..., M * C, H, W) as they leave it: M maps a channel, those
 of one kind together, as in "all C means, then all C log scales". Everything is computed in float32, or in float64 where
@@ -90,7 +90,7 @@ class Likelihood(ABC):
         return _precise(parameters).unflatten(-3, (M, parameters.shape[-3] // M))
 
     def _nearest(self, images: Tensor) -> Tensor:
-        """Of each value the level's number, 0 to levels - 1, as a float."""
+        """The number of each value's level, 0 to levels - 1, as a float."""
         return (images * (self.levels - 1)).round()
 
     def _image(self, level: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ class Likelihood(ABC):
 
     @abstractmethod
     def _log_prob(self, maps: Tensor, images: Tensor) -> Tensor:
-        """Of each value, (..., C, H, W)."""
+        """Log-likelihood of each value, (..., C, H, W)."""
 
     @abstractmethod
     def _mean(self, maps: Tensor) -> Tensor: ...
@@ -109,7 +109,7 @@ class Likelihood(ABC):
 
 
 def _precise(values: Tensor) -> Tensor:
-    """At least float32."""
+    """Casts to float32, or leaves float64 as it is."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
@@ -288,7 +288,7 @@ class LogitLaplace(Likelihood):
         return self._image(self._position(drawn).floor())
 
     def _position(self, logit: Tensor) -> Tensor:
-        """Where a logit lies on the scale of k + u, 0 to levels."""
+        """The place of a logit on the scale of k + u, 0 to levels."""
         return (torch.sigmoid(logit) - self.EPSILON) * (self.levels / (1 - 2 * self.EPSILON))
 
 

@@ -1,4 +1,4 @@
-"""What a code is used for, over a whole evaluation and all processes: collapse shows here before it does in a loss."""
+"""Use of the codes over a whole evaluation and all processes: collapse shows here before it does in a loss."""
 
 from functools import reduce
 from typing import Any
@@ -14,7 +14,7 @@ Moments = tuple[Tensor, Tensor, Tensor]
 
 
 class ActiveLatents(FullPrecision, Metric):
-    """How many categorical latents say something about the image.
+    """The number of active categorical latents: those that say something about the image.
 
     A latent is active if the mutual information I(x; z_n) = H(mean of q(z_n|x) over x) - mean of H(q(z_n|x)) exceeds a
     threshold. It is the categorical counterpart of Burda et al.'s active units (see :class:`ActiveUnits`): 0 if all
@@ -63,7 +63,7 @@ class ActiveLatents(FullPrecision, Metric):
 
 
 class CodeUsage(FullPrecision, Metric):
-    """How evenly codes are used: exp(H) of their frequencies, which is K if all are used alike, and 1 if one is.
+    """Codebook perplexity: exp(H) of the codes' frequencies, which is K if all are used alike, and 1 if one is.
 
     Frequencies are those of all images since the last reset. A batch's perplexity, or its mean over batches, depends on
     the batch size: a few images cannot use many codes.
@@ -108,7 +108,7 @@ class CodeUsage(FullPrecision, Metric):
 
 
 class ActiveUnits(FullPrecision, Metric):
-    """How many Gaussian latents have a posterior mean that varies with the image: Var_x(E_q[z_n]) above a threshold.
+    """The number of active Gaussian latents, whose posterior mean varies: Var_x(E_q[z_n]) above a threshold.
 
     Burda et al. 2016, "Importance Weighted Autoencoders", arXiv 1509.00519.
 
@@ -148,7 +148,7 @@ class ActiveUnits(FullPrecision, Metric):
         return torch.where(variance.isnan().all(), torch.nan, (variance > self.threshold).sum().float())
 
     def variance(self) -> Tensor:
-        """Each unit's variance over images, (N,), divided by their number. As compute, it is a collective."""
+        """Variance of each unit over images, (N,), divided by their number. As compute, it is a collective."""
         with self.sync_context(should_sync=self.sync_on_compute):
             return self._variance()
 
@@ -161,7 +161,7 @@ class ActiveUnits(FullPrecision, Metric):
 
 
 def _merged(one: Moments, other: Moments) -> Moments:
-    """What both have seen."""
+    """Merges what both have seen."""
     count = one[0] + other[0]
     share = other[0] / count.clamp(min=1)
     difference = other[1] - one[1]

@@ -1,4 +1,4 @@
-"""What predicts removed patches from encoded visible ones: the paper's decoder, and CrossMAE's.
+"""Decoders, which predict removed patches from encoded visible ones: the paper's, and CrossMAE's.
 
 Both take what the encoder made of the visible patches and give predictions for patches that were removed; neither
 computes what the loss does not read.

@@ -77,7 +77,7 @@ def fix_positions(vit: Any) -> None:
 
 
 def encode_visible(vit: Any, patches: Tensor, visible: Tensor) -> list[Tensor]:
-    """What the encoder makes of visible patches: its embeddings and every block's output, the last one normalised.
+    """Encodes visible patches: the embeddings and every block's output, the last one normalised.
 
     Args:
         vit: From :func:`plain_vit`.

@@ -50,7 +50,7 @@ def sincos_positions(grid_size: tuple[int, int], width: int) -> Tensor:
 
 
 def visible_patches(patches: int, mask_ratio: float) -> int:
-    """How many patches stay: floor(L * (1 - mask_ratio)), reckoned in decimals, so that 10 of 100 stay at 0.9.
+    """The number of visible patches: floor(L * (1 - mask_ratio)), reckoned in decimals, so that 10 of 100 stay at 0.9.
 
     (The same expression in floating point leaves 9.)
 
@@ -82,7 +82,7 @@ def take(tokens: Tensor, indices: Tensor) -> Tensor:
 
 
 def normalize_patches(patches: Tensor) -> Tensor:
-    """Each patch (..., pixels) with mean 0 and variance 1, in float32 (section 4.1: the better target)."""
+    """Normalises each patch (..., pixels) to mean 0 and variance 1, in float32 (section 4.1: the better target)."""
     mean, std = _statistics(patches)
     return (patches.float() - mean) / std
 

@@ -1,4 +1,4 @@
-"""MAEPretrainer: a plain ViT as encoder, a decoder that training throws away, and how the two learn."""
+"""MAEPretrainer: a plain ViT as encoder, a decoder that is thrown away after training, and their training."""
 
 import math
 from collections.abc import Sequence
@@ -264,7 +264,7 @@ class MAEPretrainer(SafeLoading, Compilable, Evaluation, Shardable, LightningMod
         batches.check_shape(shape, self.input_shape)
 
     def training_forward(self, images: Tensor) -> Tensor:
-        """What a training step computes, which is less than :meth:`forward`."""
+        """The loss of a training step, which computes less than :meth:`forward`."""
         return self.masked_loss(images)
 
     @torch.no_grad()
@@ -322,7 +322,7 @@ class MAEPretrainer(SafeLoading, Compilable, Evaluation, Shardable, LightningMod
         return self.features(batches.images(batch))
 
     def prediction_rows(self, outputs: Tensor) -> list[dict[str, Any]]:
-        """For each image its features, one column each, as :class:`zoo.callbacks.WritePredictions` writes them."""
+        """Rows of :class:`zoo.callbacks.WritePredictions`: the features of each image, one column each."""
         return [{f"feature{i}": f"{value:.6g}" for i, value in enumerate(row)} for row in outputs.float().tolist()]
 
     def configure_optimizers(self) -> Any:
@@ -332,5 +332,5 @@ class MAEPretrainer(SafeLoading, Compilable, Evaluation, Shardable, LightningMod
 
 
 def make_metrics() -> Any:
-    """What is averaged over an evaluation, by the name it is logged as."""
+    """Metrics of an evaluation, by the name they are logged as."""
     return nn.ModuleDict({"loss": MeanMetric(), "loss_visible": MeanMetric(), "acc_knn": LeaveOneOutKNN()})

@@ -17,7 +17,7 @@ ATTENTIONS = (Attention, AttentionRope, EvaAttention, BeitAttention, RelPosAtten
 
 
 def shows_attention(backbone: Any) -> bool:
-    """Whether each block of a backbone computes one attention between all tokens, which can be seen."""
+    """Tells whether each block of a backbone computes one attention between all tokens, which can be seen."""
     if not isinstance(backbone, TRANSFORMERS):
         return False
     # A class of one's own that is derived from these may compute something else.

@@ -248,7 +248,7 @@ class ViTClassifier(Classifier):
 
     @torch.no_grad()
     def attention_maps(self, images: Tensor) -> dict[str, Tensor]:
-        """Where the network looks, for each patch: non-negative maps (B, h, w) that sum to 1.
+        """Attention maps over patches, non-negative maps (B, h, w) that sum to 1.
 
         These are the weights that the network computes, relative and rotary positions included.
 

@@ -1,4 +1,4 @@
-"""What all estimators share: one method, and what it asks of logits and costs."""
+"""The interface of estimators: one method, and what it asks of logits and costs."""
 
 from collections.abc import Callable
 from typing import ClassVar
@@ -28,7 +28,7 @@ class Estimator(nn.Module):
     binary_only: ClassVar[bool] = False
 
     def evaluations(self, latents: int, categories: int) -> int:
-        """How often f is evaluated for each image."""
+        """The number of evaluations of f for each image."""
         return 1
 
     def expectation(
@@ -78,7 +78,7 @@ class Estimator(nn.Module):
         return self.estimate(full, cost, temperature, generator)
 
     def estimate(self, logits: Tensor, f: Cost, temperature: float | Tensor, generator: Generator | None) -> Tensor:
-        """What :meth:`expectation` returns, for categorical logits in full precision and checked costs."""
+        """The estimate that :meth:`expectation` returns, of categorical logits in full precision and checked costs."""
         raise NotImplementedError
 
 

@@ -40,7 +40,7 @@ class Exact(Estimator):
 
 
 class LocalExpectation(Estimator):
-    """Each latent is summed out exactly, the others kept as sampled (Titsias and Lázaro-Gredilla 2015, section 3).
+    """Exact sums over each latent, the others kept as sampled (Titsias and Lázaro-Gredilla 2015, section 3).
 
     With v_nc = f(z with latent n set to category c), the gradient with respect to the logits of latent n is
     p_n * (v_n - <p_n, v_n>): that of <p_n, v_n> with v held fixed. N * K + 1 evaluations, and little variance.

@@ -51,7 +51,7 @@ class GaussianScoreFunction(nn.Module):
         self.samples = samples
 
     def expectation(self, mean: Tensor, deviation: Tensor, f: Cost, generator: Generator | None = None) -> Tensor:
-        """As :meth:`GaussianPathwise.expectation`, but that costs need no gradient."""
+        """Estimates as :meth:`GaussianPathwise.expectation` does, of costs that need no gradient."""
         mean, deviation = full_precision(mean), full_precision(deviation)
         z = draw_gaussian(mean, deviation, self.samples, generator).detach()
         costs = checked_costs("the score function estimator", z, f(z))

@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 
 
 def full_precision(x: Tensor) -> Tensor:
-    """In float32, or in float64 if it is already."""
+    """Casts to float32, or leaves float64 as it is."""
     return x if x.dtype == torch.float64 else x.float()
 
 

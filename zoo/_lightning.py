@@ -52,15 +52,6 @@ PRIVATE = {
     "core.module.LightningModule": ("_on_before_batch_transfer", "_trainer"),
     "strategies.ddp.DDPStrategy": ("_timeout",),
     "strategies.model_parallel.ModelParallelStrategy": ("_data_parallel_size",),
-    "cli.LightningCLI": (
-        "_add_subcommands",
-        "_parse_ckpt_path",
-        "_parser",
-        "_prepare_subcommand_parser",
-        "_run_subcommand",
-        "_set_seed",
-        "_subcommand_method_arguments",
-    ),
     "utilities.model_helpers": ("_restricted_classmethod",),
 }
 """What Lightning keeps private and we need, by where it lies under Lightning's package.

@@ -11,7 +11,7 @@ averages them.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -19,7 +19,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
 from zoo._lightning import NAMESPACE
-from zoo.common.protocols import Entered
 
 if TYPE_CHECKING or NAMESPACE == "lightning":
     from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
@@ -54,6 +53,14 @@ class FSDP2Strategy(ModelParallelStrategy):
 
 if "fsdp2" not in StrategyRegistry:
     StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2 over all processes")
+
+
+@runtime_checkable
+class Entered(Protocol):
+    """A block with other methods than ``forward`` that have to gather its weights where these are split."""
+
+    entered: Sequence[str]
+    """Names of the methods."""
 
 
 class Shardable:

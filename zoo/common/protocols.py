@@ -1,7 +1,7 @@
 """What modules, callbacks, data and the command line may ask of each other.
 
 Each is a protocol: whoever has its members is understood, without deriving from anything of ours. What is not here is
-not asked for.
+not asked for; what is asked of blocks of weights that are split stands in :mod:`zoo.sharding`.
 """
 
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
@@ -175,14 +175,6 @@ class StatesMaps(Protocol):
     strides: Sequence[int]
     """Of each map, in pixels."""
     channels: Sequence[int]
-
-
-@runtime_checkable
-class Entered(Protocol):
-    """A block with other methods than ``forward`` that have to gather its weights where these are split."""
-
-    entered: Sequence[str]
-    """Names of the methods."""
 
 
 # Modules and data: classes.

@@ -24,6 +24,39 @@ MONITORS = {
     "ReduceLROnPlateau": r"ReduceLROnPlateau conditioned on metric (.+?) which is not available\..*are: \[(.*?)\]",
 }
 
+WORKER_DIED = (
+    "a worker of the data's loader was killed or has died, most often because memory ran out: set a smaller "
+    "--data.num_workers or --data.batch_size; with --data.num_workers 0 it fails with an error of its own"
+)
+# What libraries find out on the way, in words that say what to do.
+REWORDED = {
+    r"DataLoader worker \(pid.*?\) (?:is killed by signal|exited unexpectedly)": WORKER_DIED,
+    r"DataLoader timed out after (\S+) seconds": (
+        "the data's loader had no batch for {} seconds: a worker hangs, or its disk or network does; with "
+        "--data.num_workers 0 one sees where, and a class's loader_timeout sets how long is waited"
+    ),
+    r"Missing key in checkpoint state_dict: optimizer_\d+\.param_groups": (
+        "the optimizer's parameters are in other groups than those of the checkpoint, a folder: continue with the "
+        "options it was started with, or start a new run from its weights with --model.weights FILE"
+    ),
+    # load_state_dict answers a checkpoint of another network with a page of parameter names.
+    r"Error\(s\) in loading state_dict for (\w+):\s*(.{,120})": (
+        "the checkpoint is not one of this {}; to start a new run from its weights: zoo fit --model.weights FILE. "
+        "{} ..."
+    ),
+    r"Expected more than 1 value per channel when training": (  # torch's BatchNorm
+        "the last feature map of a batch of one small image has a single pixel, which leaves BatchNorm nothing to "
+        "normalise by: set a larger batch_size or image_size, and drop_last for the rest of an epoch"
+    ),
+    r"\s*`val_check_interval` \((\d+)\) must be less than or equal to .*? \((\d+)\)": (
+        "val_check_interval is {0}, and an epoch has {1} training batches: set {1} at most, or a share such as 0.5; "
+        "with check_val_every_n_epoch null, batches are counted on from epoch to epoch"
+    ),
+    r"Found more than one stateful callback of type `(\w+)`": (
+        "a checkpoint cannot tell two {} with the same settings apart: leave one out, or change them"
+    ),
+}
+
 
 class Mistake(Exception):
     """A wrong argument or configuration. Its text is all that the user needs to see.
@@ -78,7 +111,7 @@ def explain(message: str, owner: str | None, options: list[str], classes: dict[s
         if not found[1].startswith("-"):
             return f"unexpected argument {found[1]!r}; recipes come first, or behind -c", found[1]
         return f"unknown option {found[1]}{did_you_mean(found[1], [f'--{option}' for option in options])}", found[1]
-    if found := re.match(r"(?:Group '(?P<group>\S+)'.*|Subcommand.*)?[Oo]ption '(?P<option>[\w.]+)'", message):
+    if found := re.match(r"(?:Group '(?P<group>\S+)'.*)?[Oo]ption '(?P<option>[\w.]+)'", message):
         option = ".".join(filter(None, (found["group"], found["option"])))
         if owner in ("LightningModule", "LightningDataModule"):
             kind = "model" if owner == "LightningModule" else "data"
@@ -156,70 +189,32 @@ def _line_of(way: list[str], node: yaml.Node | None) -> int | None:
 
 def on_purpose(error: BaseException) -> str | None:
     """The message of an exception that was raised for the user to read, by this project or a library; else None."""
-    frames = traceback.extract_tb(error.__traceback__)
-    if line := _of_settings(str(error)):
-        return line
-    if _is_ours(frames[-1].filename) and _was_raised(error):
-        return str(error)
-    # A DataLoader re-raises what happened in a worker with the worker's traceback as its message.
-    if found := re.match(r"Caught (\w+) in DataLoader worker process", str(error)):
-        raised = re.findall(r'File "(.+?)", line \d+, in .*\n +(.*)', str(error))[-1:]
-        if raised and _is_ours(raised[0][0]) and raised[0][1].startswith("raise"):
-            return re.split(rf"\n(?:[\w.]+\.)?{found[1]}: ", str(error))[-1].strip()
-    # What became of a loader's worker: torch's messages say neither why nor what to do. The second form is that of one
-    # that dies while a batch is being taken from it.
-    if re.match(r"DataLoader worker \(pid.*?\) (is killed by signal|exited unexpectedly)", str(error)) or (
-        isinstance(error, ConnectionError | EOFError)
-        and any(frame.filename.endswith("torch/multiprocessing/reductions.py") for frame in frames)
-    ):
-        return (
-            "a worker of the data's loader was killed or has died, most often because memory ran out: set a smaller "
-            "--data.num_workers or --data.batch_size; with --data.num_workers 0 it fails with an error of its own"
-        )
-    if found := re.match(r"DataLoader timed out after (\S+) seconds", str(error)):
-        return (
-            f"the data's loader had no batch for {found[1]} seconds: a worker hangs, or its disk or network does; with "
-            "--data.num_workers 0 one sees where, and a class's loader_timeout sets how long is waited"
-        )
-    if re.match(r"Missing key in checkpoint state_dict: optimizer_\d+\.param_groups", str(error)):
-        return (
-            "the optimizer's parameters are in other groups than those of the checkpoint, a folder: continue with the "
-            "options it was started with, or start a new run from its weights with --model.weights FILE"
-        )
-    # load_state_dict answers a checkpoint of another network with a page of parameter names.
-    if found := re.match(r"Error\(s\) in loading state_dict for (\w+):\s*(.{,120})", str(error)):
-        return (
-            f"the checkpoint is not one of this {found[1]}; to start a new run from its weights: zoo fit "
-            f"--model.weights FILE. {found[2]} ..."
-        )
-    if str(error).startswith("Expected more than 1 value per channel when training"):  # torch's BatchNorm
-        return (
-            "the last feature map of a batch of one small image has a single pixel, which leaves BatchNorm nothing to "
-            "normalise by: set a larger batch_size or image_size, and drop_last for the rest of an epoch"
-        )
-    if isinstance(error, UnicodeEncodeError) and error.encoding == "ascii":
-        return f"this locale does not have the letters of {error.object}: set PYTHONUTF8=1"
-    if isinstance(error, OSError) and frames[-1].name in ("makedirs", "mkdir"):
-        return f"the folder {error.filename} cannot be made: {error.strerror}"
-    if type(error).__name__ == "MisconfigurationException" or _is_a_librarys(error):
-        return " ".join(str(error).split())
-    return None
-
-
-def _of_settings(said: str) -> str | None:
-    """What Lightning finds out about settings on the way, in fewer words."""
+    said, frames = str(error), traceback.extract_tb(error.__traceback__)
     for who, pattern in MONITORS.items():
         if found := re.match(pattern, said, re.DOTALL):
             there = [name for name in re.findall(r"['`](.+?)['`]", found[2]) if name not in ("epoch", "step")]
             hint = did_you_mean(found[1], there) or f"; there are {', '.join(there) or 'none'}"
             return f"{who} monitors {found[1]!r}, and there is no such metric{hint}"
-    if found := re.match(r"\s*`val_check_interval` \((\d+)\) must be less than or equal to .*? \((\d+)\)", said):
-        return (
-            f"val_check_interval is {found[1]}, and an epoch has {found[2]} training batches: set {found[2]} at most, "
-            "or a share such as 0.5; with check_val_every_n_epoch null, batches are counted on from epoch to epoch"
-        )
-    if found := re.match(r"Found more than one stateful callback of type `(\w+)`", said):
-        return f"a checkpoint cannot tell two {found[1]} with the same settings apart: leave one out, or change them"
+    for pattern, text in REWORDED.items():
+        if found := re.match(pattern, said):
+            return text.format(*found.groups())
+    if _is_ours(frames[-1].filename) and _was_raised(error):
+        return said
+    # A DataLoader re-raises what happened in a worker with the worker's traceback as its message.
+    if found := re.match(r"Caught (\w+) in DataLoader worker process", said):
+        raised = re.findall(r'File "(.+?)", line \d+, in .*\n +(.*)', said)[-1:]
+        if raised and _is_ours(raised[0][0]) and raised[0][1].startswith("raise"):
+            return re.split(rf"\n(?:[\w.]+\.)?{found[1]}: ", said)[-1].strip()
+    # A worker that dies while a batch is being taken from it.
+    receiving = any(frame.filename.endswith("torch/multiprocessing/reductions.py") for frame in frames)
+    if isinstance(error, ConnectionError | EOFError) and receiving:
+        return WORKER_DIED
+    if isinstance(error, UnicodeEncodeError) and error.encoding == "ascii":
+        return f"this locale does not have the letters of {error.object}: set PYTHONUTF8=1"
+    if isinstance(error, OSError) and frames[-1].name in ("makedirs", "mkdir"):
+        return f"the folder {error.filename} cannot be made: {error.strerror}"
+    if type(error).__name__ == "MisconfigurationException" or _is_a_librarys(error):
+        return " ".join(said.split())
     return None
 
 

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 Results = Mapping[str, Mapping[str, Sequence[float]]]
 """By variant and metric, one value for each seed."""
-Train = Callable[[Mapping[str, Sequence[str]], str], Results]
+Train = Callable[[Mapping[str, Sequence[str]], str | None], Results]
 """Trains variants with all seeds. It takes the options of each, such as ``["--model.lr", "0.1"]``, by a name that makes
-a good directory, and the metric that the runs are for: one that ends without it is a failure."""
+a good directory, and the metric that the runs are for, if it is one: a run that ends without it is a failure."""
 
 
 class Recipe(NamedTuple):
@@ -42,9 +42,9 @@ class Study(NamedTuple):
     name: str
     summary: str  # its line in zoo --help
     text: str  # what its own help says that it does
-    does: str  # in a verb and the class of the models it takes, "trains a GumbelVAE"
-    recipes: str  # which recipes it takes, for its help
-    sets: Sequence[str]  # the arguments of the data that it sets
     run: Callable[..., Page]  # of a Recipe and the values of its own options, by name
+    does: str = ""  # in a verb and the class of the models it takes, "trains a GumbelVAE"; empty for all
+    recipes: str = ""  # which recipes it takes, for its help
+    sets: Sequence[str] = ()  # the arguments of the data that it sets
     seeds: int = 3  # runs of each variant, unless somebody says otherwise
     options: Mapping[str, Mapping[str, Any]] = {}  # its own, --step by the name step: arguments of add_argument

@@ -9,7 +9,7 @@ COMMANDS: dict[str, Command] = {
         *train.COMMANDS,
         *benchmark.COMMANDS,
         cost.COMMAND,
-        sweep.COMMAND,
+        sweep.command_of(sweep.SWEEP),
         *sweep.of_techniques(),
         listing.COMMAND,
     )

@@ -64,6 +64,7 @@ class Arguments(ArgumentParser):
 
     def __init__(self, command: str, usage: str, text: str, end: str = "") -> None:
         layout: Any = partial(RawDescriptionHelpFormatter, max_help_position=28, width=118)
+        usage = usage.replace("%", "%%")
         super().__init__(f"zoo {command}", f"zoo {command} {usage}", text, end, formatter_class=layout, add_help=False)
         self.allow_abbrev = False
 

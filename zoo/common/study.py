@@ -48,3 +48,17 @@ class Study(NamedTuple):
     sets: Sequence[str] = ()  # the arguments of the data that it sets
     seeds: int = 3  # runs of each variant, unless somebody says otherwise
     options: Mapping[str, Mapping[str, Any]] = {}  # its own, --step by the name step: arguments of add_argument
+
+
+def spread(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation; of one value 0."""
+    from statistics import mean, stdev  # here: every command would wait for it
+
+    return mean(values), stdev(values) if len(values) > 1 else 0.0
+
+
+def spread_text(values: Sequence[float], digits: int, scale: float = 1.0) -> str:
+    """``0.98 ± 0.01``, or of one value ``0.98``."""
+    middle, deviation = spread(values)
+    text = f"{scale * middle:.{digits}f}"
+    return f"{text} ± {scale * deviation:.{digits}f}" if len(values) > 1 else text

@@ -5,10 +5,10 @@ Both train many small networks by one recipe, each some seeds. ``commands.py`` d
 
 import math
 from collections.abc import Mapping, Sequence
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
-from zoo.common.study import Page, Train
+from zoo.common.study import Page, Train, spread, spread_text
 from zoo.efficientnet.scaling import CompoundScaling
 
 EQUAL = 0.8  # of the budget: less is not called equal cost
@@ -66,7 +66,7 @@ def search(base: CompoundScaling, train: Train, num_classes: int = 1000, step: f
     by_gamma: dict[str, list[tuple[float, float, float]]] = {}
     for name, scaling in tried.items():
         series = by_gamma.setdefault(f"gamma {scaling.gamma:.4g}", [])
-        series.append((scaling.beta, *_spread(results[name]["val/acc"])))
+        series.append(_point(scaling.beta, results[name]["val/acc"]))
     return Page(lines, by_gamma, "beta; alpha is what is left of alpha · beta² · gamma² = 2", "validation accuracy, %")
 
 
@@ -122,7 +122,7 @@ def compare(
             f"{mean(results[name]['test/loss']):.4f} |"
         )
         for points in series.values() if way == "base" else [series[way]]:
-            points.append((cost.macs / 1e6, *_spread(accuracies)))
+            points.append(_point(cost.macs / 1e6, accuracies))
     lines += ["", note] if note else []
     return Page(lines, series, "million multiply-accumulates an image", "test accuracy, %", log_x=True)
 
@@ -169,11 +169,11 @@ def _variants(networks: Mapping[str, tuple[CompoundScaling, float]]) -> dict[str
     return variants
 
 
-def _spread(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard deviation in percent."""
-    return 100 * mean(values), 100 * stdev(values) if len(values) > 1 else 0.0
+def _point(x: float, values: Sequence[float]) -> tuple[float, float, float]:
+    """Of the plot, in percent."""
+    middle, deviation = spread(values)
+    return x, 100 * middle, 100 * deviation
 
 
 def _percent(values: Sequence[float]) -> str:
-    middle, spread = _spread(values)
-    return f"{middle:.2f} ± {spread:.2f} %" if len(values) > 1 else f"{middle:.2f} %"
+    return f"{spread_text(values, 2, scale=100)} %"

@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from zoo import weights
 from zoo.common import batch as batches
 from zoo.common.protocols import HasNats
-from zoo.common.study import Page, Recipe, Results
+from zoo.common.study import Page, Recipe, Results, spread, spread_text
 from zoo.gumbel_vae import estimators as known
 from zoo.gumbel_vae.estimators.exact import MOST_STATES
 from zoo.gumbel_vae.gumbel import GumbelVAE
@@ -52,9 +52,7 @@ def compare(recipe: Recipe, estimators: Sequence[str] | None = None) -> Page:
     measured = _measured(recipe, names)
     points = {}
     for name, metrics in results.items():
-        losses = _losses(metrics)
-        error = stdev(losses) if len(losses) > 1 else 0.0
-        points[name] = [(measured["milliseconds"][name], mean(losses), error)]
+        points[name] = [(measured["milliseconds"][name], *spread(_losses(metrics)))]
     lines = [*_table(results, measured, arguments["iw_samples"]), "", *_notes(measured)]
     return Page(lines, points, "ms a training step", "-ELBO of the test data, nats an image", log_x=True)
 
@@ -189,8 +187,8 @@ def _table(results: Results, measured: Mapping[str, Any], samples: int) -> list[
         cells = [
             name,
             "of another bound" if name == "vimco" else "yes" if known.ESTIMATORS[name].unbiased else "no",
-            _spread(losses),
-            _spread([-value for value in metrics["test/log_likelihood"]]),
+            spread_text(losses, 2),
+            spread_text([-value for value in metrics["test/log_likelihood"]], 2),
             f"{mean(metrics['test/kl']):.2f}",
             f"{mean(metrics['test/active_latents']):.1f}",
             f"{measured['milliseconds'][name]:.2f}",
@@ -226,7 +224,3 @@ def _temperature(found: Mapping[str, float]) -> str:
 
 def _losses(metrics: Mapping[str, Sequence[float]]) -> list[float]:
     return [-value for value in metrics["test/elbo"]]
-
-
-def _spread(values: Sequence[float]) -> str:
-    return f"{mean(values):.2f} ± {stdev(values):.2f}" if len(values) > 1 else f"{mean(values):.2f}"

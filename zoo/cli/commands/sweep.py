@@ -13,7 +13,7 @@ from zoo.cli import plots
 from zoo.cli.arguments import RECIPE, STRICT, Arguments, Asked, Command, Line, positive
 from zoo.cli.mistakes import Mistake
 from zoo.cli.sweep import sweep_seeds
-from zoo.common.study import Page, Recipe, Results, Study
+from zoo.common.study import Page, Recipe, Results, Study, spread, spread_text
 
 END = "Every other option is one of zoo fit, and goes to all runs: --trainer.max_epochs 20"
 VALUE = re.compile(r"(?:\[[^\]]*\]|\{[^}]*\}|[^,\[{])+")  # a comma inside of brackets is not between values
@@ -113,26 +113,14 @@ def _page(axes: Mapping[str, Sequence[str]], results: Results, metric: str | Non
     metric = metric or next((name for name in metrics if name.startswith("test/")), metrics[0])
     lines = [f"| {' | '.join([*axes, *metrics])} |", "|---" * (len(axes) + len(metrics)) + "|"]
     for values, found in zip(product(*axes.values()), results.values(), strict=True):
-        lines.append(f"| {' | '.join([*values, *(_cell(found[name]) for name in metrics)])} |")
+        lines.append(f"| {' | '.join([*values, *(spread_text(found[name], 4) for name in metrics)])} |")
     if len(axes) > 1:
         return Page(lines, {}, "", "")
     ((options, ticks),) = axes.items()
     numbers = all(NUMBER.fullmatch(tick) for tick in ticks)
     places = [float(tick) if numbers else float(place) for place, tick in enumerate(ticks)]
-    points = [(x, *_spread(found[metric])) for x, found in zip(places, results.values(), strict=True)]
+    points = [(x, *spread(found[metric])) for x, found in zip(places, results.values(), strict=True)]
     return Page(lines, {metric: points}, options, metric, ticks=() if numbers else ticks)
-
-
-def _spread(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard deviation."""
-    from statistics import mean, stdev  # here: every command would wait for it
-
-    return mean(values), stdev(values) if len(values) > 1 else 0.0
-
-
-def _cell(values: Sequence[float]) -> str:
-    middle, spread = _spread(values)
-    return f"{middle:.4f} ± {spread:.4f}" if len(values) > 1 else f"{middle:.4f}"
 
 
 OVER = (

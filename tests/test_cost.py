@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from zoo import EfficientNetClassifier, MAEPretrainer, ViTClassifier
 from zoo._lightning import LightningModule
 from zoo.cli import main
+from zoo.cli.plan import parse
 from zoo.cli.recipes import recipes
 from zoo.common.cost import Cost, count
 
@@ -299,6 +300,15 @@ def test_models_of_others(capsys):
 )
 def test_mistakes_get_one_line(args, expected, capsys):
     assert expected in refused(capsys, *args)
+
+
+def test_a_model_built_to_be_looked_at_says_what_the_plan_says():
+    """A benchmark's peer is compiled where the recipe is, though what it is made like is not."""
+    plan = parse("fit", [str(recipes()["vit/digits"])], ["--model.compile=true"])
+    model = plan.model("meta")
+    assert model.hparams["compile"] is True
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert plan.config.model.init_args.compile is True
 
 
 def test_help(capsys):

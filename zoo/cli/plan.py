@@ -85,13 +85,15 @@ class Plan:
         return self._data
 
     def model(self, device: str) -> Any:
-        """The model, without its weights; on the meta device it is not compiled."""
+        """The model, without its weights; on the meta device it is not compiled. Its hparams say what the plan does."""
         config = self.config.model.clone()
-        for name, value in {"weights": None, **({"compile": False} if device == "meta" else {})}.items():
-            if name in config.get("init_args", {}):
-                config.init_args[name] = value
+        others = {"weights": None} | ({"compile": False} if device == "meta" else {})
+        planned = {name: config.init_args[name] for name in others if name in config.get("init_args", {})}
+        for name in planned:
+            config.init_args[name] = others[name]
         with torch.device(device):
             built = self.build(model=config).model
+        built.hparams.update({name: value for name, value in planned.items() if name in built.hparams})
         return built.to(device)  # what came from elsewhere, such as a NumPy array
 
     def trainer_settings(self) -> dict[str, Any]:

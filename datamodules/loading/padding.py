@@ -12,7 +12,7 @@ from datamodules.transforms.detection import Target
 def pad_batch(
     samples: Sequence[tuple[Tensor, Target]], multiple: int = 32, sizes: Sequence[tuple[int, int]] = ()
 ) -> tuple[Tensor, list[Target]]:
-    """Pads images of any size (C, h, w) with 0 at the bottom and right, to one tensor (B, C, H, W).
+    """Images of any size (C, h, w), padded with 0 at the bottom and right to one tensor (B, C, H, W).
 
     Args:
         samples: ``(image, target)`` each.

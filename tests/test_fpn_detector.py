@@ -22,7 +22,7 @@ from zoo import FPNDetector
 from zoo._lightning import Callback, Trainer
 from zoo.common.cost import count
 from zoo.detection import DenseMaps, SimpleFeaturePyramid, SingleLevel, assign, pad_targets
-from zoo.detection.postprocessing import suppressed, to_original
+from zoo.detection.postprocessing import non_maximum_suppression, to_original
 from zoo.metrics.average_precision import CocoAveragePrecision
 
 HEADS = ("fcos", "atss", "retinanet")
@@ -571,7 +571,7 @@ def test_suppression_keeps_80_classes_apart_at_1333_pixels_under_autocast():
     labels = torch.arange(80)
     labels = torch.cat([labels, labels, (labels + 1) % 80])
     with torch.autocast("cpu", torch.bfloat16):
-        found = suppressed(everything, scores, labels, (1333, 1333), 0.05, 0.6, 1000)
+        found = non_maximum_suppression(everything, scores, labels, (1333, 1333), 0.05, 0.6, 1000)
     assert torch.equal(found["boxes"], torch.cat([boxes, boxes]))
     assert torch.equal(found["labels"], torch.cat([labels[:80], labels[160:]]))
     # Why: shifted by class in bfloat16, as torchvision would shift them, others would be left.
@@ -1011,7 +1011,7 @@ def test_what_has_no_area_in_the_image_is_not_detected(size):
     boxes = torch.cat([low, low + torch.rand(4000, 2) * 40], 1)
     boxes[:50, 2:] = boxes[:50, :2]  # points
     scores, labels = torch.rand(4000), torch.randint(0, 3, (4000,))
-    found = suppressed(boxes, scores, labels, size, 0.05, 1.0, 4000)
+    found = non_maximum_suppression(boxes, scores, labels, size, 0.05, 1.0, 4000)
     meets = (boxes[:, 2:].minimum(torch.tensor(size[::-1])) > boxes[:, :2].clamp(min=0)).all(1)
     assert len(found["boxes"]) == (meets & (scores > 0.05)).sum() > 0
     assert (found["boxes"][:, 2:] > found["boxes"][:, :2]).all()

@@ -139,7 +139,7 @@ class Classifier(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, L
     hparams: Any  # Lightning calls it a mapping, and makes its keys attributes
 
     def make_metrics(self) -> None:
-        """Checks the choices about labels, and makes what counts and mixes them."""
+        """Checks the choices about labels, and creates metrics, mixup and logs."""
         hp = self.hparams
         least = 1 if hp.multi_label else 2
         if hp.num_classes < least:

@@ -1,4 +1,4 @@
-"""Evaluations over several loaders: what is counted of each apart, and the names it is logged by.
+"""Evaluations over several loaders: metrics of each apart, and the names they are logged by.
 
 They are Lightning's: ``val/acc`` of a single loader, ``val/acc/dataloader_idx_0`` and so on of several. What callbacks
 monitor is found either way: of several loaders the first is also ``val/acc`` in ``callback_metrics``.
@@ -62,7 +62,7 @@ def attribute(name: str, dataloader_idx: int) -> str:
 
 
 def start(module: Any, *names: str, new: Callable[[], nn.Module] | None = None) -> None:
-    """Sets what counts an evaluation to nothing, for each loader: an interrupted one leaves counts behind.
+    """Resets an evaluation's metrics, for each loader: an interrupted one leaves counts behind.
 
     Args:
         module: The LightningModule.

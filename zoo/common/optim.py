@@ -1,4 +1,4 @@
-"""Optimizers and schedules: who decays, who learns how fast, and when.
+"""Optimizers, parameter groups and learning-rate schedules.
 
 Layer decay is part of each parameter group's own learning rate. timm keeps it beside, as ``lr_scale``, which only its
 own schedulers read: under a scheduler of torch every layer would silently learn at the same rate.

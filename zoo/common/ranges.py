@@ -1,4 +1,4 @@
-"""Options out of range are refused when a module is built, by name and with what would be in it."""
+"""Range checks of options when a module is built, by name and with what would be in range."""
 
 import math
 from collections.abc import Mapping

@@ -43,7 +43,7 @@ class Detector(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, Lig
     metric_text = staticmethod(in_words)
 
     def make_metrics(self) -> None:
-        """Makes what counts and logs."""
+        """Creates metrics and logs."""
         self.step_log, self.label_watch = StepLog(), LabelWatch()
         self.val_losses, self.test_losses = TotalLosses(), TotalLosses()
 
@@ -66,7 +66,7 @@ class Detector(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, Lig
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the images that ``zoo cost`` counts for."""
+        """Shape (C, H, W) of the images that ``zoo cost`` counts for."""
         return self.hparams.in_channels, *to_2tuple(self.hparams.image_size)
 
     def check_images(self, shape: Sequence[int]) -> None:
@@ -147,7 +147,7 @@ class Detector(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, Lig
         ap.update(self.detect(maps, sizes, originals), true)
 
     def end_evaluation(self, stage: str) -> None:
-        """Logs what was counted of each loader."""
+        """Logs losses and average precision of each loader."""
         for index in loaders.numbers(self._trainer):
             losses, ap = (loaders.metric(self, f"{stage}_{name}", index) for name in ("losses", "ap"))
             loaders.report(self, self._scores(stage, losses, ap), index)

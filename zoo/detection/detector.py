@@ -27,7 +27,7 @@ from zoo.detection.losses import BoxLoss, LossSums, dense_loss, mark_sizes
 from zoo.detection.maps import Maps, create_pyramid_backbone, freeze_stages
 from zoo.detection.necks import ExtraFrom, Neck, create_neck
 from zoo.detection.peers import PEERS
-from zoo.detection.postprocessing import best_candidates, suppressed, to_original
+from zoo.detection.postprocessing import non_maximum_suppression, pre_nms_top_k, to_original
 from zoo.weights import load as load_weights
 
 HeadNorm = Literal["group", "none"]
@@ -277,7 +277,7 @@ class FPNDetector(Detector):
         return self._dense_loss(*self._inputs(maps, targets))
 
     def _inputs(self, maps: DenseMaps, targets: Sequence[Mapping[str, Any]]) -> tuple[Outputs, Cells, Targets, int]:
-        """The arguments of the loss, and in how many parts its batch is matched."""
+        """The arguments of the loss, and the number of parts in which its batch is matched."""
         outputs = (maps.logits, maps.boxes, maps.centerness)
         cells, padded = self.cells(maps), pad_targets(targets, maps.logits.device)
         padded = padded._replace(labels=self.label_watch(self, padded.labels, self.hparams.num_classes))
@@ -317,7 +317,7 @@ class FPNDetector(Detector):
         sizes: Sequence[tuple[int, int]] | None = None,
         original_sizes: Sequence[tuple[int, int]] | None = None,
     ) -> list[dict[str, Tensor]]:
-        """The objects in images, best first.
+        """Detections in images, best first.
 
         Args:
             images: (B, C, H, W), normalised; or what :meth:`forward` gave for them.
@@ -332,9 +332,11 @@ class FPNDetector(Detector):
         hp = self.hparams
         sizes = [maps.image_size] * len(maps.logits) if sizes is None else sizes
         outputs = (maps.logits, maps.boxes, maps.centerness)
-        candidates = best_candidates(hp.head, *outputs, self.cells(maps), hp.top_candidates)
+        candidates = pre_nms_top_k(hp.head, *outputs, self.cells(maps), hp.top_candidates)
         found = [
-            suppressed(boxes, scores, labels, size, hp.score_threshold, hp.nms_threshold, hp.max_detections)
+            non_maximum_suppression(
+                boxes, scores, labels, size, hp.score_threshold, hp.nms_threshold, hp.max_detections
+            )
             for boxes, scores, labels, size in zip(*candidates, sizes, strict=True)
         ]
         if original_sizes is not None:

@@ -45,7 +45,7 @@ class ConvNormAct(nn.Module):
 
 
 class DenseHead(nn.Module):
-    """Two towers of convolutions, shared by all levels, and what they predict for each anchor of each cell.
+    """Two towers of convolutions, shared by all levels, and predictions for each anchor of each cell.
 
     Initial values are RetinaNet's (Lin et al. 2017, section 4.1): normal with deviation 0.01, and a bias by which
     everything has a probability of 0.01.

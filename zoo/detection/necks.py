@@ -1,4 +1,4 @@
-"""Necks: what makes maps of a pyramid's levels out of the backbone's maps."""
+"""Necks: maps of a pyramid's levels out of the backbone's maps."""
 
 from collections.abc import Sequence
 from typing import Literal

@@ -11,10 +11,10 @@ from zoo.detection.cells import Cells, Head
 from zoo.detection.losses import decode
 
 
-def best_candidates(
+def pre_nms_top_k(
     head: Head, logits: Tensor, boxes: Tensor, centerness: Tensor | None, cells: Cells, count: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The ``count`` best pairs of cell and class of each level: boxes (B, n, 4) xyxy, scores (B, n), labels (B, n).
+    """Pre-NMS top-k of each level, pairs of cell and class: boxes (B, n, 4) xyxy, scores (B, n), labels (B, n).
 
     A score is the probability of the class, or its geometric mean with the centerness where there is one.
 
@@ -42,7 +42,7 @@ def best_candidates(
     return torch.cat(all_boxes, 1), torch.cat(all_scores, 1), torch.cat(all_labels, 1)
 
 
-def suppressed(
+def non_maximum_suppression(
     boxes: Tensor,
     scores: Tensor,
     labels: Tensor,
@@ -56,7 +56,7 @@ def suppressed(
     What has no area in the image is none: boxes that lie in the padding beside it end as lines and points at its edge.
 
     Args:
-        boxes, scores, labels: One image's of :func:`best_candidates`.
+        boxes, scores, labels: One image's of :func:`pre_nms_top_k`.
         size: (height, width) that boxes end at.
         score_threshold, nms_threshold, max_detections: See :class:`zoo.FPNDetector`.
     """
@@ -68,7 +68,7 @@ def suppressed(
 
 
 def to_original(boxes: Tensor, size: tuple[int, int], original: tuple[int, int]) -> Tensor:
-    """Boxes (n, 4) xyxy in pixels of an image resized to ``size``, (height, width), in pixels of the original."""
+    """Converts boxes (n, 4) xyxy from pixels of an image resized to ``size``, (height, width), to the original's."""
     if tuple(size) == tuple(original):
         return boxes
     y, x = original[0] / size[0], original[1] / size[1]

@@ -1,4 +1,4 @@
-"""The LightningModule: a network by the table or by the rule, and what it is trained with."""
+"""EfficientNetClassifier: a network by the table or by the rule, and its training."""
 
 import math
 from collections.abc import Sequence
@@ -200,7 +200,7 @@ class EfficientNetClassifier(Classifier):
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the images it is meant for."""
+        """Shape (C, H, W) of the images it is meant for."""
         return self.hparams.in_channels, *to_2tuple(self.hparams.image_size)
 
     def check_images(self, shape: Sequence[int]) -> None:

@@ -62,7 +62,7 @@ class VAE(Latents, SafeLoading, Compilable, Evaluation, Shardable, LightningModu
     categories = 1  # of each latent, where they are categorical
 
     def build(self, encoder_outputs: int, decoder_inputs: int) -> None:
-        """Networks, likelihood and metrics, out of ``self.hparams``."""
+        """Builds networks, likelihood and metrics, out of ``self.hparams``."""
         hp = self.hparams
         check_training(hp)
         check_ranges(
@@ -102,7 +102,7 @@ class VAE(Latents, SafeLoading, Compilable, Evaluation, Shardable, LightningModu
         self.val_metrics, self.test_metrics = self._metrics(), self._metrics()
 
     def start(self, weights: str | None, compile: bool) -> None:
-        """The end of a constructor."""
+        """Ends a constructor: loads weights, and compiles."""
         if weights is not None:
             rank_zero_info(str(load_weights(self, weights)))
         if compile:
@@ -173,7 +173,7 @@ class VAE(Latents, SafeLoading, Compilable, Evaluation, Shardable, LightningModu
 
     @torch.no_grad()
     def sample(self, n: int, pixels: Literal["mean", "drawn"] = "mean") -> Tensor:
-        """Images (n, C, H, W) in [0, 1] of z from the prior.
+        """Samples (n, C, H, W) in [0, 1]: images of z from the prior.
 
         Args:
             n: How many.
@@ -188,12 +188,12 @@ class VAE(Latents, SafeLoading, Compilable, Evaluation, Shardable, LightningModu
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) in [0, 1]: the likelihood's mean at the most likely z."""
+        """Reconstructions (B, C, H, W) in [0, 1]: the likelihood's mean at the most likely z."""
         return self._shown(self.codes(self._posterior(images)))
 
     @torch.no_grad()
     def interpolate(self, first: Tensor, second: Tensor, steps: int = 8) -> Tensor:
-        """Images (B, steps, C, H, W) in [0, 1] on the way from one image to another, both (B, C, H, W).
+        """Interpolation: images (B, steps, C, H, W) in [0, 1] from one image to another, both (B, C, H, W).
 
         Categorical latents change one after the other; Gaussian ones along the sphere (Shoemake 1985).
         """
@@ -237,7 +237,7 @@ class VAE(Latents, SafeLoading, Compilable, Evaluation, Shardable, LightningModu
         return self.encode(images)
 
     def _check(self, images: Tensor, values: bool = True) -> None:
-        """Shape and, where asked, the values, for which the host has to wait."""
+        """Checks the shape and, where asked, the values, for which the host has to wait."""
         self.check_images(images.shape[1:])
         if values and not (images.is_meta or torch.compiler.is_compiling()):
             self.likelihood.check(images)
@@ -257,7 +257,7 @@ class VAE(Latents, SafeLoading, Compilable, Evaluation, Shardable, LightningModu
             yield some, of_these, self._draws(of_these, samples, chunk)
 
     def _draws(self, posterior: Tensor, samples: int, chunk: int) -> Iterator[Tensor]:
-        """z (S, B, N, D) until there are enough."""
+        """Draws z (S, B, N, D) until there are enough."""
         at_a_time = max(1, min(samples, chunk // max(len(posterior), 1)))
         for start in range(0, samples, at_a_time):
             yield self.draw(posterior, min(at_a_time, samples - start))

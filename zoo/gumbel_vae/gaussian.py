@@ -127,7 +127,7 @@ class GaussianVAE(VAE):
         return (weights[0] * ends[0] + weights[1] * ends[1])[..., None]
 
     def latent_values(self, z: Tensor) -> Tensor:
-        """Nine values from -2 to 2."""
+        """Values of a traversal: nine from -2 to 2."""
         return torch.linspace(-2, 2, 9, dtype=z.dtype, device=z.device)[:, None]
 
     # Training and evaluation.

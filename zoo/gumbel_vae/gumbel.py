@@ -199,7 +199,7 @@ class GumbelVAE(VAE):
         return torch.where(changed[..., None], second[:, None], first[:, None])
 
     def latent_values(self, z: Tensor) -> Tensor:
-        """The first 16 categories."""
+        """Values of a traversal: the first 16 categories."""
         first = torch.arange(min(self.categories, 16), device=z.device)
         return F.one_hot(first, self.categories).to(z.dtype)
 

@@ -68,7 +68,7 @@ class Likelihood(ABC):
         return self._sample(self._maps(parameters))
 
     def check(self, images: Tensor) -> None:
-        """Looks at all values; the host waits for the device.
+        """Checks all values; the host waits for the device.
 
         Raises:
             ValueError: If images have values outside of [0, 1], or NaN; with Bernoulli, if they have grey ones.

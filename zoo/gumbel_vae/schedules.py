@@ -35,7 +35,7 @@ SCHEDULES: dict[str, Schedule] = {"constant": constant, "exponential": exponenti
 
 
 def check_temperatures(schedule: str, start: float, end: float, steps: int) -> None:
-    """Refuses what no temperature can follow.
+    """Raises ValueError for a schedule that no temperature can follow.
 
     Raises:
         ValueError: If the schedule is unknown, a temperature is not a finite number above 0, or ``steps`` is below 1.

@@ -170,7 +170,7 @@ class SelfDecoder(nn.Module):
 
 
 class CrossBlock(nn.Module):
-    """Queries attend to the encoder's features, never to each other."""
+    """A cross-attention block: queries attend to the encoder's features, never to each other."""
 
     def __init__(self, dim: int, heads: int, width: int) -> None:
         super().__init__()

@@ -49,7 +49,7 @@ def check_given(vit: Any, image_size: int | tuple[int, int], in_channels: int) -
 
 @torch.no_grad()
 def initialize(module: nn.Module) -> None:
-    """The released code's initial weights: Xavier-uniform matrices, the three attention projections taken as one.
+    """Initialises as the released code: Xavier-uniform matrices, the three attention projections taken as one.
 
     Patch kernels are a matrix, too; tokens are normal with a deviation of 0.02; biases are 0, but the patches' keep
     torch's default.
@@ -68,7 +68,7 @@ def initialize(module: nn.Module) -> None:
 
 @torch.no_grad()
 def fix_positions(vit: Any) -> None:
-    """Sin-cos positions that are not trained; class token and registers have 0."""
+    """Fixes the position embeddings to sin-cos ones, which are not trained; class token and registers have 0."""
     if vit.pos_embed is None:
         return
     table = sincos_positions(vit.patch_embed.grid_size, vit.embed_dim)

@@ -68,7 +68,7 @@ def visible_patches(patches: int, mask_ratio: float) -> int:
 
 
 def random_masking(noise: Tensor, visible: int) -> tuple[Tensor, Tensor]:
-    """The patches of least noise stay: indices of the visible (B, k) and of the removed patches (B, L - k), int64.
+    """Random masking, least noise stays: indices of the visible (B, k) and of the removed patches (B, L - k), int64.
 
     Both come in the noise's order. A transformer does not mind, and a beginning of the removed ones is a random subset.
     """

@@ -209,7 +209,7 @@ class MAEPretrainer(SafeLoading, Compilable, Evaluation, Shardable, LightningMod
         return MAEOutput(loss, prediction, mask)
 
     def masked_loss(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """The loss of :meth:`forward` without what it does not need; of the decoder "cross", on a random subset."""
+        """The loss of :meth:`forward` alone, at less cost; of the decoder "cross", on a random subset."""
         patches, visible, removed = self._mask(images, noise)
         removed = removed[:, : self.predicted]
         prediction = self.decoder(encode_visible(self.backbone, patches, visible), visible, removed)
@@ -255,7 +255,7 @@ class MAEPretrainer(SafeLoading, Compilable, Evaluation, Shardable, LightningMod
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the images it takes."""
+        """Shape (C, H, W) of the images it takes."""
         embed = self.backbone.patch_embed
         return embed.proj.in_channels, *embed.img_size
 
@@ -309,7 +309,7 @@ class MAEPretrainer(SafeLoading, Compilable, Evaluation, Shardable, LightningMod
         loaders.log(self, {f"{stage}/{name}": metrics[name] for name in ("loss", "loss_visible")})
 
     def end_evaluation(self, stage: str) -> None:
-        """Logs how far the features tell classes apart, of each loader that has classes."""
+        """Logs the accuracy of nearest neighbours, of each loader that has classes."""
         for index in loaders.numbers(self._trainer):
             metric = loaders.metric(self, f"{stage}_metrics", index)["acc_knn"]
             if metric.update_called:

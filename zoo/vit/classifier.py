@@ -184,7 +184,7 @@ class ViTClassifier(Classifier):
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the images it takes.
+        """Shape (C, H, W) of the images it takes.
 
         Raises:
             ValueError: If neither ``image_size`` nor the backbone says so.
@@ -203,7 +203,7 @@ class ViTClassifier(Classifier):
             raise ValueError(f"images are {got}, but the model was built for {expected}")
 
     def _check_given(self, image_size: int | tuple[int, int] | None, in_channels: int) -> None:
-        """A module was built for the images it takes: what is said of them may not differ, where it tells."""
+        """Raises ValueError if arguments differ from the images that a given module was built for, where it tells."""
         channels, _ = own_image_shape(self.backbone)
         if channels is not None and in_channels not in (3, channels):
             raise ValueError(f"in_channels is {in_channels}, but the backbone given is for {channels}: leave it out")

@@ -10,16 +10,10 @@ from typing import Any
 
 
 class Handler:
-    """A signal's handler, from the beginning of a run until Lightning's teardown, or until long after it has left.
-
-    Args:
-        guard: The PreemptionGuard, whose ``take_note`` says whether the signal's usual effect is to follow.
-        trainer: The run's.
-        usual: The handler that was there before.
-    """
+    """A signal's handler, from the beginning of a run until Lightning's teardown, or until long after it has left."""
 
     def __init__(self, guard: Any, trainer: Any, usual: Any) -> None:
-        self.guard, self.usual = guard, usual
+        self.guard, self.usual = guard, usual  # a PreemptionGuard, and the handler that was there before
         self.trainer = weakref.ref(trainer)  # a notebook may live long, and wants its memory back
         self.process = os.getpid()
 

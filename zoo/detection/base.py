@@ -1,8 +1,7 @@
 """Steps of a detector between its technique and a Trainer: losses, average precision, pictures, predictions."""
 
 import math
-from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -33,36 +32,27 @@ from zoo.sharding import Shardable
 class Detector(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, LightningModule):
     """The steps of an object detector. It has no constructor: a technique builds its networks itself.
 
-    A subclass sets ``hparams`` and ``backbone``, calls :meth:`make_metrics`, and provides ``forward``, :meth:`loss`,
-    :meth:`loss_sums` and :meth:`detect`, which take what ``forward`` returns.
+    A subclass sets ``hparams`` and ``backbone``, calls :meth:`make_metrics`, and provides ``forward`` and, of what that
+    returns, the methods below.
+
+    Attributes:
+        loss: Losses of a batch by name, float32 scalars, of predictions and targets; training descends their sum.
+        loss_sums: The same before they are divided, summed over each image.
+        detect: Detections of predictions and (height, width) of each image, padded and original, best first.
     """
 
     backbone: Any  # modules; Any, because what they have beyond torch's is timm's
     hparams: Any  # Lightning calls it a mapping, and makes its keys attributes
     prediction_writer: ClassVar = WriteDetections
     metric_text = staticmethod(in_words)
+    loss: Callable[..., dict[str, Tensor]]
+    loss_sums: Callable[..., LossSums]
+    detect: Callable[..., list[dict[str, Tensor]]]
 
     def make_metrics(self) -> None:
         """Creates metrics and logs."""
         self.step_log, self.label_watch = StepLog(), LabelWatch()
         self.val_losses, self.test_losses = TotalLosses(), TotalLosses()
-
-    @abstractmethod
-    def loss(self, maps: Any, targets: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Losses of a batch by name, float32 scalars; training descends their sum."""
-
-    @abstractmethod
-    def loss_sums(self, maps: Any, targets: Sequence[Mapping[str, Any]]) -> LossSums:
-        """Losses of a batch before they are divided, summed over each image."""
-
-    @abstractmethod
-    def detect(
-        self,
-        images: Any,
-        sizes: Sequence[tuple[int, int]] | None = None,
-        original_sizes: Sequence[tuple[int, int]] | None = None,
-    ) -> list[dict[str, Tensor]]:
-        """Detections in images, or in what ``forward`` made of them, best first."""
 
     @property
     def input_shape(self) -> tuple[int, int, int]:

@@ -2,9 +2,9 @@
 
 Jang, Gu, Poole 2017, "Categorical Reparameterization with Gumbel-Softmax", arXiv 1611.01144; Maddison, Mnih, Teh 2017,
 "The Concrete Distribution", arXiv 1611.00712. Read ``estimators/``, how a gradient passes a discrete sample;
-``likelihoods.py``, what a decoder's output says of an image; ``networks.py``; ``base.py``, bounds and steps;
-``gumbel.py`` and ``gaussian.py``, the latents. ``compare.py`` and ``measure.py`` are the command that compares
-estimators.
+``likelihoods.py``, what a decoder's output says of an image; ``networks.py``; ``latents.py``, what a technique
+provides; ``base.py``, bounds and steps; ``gumbel.py`` and ``gaussian.py``, the latents. ``compare.py`` and
+``measure.py`` are the command that compares estimators.
 
 Everything is in nats an image, and none of it leaves out a constant. What is called ELBO is one: of samples as they
 are, never of relaxed ones, whatever training minimises.

@@ -290,7 +290,7 @@ def test_a_recipe_replaces_the_default_callbacks_and_an_option_adds_to_them(caps
         (["fit", "--model", "ToyData"], "model: ToyData is a class, but of another kind"),
         (["fit", *TOY, "--model.lrr", "1"], "ToyClassifier has no option 'lrr'; did you mean lr?"),
         (["fit", *TOY, "--data.bach_size", "1"], "ToyData has no option 'bach_size'; did you mean batch_size?"),
-        (["fit", *TOY, "--trainer.max_epoch", "1"], "--trainer.max_epoch; did you mean --trainer.max_epochs?"),
+        (["fit", *TOY, "--trainer.max_epoch", "1"], "Trainer has no option 'max_epoch'; did you mean max_epochs?"),
         (["fit", *TOY, "--seed", "1"], "unknown option --seed"),
         (["fit", *TOY, "--trainer.callbacks", "ModelCheckpont"], "did you mean ModelCheckpoint?"),
         (["fit", *TOY, "--trainer.callbacks=ModelCheckpoint", "--trainer.callbacks.monitr=x"], "did you mean monitor?"),

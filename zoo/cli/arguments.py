@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from zoo.cli import recipes
+from zoo.cli import names, recipes
 from zoo.cli.mistakes import Mistake
+from zoo.cli.notice import loading
 
 if TYPE_CHECKING:
     from zoo.cli.plan import Plan
@@ -80,7 +81,6 @@ class Command(NamedTuple):
     arguments: Callable[[], Arguments]  # a parser of its own arguments
     run: Callable[[Line], int]  # does it, and returns the exit status
     passed_on: Sequence[tuple[str, str]] = ()  # what others read, as in ("--model CLASS", "a class"), for the help
-    needs_torch: bool = True  # whether running it takes seconds, to import torch
 
     def help(self) -> str:
         """What ``zoo NAME --help`` prints, made from its arguments."""
@@ -106,19 +106,22 @@ class Asked(NamedTuple):
         """Reads a line by the parser of a command.
 
         Raises:
-            Mistake: For a recipe that is not there, a part of one that is no YAML, or a wrong value.
+            Mistake: For a recipe that is not there, a part of one that is no YAML, a wrong value, or an option that no
+                class of the zoo has.
         """
         files = [recipes.find(name, urls=line.strict) for name in (*line.words, *line.configs)]
         own, options = parser.parse_known_args(line.options)
         recipes.check_parts(options)
         if recipe_required and not files:
             raise Mistake(f"{line.command} needs a recipe: zoo {line.command} RECIPE (zoo list)")
+        options = names.understood(options, files, line.command)
         options = ["--help" if option == "--trainer.help" else option for option in options]
         return cls(files, options, vars(own), line.strict)
 
     def plan(self, *more: str) -> "Plan":
         """The recipe as ``zoo fit`` would run it, under more options. It may lack data."""
-        from zoo.cli.plan import parse
+        with loading():
+            from zoo.cli.plan import parse
 
         return parse("fit", self.files, [*self.options, *more], self.strict)
 

@@ -14,7 +14,7 @@ import sys
 from contextlib import suppress
 
 import zoo
-from zoo.cli import arguments, mistakes
+from zoo.cli import arguments, mistakes, names
 from zoo.cli.commands import COMMANDS
 from zoo.cli.mistakes import Mistake, did_you_mean
 
@@ -45,6 +45,7 @@ def main(args: list[str] | None = None) -> int:
 
 def _dispatch(args: list[str]) -> int:
     line = arguments.read(args)
+    line = line._replace(command=names.command(line.command))
     if line.command == "--version":
         print(f"zoo {zoo.__version__}")
         return 0

@@ -4,7 +4,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -97,6 +97,21 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
+def has_no_option(owner: str, option: str, options: list[str], aliases: Mapping[str, str] | None = None) -> str:
+    """The answer to an option that a class does not have: its like, or else all that there are.
+
+    Args:
+        owner: The class.
+        option: What was asked for.
+        options: What there is.
+        aliases: Other words for some of them, which a typing error may be of as well.
+    """
+    words = dict(zip(options, options, strict=True)) | dict(aliases or {})
+    near = get_close_matches(option, words, n=1)
+    hint = f"; did you mean {words[near[0]]}?" if near else f": it has {', '.join(options)}"
+    return f"{owner} has no option {option!r}{hint}"
+
+
 def explain(message: str, owner: str | None, options: list[str], classes: dict[str, list[str]]) -> tuple[str, str]:
     """One line for an error message of jsonargparse, and the word that was wrong.
 
@@ -119,8 +134,9 @@ def explain(message: str, owner: str | None, options: list[str], classes: dict[s
         roots = {known.split(".")[0] for known in options}
         if option.split(".")[0] not in roots:
             option, options = option.split(".")[0], sorted(roots)
-        unknown = f"{owner} has no option {option!r}" if owner else f"unknown option {option!r}"
-        return unknown + did_you_mean(option, options), option.split(".")[-1]
+        if owner:
+            return has_no_option(owner, option, [name for name in options if name != "help"]), option.split(".")[-1]
+        return f"unknown option {option!r}{did_you_mean(option, options)}", option.split(".")[-1]
     if found := re.match(r"the following arguments are required: (.+)", message):
         missing = " and ".join("--" + name.split(".", 1)[-1] for name in found[1].split(", "))
         return f"{missing} {'is' if ' and ' not in missing else 'are'} missing: name a recipe with -c (zoo list)", ""

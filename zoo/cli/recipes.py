@@ -1,7 +1,6 @@
 """Recipes by name, and what there is to choose from: all of it without importing torch."""
 
 import ast
-import importlib.util
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -11,6 +10,7 @@ import yaml
 import datamodules
 import zoo
 from zoo.cli.mistakes import Mistake, did_you_mean
+from zoo.cli.signatures import find_class
 
 PACKAGES = {"modules": zoo, "data": datamodules}
 """Whose classes go by their names alone. Nothing else of the zoo knows of the data."""
@@ -201,15 +201,9 @@ def overview() -> str:
 
 
 def _class_line(package: str, module: str, name: str) -> str:
-    """First line of a class's docstring, read from its source: importing it would import torch."""
-    spec = importlib.util.find_spec(f"{package}.{module}")
-    folders = list(spec.submodule_search_locations or []) if spec else []
-    files = [file for folder in folders for file in sorted(Path(folder).glob("*.py"))]
-    for file in files or ([Path(spec.origin)] if spec and spec.origin else []):
-        for node in ast.parse(file.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.ClassDef) and node.name == name:
-                return (ast.get_docstring(node) or "").split("\n")[0]
-    return ""
+    """First line of a class's docstring."""
+    found = find_class(f"{package}.{module}", name)
+    return (ast.get_docstring(found[1]) or "").split("\n")[0] if found else ""
 
 
 def _first_comment(file: Path) -> str:

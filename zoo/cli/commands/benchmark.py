@@ -210,5 +210,5 @@ COMMANDS = [
         _run,
         (RECIPE, STRICT),
     ),
-    Command("benchmark compare", "two benchmarks side by side", _compare_arguments, _compare, needs_torch=False),
+    Command("benchmark compare", "two benchmarks side by side", _compare_arguments, _compare),
 ]

@@ -12,4 +12,4 @@ def _run(line: Line) -> int:
 
 
 _arguments = partial(Arguments, "list", "", "Prints the modules, the data and the recipes that there are, a line each.")
-COMMAND = Command("list", "modules, data and recipes", _arguments, _run, needs_torch=False)
+COMMAND = Command("list", "modules, data and recipes", _arguments, _run)

@@ -3,6 +3,7 @@
 from functools import partial
 
 from zoo.cli.arguments import RECIPE, STRICT, Arguments, Asked, Command, Line
+from zoo.cli.notice import loading
 
 SUMMARIES = {
     "fit": "train, then test",
@@ -34,7 +35,8 @@ def _arguments(name: str) -> Arguments:
 
 def _run(line: Line) -> int:
     asked = Asked.by(line, _arguments(line.command), recipe_required=False)
-    from zoo.cli import run
+    with loading():
+        from zoo.cli import run
 
     run.run(line.command, asked.files, asked.options, asked.strict)
     return 0

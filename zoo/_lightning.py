@@ -15,12 +15,12 @@ NAMESPACE = os.environ.get("ZOO_LIGHTNING", "pytorch_lightning" if _only_pytorch
 
 if TYPE_CHECKING or NAMESPACE == "lightning":
     from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-    from lightning.pytorch.callbacks import Checkpoint, RichProgressBar
+    from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, RichProgressBar, Timer
     from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
     from lightning.pytorch.utilities.seed import isolate_rng
 elif NAMESPACE == "pytorch_lightning":
     from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
-    from pytorch_lightning.callbacks import Checkpoint, RichProgressBar
+    from pytorch_lightning.callbacks import Checkpoint, EarlyStopping, RichProgressBar, Timer
     from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
     from pytorch_lightning.utilities.seed import isolate_rng
 else:
@@ -62,9 +62,11 @@ __all__ = [
     "PRIVATE",
     "Callback",
     "Checkpoint",
+    "EarlyStopping",
     "LightningDataModule",
     "LightningModule",
     "RichProgressBar",
+    "Timer",
     "Trainer",
     "isolate_rng",
     "rank_zero_info",

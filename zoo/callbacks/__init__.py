@@ -21,6 +21,7 @@ from zoo.callbacks.progressive import ProgressiveLearning
 from zoo.callbacks.provenance import Provenance
 from zoo.callbacks.resume_point import ResumePoint
 from zoo.callbacks.run_directory import RunDirectory
+from zoo.callbacks.time_estimate import TimeEstimate
 
 __all__ = [
     "EMA",
@@ -42,6 +43,7 @@ __all__ = [
     "ResumePoint",
     "RunDirectory",
     "SavePictures",
+    "TimeEstimate",
     "WriteDetections",
     "WritePredictions",
 ]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import Namespace
 
 from zoo._lightning import NAMESPACE, LightningDataModule, LightningModule
-from zoo.callbacks import LogInterval, RunDirectory, WritePredictions
+from zoo.callbacks import LogInterval, RunDirectory, TimeEstimate, WritePredictions
 from zoo.callbacks.run_directory import run_directory
 from zoo.checkpoints import newest
 from zoo.cli import continuing, mistakes, outcome, outputs, settings
@@ -169,6 +169,8 @@ class Run(LightningCLI):
         if self.command == "fit" and self.plan.written.get("trainer.log_every_n_steps") is None:
             warnings.filterwarnings("ignore", message="The number of training batches .* smaller than the logging inte")
             trainer.callbacks.insert(0, LogInterval())
+        if self.command == "fit" and trainer.progress_bar_callback is not None:
+            trainer.callbacks.insert(0, TimeEstimate())
         if not trainer.fast_dev_run:
             directory = RunDirectory(self.plan.model_name)
             try:

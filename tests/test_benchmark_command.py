@@ -40,10 +40,31 @@ def row(
 # The clock.
 
 
-def ticks(clock: Clock, seconds: float = 0.0) -> int:
+class Time:
+    """In the place of a module's own: seconds pass when somebody sleeps, however busy the machine is."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def passing(monkeypatch: pytest.MonkeyPatch) -> Time:
+    found = Time()
+    for module in ("clock", "measure"):
+        monkeypatch.setattr(f"zoo.cli.benchmark.{module}.time", found)
+    return found
+
+
+def ticks(clock: Clock, seconds: float = 0.0, sleep=time.sleep) -> int:
     """How many steps it takes to have enough."""
     for count in range(1, 10_000):
-        time.sleep(seconds)
+        sleep(seconds)
         if clock.tick():
             return count
     raise AssertionError("never enough")
@@ -59,18 +80,18 @@ def test_the_clock_times_what_is_asked_for_after_a_warm_up():
     assert min(found) >= 0.002
 
 
-def test_a_long_first_step_is_not_counted():
+def test_a_long_first_step_is_not_counted(passing):
     clock = Clock(CPU, Goal(steps=5, seconds=0.0))
-    time.sleep(0.3)
+    passing.sleep(0.3)
     clock.tick()
-    ticks(clock, 0.002)
-    assert max(clock.seconds()) < 0.3
+    ticks(clock, 0.002, passing.sleep)
+    assert clock.seconds() == pytest.approx([0.002] * 5)
 
 
-def test_the_clock_goes_on_for_as_long_as_is_asked_for():
+def test_the_clock_goes_on_for_as_long_as_is_asked_for(passing):
     clock = Clock(CPU, Goal(steps=1, seconds=0.2))
-    ticks(clock, 0.002)
-    assert 0.15 < sum(clock.seconds()) < 1
+    ticks(clock, 0.002, passing.sleep)
+    assert sum(clock.seconds()) == pytest.approx(0.2)
 
 
 def test_beyond_the_limit_a_few_slow_steps_are_enough():
@@ -169,13 +190,13 @@ def test_what_a_run_waits_for(found, limit):
     assert limit_of({"step_ms": {"median": 10.0}, **found}) == limit
 
 
-def test_time_spent_on_the_next_batch_is_counted_and_nothing_else():
+def test_time_spent_on_the_next_batch_is_counted_and_nothing_else(passing):
     waits = Waits()
     for action in ("[_TrainingEpochLoop].train_dataloader_next", "run_training_batch"):
         waits.start(action)
-        time.sleep(0.02)
+        passing.sleep(0.02)
         waits.stop(action)
-    assert 0.02 <= waits.seconds < 0.04
+    assert waits.seconds == pytest.approx(0.02)
 
 
 @pytest.mark.parametrize(
@@ -212,9 +233,12 @@ def test_what_a_step_spends_its_time_in(call, operands, kind):
         return call(*operands)
 
     step()  # what is set up in the first is not a part of it
-    found = operations.shares(step, CPU)
-    assert next(iter(found)) == kind
-    assert sum(found.values()) == pytest.approx(1)
+    for _ in range(5):  # a busy machine may stop any of them in the middle of something else
+        found = operations.shares(step, CPU)
+        assert sum(found.values()) == pytest.approx(1)
+        if next(iter(found)) == kind:
+            return
+    pytest.fail(f"most of its time is {next(iter(found))}, not {kind}: {found}")
 
 
 def test_what_is_less_than_a_twentieth_is_not_said():

@@ -132,7 +132,7 @@ PROMISES = [
             "images of any size from the total stride",
             "of any one size, normalised",
             "at any size: bottleneck",
-            "Pads images of any size",
+            "Images of any size (C, h, w), padded",
         ),
         "sides that nothing divides, from the smallest that is taken",
         (

@@ -159,7 +159,7 @@ class Known:
 
     @property
     def foreign(self) -> bool:
-        """Whether there is a class of which nothing is known, whose option any name may be."""
+        """True if there is a class of which nothing is known: every name may be an option of it."""
         return any(self.options(part) is None for part in self.classes)
 
 

@@ -18,8 +18,8 @@ def options(module: str, name: str) -> list[str] | None:
     None if the class is not one of :data:`READ`, or if some of its arguments cannot be known.
     """
     found = find_class(module, name)
-    constructor = found and _constructor(*found)
-    if not constructor:
+    constructor = _constructor(*found) if found else None
+    if not isinstance(constructor, tuple):
         return None
     where, arguments = constructor[0], constructor[1].args
     names = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)][1:]

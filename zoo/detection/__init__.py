@@ -1,7 +1,8 @@
 """Dense object detection on a feature pyramid: FCOS (default), ATSS and RetinaNet on any timm backbone.
 
 Read ``cells.py`` and ``assign.py``, where objects are learned; ``losses.py``; ``maps.py``, ``necks.py`` and
-``heads.py``, the network; ``postprocessing.py``; ``detector.py``, how they make a detector; ``base.py``, its steps. Sources:
+``heads.py``, the network; ``postprocessing.py``; ``detector.py``, how they make a detector; ``base.py``, its steps.
+Sources:
 
 - Lin et al., "Feature Pyramid Networks for Object Detection", CVPR 2017, arXiv 1612.03144
 - Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, arXiv 1708.02002

@@ -504,6 +504,13 @@ def test_a_checkpoint_says_what_made_it_and_guards_can_be_left_out() -> None:
     written = Path("runs/ToyClassifier/version_0/config.yaml").read_text()
     made = checkpoint["provenance"]
     assert yaml.safe_load(made["config"]) == yaml.safe_load(written)
+    assert written.startswith("# ")
+    assert written.splitlines()[0] == made["config"].splitlines()[0]  # Lightning's version
+    # What Lightning's load_from_checkpoint needs to build a module by the class of its checkpoint.
+    hparams = checkpoint["hyper_parameters"]
+    assert hparams["_class_path"] == yaml.safe_load(written)["model"]["class_path"]
+    assert hparams["_instantiator"].endswith("cli.instantiate_module")
+    assert hparams.items() >= {"num_classes": 4, "lr": 0.1}.items()
     assert torch.__version__.startswith(made["versions"]["torch"])
     assert "exact_resume" in checkpoint
     assert main(["fit", *TOY, *SHORT, "--guards", "false"]) == 0

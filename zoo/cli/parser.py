@@ -11,9 +11,11 @@ from zoo.cli import continuing, mistakes, recipes
 from zoo.cli.mistakes import Mistake
 
 if TYPE_CHECKING or NAMESPACE == "lightning":
+    import lightning.pytorch as pl
     from lightning.pytorch.cli import LightningArgumentParser
     from lightning.pytorch.loggers import Logger
 else:
+    import pytorch_lightning as pl
     from pytorch_lightning.cli import LightningArgumentParser
     from pytorch_lightning.loggers import Logger
 
@@ -63,7 +65,8 @@ def create(command: str, data_required: bool) -> Parser:
         command: ``fit``, ``validate``, ``test`` or ``predict``.
         data_required: Whether a configuration without data is a mistake.
     """
-    parser = Parser(prog=f"zoo {command}", allow_abbrev=False, default_config_files=[str(recipes.DEFAULTS)])
+    made_by, files = [f"{pl.__name__}=={pl.__version__}"], [str(recipes.DEFAULTS)]
+    parser = Parser(prog=f"zoo {command}", allow_abbrev=False, default_config_files=files, dump_header=made_by)
     parser.add_argument("-c", "--config", action=ActionConfigFile, help="a recipe or a YAML file")
     parser.add_argument("--seed_everything", type=bool | int, default=0, help="see Lightning's seed_everything")
     parser.add_lightning_class_args(Trainer, "trainer")

@@ -94,6 +94,8 @@ class Run(LightningCLI):
                 "config_filename": f"config.{plan.command}.yaml".replace(".fit.", "."),
                 "save_to_log_dir": False,
             },
+            subclass_mode_model=True,
+            subclass_mode_data=True,
             auto_configure_optimizers=False,  # it would replace the modules' own and put all parameters in one group
             run=False,  # but for start()
         )

@@ -55,8 +55,11 @@ def _run(study: Study, line: Line) -> int:
     out, seeds, jobs = (asked.own.pop(name) for name in ("out", "seeds", "jobs"))
 
     def train(variants: Mapping[str, Sequence[str]], needs: str | None) -> Results:
+        read: set[str] = set()
         for options in variants.values():  # what cannot be read is said before anything runs
-            asked.plan(*options)
+            if not read.issuperset(options):
+                asked.plan(*options)
+                read.update(options)
         return sweep_seeds(asked.files, asked.shared(), variants, seeds, out, jobs, needs, "seed" in settable)
 
     recipe = Recipe(config.model.as_dict().get("init_args", {}), plan.data(), config.trainer, out, train)

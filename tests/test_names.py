@@ -128,7 +128,7 @@ def test_each_option_of_each_class_is_left_alone(part: str, name: str, capsys: p
 def test_each_option_of_the_trainer_and_of_lightnings_cli_is_left_alone(capsys: pytest.CaptureFixture[str]) -> None:
     typed = [f"--trainer.{name}" for name in inspect.signature(Trainer).parameters]
     typed += ["--trainer.callbacks+=X", "--trainer.callbacks.monitor=val/acc", "--trainer.logger.save_dir=x"]
-    typed += [f"--{name}" for name in LIGHTNINGS] + ["--trainer", "t.yaml", "--help", "-h", "-1", "-0.5", "--", "-"]
+    typed += [f"--{name}=1" for name in LIGHTNINGS] + ["--trainer", "t.yaml", "--help", "-h", "-1", "-0.5", "--", "-"]
     for command in COMMANDS:
         assert understood(*typed, *VIT, *FOLDER, command=command) == [*typed, *VIT, *FOLDER]
     assert not capsys.readouterr().err
@@ -234,6 +234,12 @@ def test_a_checkpoint_is_what_it_must_be_and_otherwise_asked_about(word: str) ->
             assert understood(*VIT, f"--{word}", "x", command=command)[-2:] == ["--ckpt_path", "x"]
         else:
             assert names.CONTINUE_OR_START in refused(*VIT, f"--{word}", "x", command=command)
+
+
+@pytest.mark.parametrize("typed", [["--resume"], ["--resume", "--model.lr=1"], ["--ckpt_path"], ["--ckpt-path"]])
+def test_a_checkpoint_has_to_be_named(typed: list[str]) -> None:
+    said = f"{typed[0]} needs a checkpoint: --ckpt_path FILE, or last, the newest of this model and data"
+    assert refused(*VIT, *typed) == said
 
 
 @pytest.mark.parametrize("word", names.ANSWERS)

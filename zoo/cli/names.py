@@ -125,7 +125,7 @@ def understood(options: Sequence[str], files: Sequence[str], command: str) -> li
         missing = "--model is" if command == "cost" else "--data and --model are"
         raise Mistake(f"{missing} missing: name a recipe with -c (zoo list)")
     known = Known(options, files)
-    return [_understood(option, known, command) for option in options]
+    return [_understood(option, following, known, command) for option, following in pairwise([*options, "--"])]
 
 
 class Known:
@@ -163,7 +163,7 @@ class Known:
         return any(self.options(part) is None for part in self.classes)
 
 
-def _understood(typed: str, known: Known, command: str) -> str:
+def _understood(typed: str, following: str, known: Known, command: str) -> str:
     head, equals, value = typed.partition("=")
     if not re.fullmatch(r"--?[A-Za-z][\w.-]*\+?", head) or head == "-h":
         return typed
@@ -175,7 +175,9 @@ def _understood(typed: str, known: Known, command: str) -> str:
             raise Mistake(f"unknown option {head}: a model has its own optimizer and schedule, as in --model.lr")
         meant = None
     else:
-        meant = _of_nobody(head, known, command, bool(equals))
+        meant = _of_nobody(head, known, command)
+        if meant == "ckpt_path" and not equals and following.startswith("-"):
+            raise Mistake(f"{head} needs a checkpoint: --ckpt_path FILE, or last, the newest of this model and data")
     if meant is None or f"--{meant}" == head:
         return typed
     _say(head, f"--{meant}")
@@ -208,7 +210,7 @@ def _unknown(part: str, name: str, there: list[str], known: Known) -> str:
     return has_no_option(owner, name, there, {alias: to for alias, to in ALIASES[part].items() if to in there})
 
 
-def _of_nobody(head: str, known: Known, command: str, joined: bool) -> str | None:
+def _of_nobody(head: str, known: Known, command: str) -> str | None:
     """What an option means that names no class; None to leave it as it is."""
     name = head.lstrip("-").replace("-", "_")
     if name in ROOT:

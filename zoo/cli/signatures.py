@@ -7,6 +7,7 @@ import ast
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
 READ = ("zoo", "datamodules", "lightning", "pytorch_lightning")
 """Packages whose sources are read."""
@@ -71,7 +72,7 @@ def _resolved(module: str, expression: ast.expr) -> tuple[str, ast.ClassDef] | N
     return None
 
 
-def _constructor(module: str, node: ast.ClassDef) -> tuple[str, ast.FunctionDef] | bool | None:
+def _constructor(module: str, node: ast.ClassDef) -> tuple[str, ast.FunctionDef] | Literal[False] | None:
     """Where a class's constructor stands, and it; False if neither class nor bases have one, None if unknown."""
     for each in node.body:
         if isinstance(each, ast.FunctionDef) and each.name == "__init__":

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import zoo.common.classification
 import zoo.common.labels
-import zoo.detection.detector
+import zoo.detection.base
 from zoo import EfficientNetClassifier, FPNDetector, GaussianVAE, GumbelVAE, MAEPretrainer, ViTClassifier
 from zoo._lightning import Callback, Trainer
 from zoo.callbacks import SavePictures
@@ -463,7 +463,7 @@ def test_a_label_out_of_range_is_told_when_values_are_logged_where_looking_would
     monkeypatch, name, every, told_after
 ):
     """The CPU stands for the device: its labels count as far away, and the loss runs on what is in range."""
-    for module in (zoo.common.classification, zoo.detection.detector, zoo.common.labels):
+    for module in (zoo.common.classification, zoo.detection.base, zoo.common.labels):
         monkeypatch.setattr(module, "is_remote", lambda tensor: True)
     labels = labels_for(name, 16)
     if name in DETECTORS:

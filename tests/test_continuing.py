@@ -168,6 +168,8 @@ def _pairs_of(row: tuple[str, ...]) -> set[tuple[int, str, int, str]]:
 
 
 MATRIX = pairs(CHECKPOINTING, LOGGERS, MOMENTS, PLACES)
+QUICK = 26
+"""Rows that come first, in which most pairs stand, all of moments and places among them; the others are slow."""
 
 
 def options_of(checkpointing: str, logging: str) -> list[str]:
@@ -207,7 +209,8 @@ PARTS = ("state_dict", "optimizer_states", "lr_schedulers", "exact_resume", "epo
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`", "ignore:ModelCheckpoint.*best model")
 @pytest.mark.parametrize(
-    ("checkpointing", "logging", "moment", "place"), MATRIX, ids=[", ".join(row) for row in MATRIX]
+    ("checkpointing", "logging", "moment", "place"),
+    [pytest.param(*row, id=", ".join(row), marks=[pytest.mark.slow] * (i >= QUICK)) for i, row in enumerate(MATRIX)],
 )
 def test_every_pair_of_options(
     checkpointing: str,

@@ -12,7 +12,6 @@ import logging
 import random
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -81,13 +80,7 @@ def _restored_process() -> Iterator[None]:
 @pytest.fixture
 def _forked_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets the Python programs that our code starts be forked: see forked.py."""
-    start = subprocess.Popen
-
-    def popen(command, *args, **options):
-        ours = not args and isinstance(command, list) and command[0] == sys.executable
-        return (forked.Popen if ours else start)(command, *args, **options)
-
-    monkeypatch.setattr(subprocess, "Popen", popen)
+    monkeypatch.setattr(subprocess, "Popen", forked.Starting)
 
 
 def longest(item: pytest.Item) -> float:

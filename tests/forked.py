@@ -25,7 +25,6 @@ import termios
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 from subprocess import DEVNULL, PIPE, STDOUT, CalledProcessError, CompletedProcess, TimeoutExpired
 from types import ModuleType, TracebackType
@@ -48,6 +47,7 @@ class Popen:
         cwd, env, start_new_session: As for subprocess.
         stdin, stdout, stderr: A file or a descriptor, PIPE for stdout; by default those of the tests.
         terminal: Make stdin the terminal that controls the program, which gets a session of its own.
+        launches: Fork the Python programs that this one starts as well, within its session.
     """
 
     def __init__(
@@ -56,11 +56,12 @@ class Popen:
         *,
         cwd: str | os.PathLike[str] | None = None,
         env: dict[str, str] | None = None,
-        stdin: Any = DEVNULL,
+        stdin: Any = 0,
         stdout: Any = 1,
         stderr: Any = 2,
         start_new_session: bool = False,
         terminal: bool = False,
+        launches: bool = False,
         text: bool = True,
     ) -> None:
         if command[0] != sys.executable:
@@ -78,7 +79,7 @@ class Popen:
             stderr = stdout
         self._status, told = os.pipe()
         request = {"command": command[1:], "cwd": os.fspath(cwd or os.getcwd()), "env": dict(env or os.environ)}
-        request |= {"session": start_new_session or terminal, "terminal": terminal}
+        request |= {"session": start_new_session or terminal, "terminal": terminal, "launches": launches}
         with tempfile.TemporaryFile("w+") as file:
             json.dump(request, file)
             file.flush()
@@ -165,29 +166,51 @@ def run(
     return CompletedProcess(command, status, *texts)
 
 
-@cache
+class Starting(subprocess.Popen):  # type: ignore[type-arg]
+    """To stand in the place of subprocess.Popen: it forks the programs that it can."""
+
+    def __new__(cls, command: Any = None, *args: Any, **options: Any) -> Any:
+        ours = isinstance(command, list) and command[0] == sys.executable and not args
+        known = options.keys() <= {"cwd", "env", "stdin", "stdout", "stderr", "start_new_session"}
+        if ours and known and (command[1] in ("-m", "-c") or not command[1].startswith("-")):
+            return Popen(command, **options)
+        return super().__new__(cls)
+
+
 def _server() -> socket.socket:
     """The connection to this process's server, which is started when the first asks for it."""
-    ours, theirs = socket.socketpair()
-    with theirs:
-        command = [sys.executable, __file__, str(theirs.fileno())]
-        _start(command, pass_fds=[theirs.fileno()], cwd="/", start_new_session=True, stdin=DEVNULL, stdout=DEVNULL)
-    atexit.register(ours.shutdown, socket.SHUT_RDWR)
-    return ours
+    global _connection
+    if _connection is None:
+        _connection, theirs = socket.socketpair()
+        with theirs:
+            command = [sys.executable, __file__, str(theirs.fileno())]
+            streams = {"stdin": DEVNULL, "stdout": DEVNULL}
+            _start(command, pass_fds=[theirs.fileno()], cwd="/", start_new_session=True, **streams)
+        atexit.register(_connection.shutdown, socket.SHUT_RDWR)
+    return _connection
 
 
+_connection: socket.socket | None = None
 _start = subprocess.Popen  # before a test puts ours in its place
 _one_at_a_time = threading.Lock()
 
 
 # What follows runs in the server.
 
+HEARD = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
-def _serve(connection: socket.socket) -> tuple[str, list[str]]:
-    """Forks a process for each request; returns in each of them, with what is to run and its arguments."""
+
+def _serve(connection: socket.socket, takes_along: bool = True) -> tuple[str, list[str]]:
+    """Forks a process for each request; returns in each of them, with what is to run and its arguments.
+
+    Args:
+        connection: With those who ask.
+        takes_along: Whether processes end with the connection; else the server waits for them.
+    """
     running: dict[int, tuple[int, int]] = {}  # by the descriptor of its end: the number, and where to tell it
-    while True:
-        for ready in select.select([connection, *running], [], [])[0]:
+    asked = [connection]
+    while asked or running:
+        for ready in select.select([*asked, *running], [], [])[0]:
             if ready is not connection:
                 pid, told = running.pop(ready)
                 status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -196,10 +219,11 @@ def _serve(connection: socket.socket) -> tuple[str, list[str]]:
                 os.close(ready)
                 continue
             message, received, _, _ = socket.recv_fds(connection, 1, 5)
-            if not message:  # the tests have ended
-                for pid, _ in running.values():
+            if not message:  # they have ended
+                asked.clear()
+                for pid, _ in running.values() if takes_along else ():
                     os.kill(pid, signal.SIGKILL)
-                os._exit(0)
+                continue
             request, told, *streams = received
             pid = os.fork()
             if pid == 0:
@@ -213,6 +237,7 @@ def _serve(connection: socket.socket) -> tuple[str, list[str]]:
                 os.close(descriptor)
             running[os.pidfd_open(pid)] = (pid, told)
             _tell(told, pid)
+    os._exit(0)
 
 
 def _tell(to: int, number: int) -> None:
@@ -234,7 +259,19 @@ def _become(request: int, streams: list[int]) -> tuple[str, list[str]]:
     if asked["terminal"]:
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
     sys.stdout.reconfigure(line_buffering=os.isatty(1))  # type: ignore[union-attr]
+    if asked["launches"]:
+        global _connection
+        _connection, theirs = socket.socketpair()
+        if os.fork() == 0:
+            _connection.close()
+            for number in (*HEARD, signal.SIGINT):  # what is for the program's group
+                signal.signal(number, signal.SIG_IGN)
+            return _serve(theirs, takes_along=False)
+        theirs.close()
+        subprocess.Popen = Starting  # type: ignore[misc]
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in HEARD:
+        signal.signal(number, signal.SIG_DFL)
     numpy.random.seed()
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     os.environ.clear()

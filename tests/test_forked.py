@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import forked
@@ -152,3 +153,25 @@ def test_several_run_at_a_time():
     for thread in threads:
         thread.join()
     assert statuses == [0, 0, 0, 0]
+
+
+def test_what_a_program_starts_is_forked_in_its_session_and_outlives_it():
+    """As with Lightning's launcher: ranks share a session, hear its signals, and may end after the first."""
+    source = "import os, signal, subprocess, sys, time; print(os.getsid(0), 'torch' in sys.modules, flush=True)\n"
+    source += "if len(sys.argv) < 2: child = subprocess.Popen([sys.executable, '-c', PROGRAM, 'child'])\n"
+    source += "signal.signal(signal.SIGUSR1, lambda *_: sys.exit(3))\n"
+    source += "try: open(f'ready{len(sys.argv)}', 'w').close(); time.sleep(600)\n"
+    source += "finally: len(sys.argv) < 2 or (time.sleep(0.5), print('late', flush=True))"
+    program = f"PROGRAM = {source!r}\nexec(PROGRAM)"
+    options = {"start_new_session": True, "launches": True, "stdout": subprocess.PIPE}
+    process = forked.Popen([*PYTHON, program], **options)
+    while not (Path("ready1").exists() and Path("ready2").exists()):
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGUSR1)
+    assert process.wait() == 3
+    session = f"{process.pid} True\n"
+    assert process.stdout.read() == f"{session}{session}late\n"  # until all have ended
+    process.stdout.close()
+    look = "import subprocess, sys; child = subprocess.Popen([sys.executable, '-c', 'import sys; sys.exit(5)'])\n"
+    look += "print(child.wait(), subprocess.run(['echo', 'real'], capture_output=True).stdout)"
+    assert forked.run([*PYTHON, look], capture_output=True, launches=True).stdout == "5 b'real\\n'\n"

@@ -816,7 +816,7 @@ for name, (strategy, start, options) in RUNS.items():
 @pytest.mark.slow
 def test_weights_that_are_split_between_processes(tmp_path):
     Path("split.py").write_text(SPLIT)
-    done = forked.run([sys.executable, "split.py", str(Path(__file__).parent)], capture_output=True, text=True)
+    done = forked.run([sys.executable, "split.py", str(Path(__file__).parent)], capture_output=True, launches=True)
     assert done.returncode == 0, done.stderr[-3000:]
     for rank in (0, 1):
         runs = {path.name[:-4]: torch.load(path, weights_only=True) for path in Path().glob(f"*{rank}.pt")}

@@ -698,7 +698,13 @@ class Program:
         out = self.output if inner is None else inner
         streams = {"stdin": subprocess.DEVNULL if inner is None else inner, "stdout": out, "stderr": out}
         self.process = forked.Popen(
-            command, cwd=folder, env=environment, **streams, start_new_session=True, terminal=terminal
+            command,
+            cwd=folder,
+            env=environment,
+            **streams,
+            start_new_session=True,
+            terminal=terminal,
+            launches=devices > 1,
         )
         if inner is not None:
             os.close(inner)

@@ -389,7 +389,7 @@ for run, checkpoint in (("whole", None), ("rest", "whole/step=1.ckpt")):
 @pytest.mark.slow
 def test_weights_that_are_split_between_processes(tmp_path):
     Path("sharded.py").write_text(SHARDED)
-    done = forked.run([sys.executable, "sharded.py", str(Path(__file__).parent)], capture_output=True, text=True)
+    done = forked.run([sys.executable, "sharded.py", str(Path(__file__).parent)], capture_output=True, launches=True)
     assert done.returncode == 0, done.stderr
     for rank in (0, 1):
         weights = [torch.load(f"{run}/weights{rank}.pt", weights_only=True) for run in ("whole", "rest")]

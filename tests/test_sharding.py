@@ -111,7 +111,7 @@ def found(folder: str, rank: int = 0) -> tuple[list[float], float, dict[str, flo
 
 def train(*names: str) -> None:
     Path("trained.py").write_text(TRAINED)
-    done = forked.run([sys.executable, "trained.py", *names], capture_output=True, text=True)
+    done = forked.run([sys.executable, "trained.py", *names], capture_output=True, launches=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -1,4 +1,4 @@
-"""When a fit will end."""
+"""Estimate of the time at which a fit ends."""
 
 import math
 import time
@@ -67,7 +67,7 @@ class TimeEstimate(Callback):
             self._say(trainer, batches, checks)
 
     def _left(self, trainer: Any, done: int) -> tuple[float, float]:
-        """How many steps and validations there are still to come, where ``done`` steps of this epoch are over."""
+        """Numbers of steps and validations still to come, where ``done`` steps of this epoch are over."""
         steps, epoch, validated = math.inf, trainer.num_training_batches, trainer.val_check_batch or math.inf
         if trainer.max_epochs is not None and trainer.max_epochs >= 0:
             steps = (trainer.max_epochs - trainer.current_epoch) * epoch - done

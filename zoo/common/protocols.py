@@ -1,4 +1,4 @@
-"""What modules, callbacks, data and the command line may ask of each other.
+"""Protocols of what modules, callbacks, data and the command line may ask of each other.
 
 Each is a protocol: whoever has its members is understood, without deriving from anything of ours. What is not here is
 not asked for; what is asked of blocks of weights that are split stands in :mod:`zoo.sharding`.
@@ -52,7 +52,7 @@ class PredictsRows(Protocol):
     """A module whose predictions are not probabilities (B, classes), for :class:`zoo.callbacks.WritePredictions`."""
 
     def prediction_rows(self, outputs: Any) -> Sequence[Mapping[str, Any] | list[Mapping[str, Any]]]:
-        """For each sample of what ``predict_step`` returned, its row by column, or a list of rows."""
+        """Rows by column of each sample of what ``predict_step`` returned: one, or a list of them."""
 
 
 @runtime_checkable
@@ -98,7 +98,7 @@ class DrawsTargets(Protocol):
     """A module that learns from something else than labels (B,), for the batch that ``zoo benchmark`` measures with."""
 
     def random_targets(self, images: Tensor, generator: torch.Generator) -> Any:
-        """What stands beside images (B, C, H, W) in a batch, of random values on the CPU."""
+        """Random targets for images (B, C, H, W), on the CPU."""
 
 
 @runtime_checkable
@@ -267,10 +267,10 @@ class KnownOrder(Protocol):
     epoch: int
 
     def batch_indices(self, batch: int) -> list[int]:
-        """This process's samples of a batch, by number in the data set."""
+        """Samples of a batch for this process, by number in the data set."""
 
     def keys_of_batch(self, batch: int, epoch: int) -> Any:
-        """What the data set makes that batch of; the last of each key is the sample's number."""
+        """Keys that the data set makes that batch of; the last part of each is the sample's number."""
 
     def first_batch(self, epoch: int) -> int:
         """The number of the batch that an epoch starts with, more than 0 after :meth:`resume`."""
@@ -295,7 +295,7 @@ class KnownSamples(Protocol):
         """(index, name) of those that could be read."""
 
     def keys_of(self, indices: Sequence[int]) -> Any:
-        """What it makes some samples of, as an evaluation before all training."""
+        """Keys that it makes some samples of, as an evaluation before all training."""
 
 
 # Callbacks.

@@ -16,7 +16,7 @@ a good directory, and the metric that the runs are for, if it is one: a run that
 
 
 class Recipe(NamedTuple):
-    """What is studied, and how."""
+    """Recipe of a study: model, data, Trainer, and how variants are trained."""
 
     model: Mapping[str, Any]  # the arguments of its constructor
     data: Any  # the data module
@@ -26,7 +26,7 @@ class Recipe(NamedTuple):
 
 
 class Page(NamedTuple):
-    """What a study has found."""
+    """Results of a study: a table, and a plot."""
 
     lines: Sequence[str]  # a table in markdown, and what belongs to it
     series: Mapping[str, Sequence[tuple[float, float, float]]]  # of the plot: by its name, points (x, y, error)

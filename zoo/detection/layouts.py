@@ -102,7 +102,7 @@ def conventions(kind: str, state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def other_detector(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> str:
-    """In what a source's FPNDetector was built otherwise than the module, and how to build alike; "" if in nothing."""
+    """Arguments that differ between a source's FPNDetector and the module, and how to build alike; "" if none do."""
     there, here = _built(theirs), _built(ours)
     other = [name for name in here if there and there.get(name, here[name]) != here[name]]
     if not other:
@@ -114,7 +114,7 @@ def other_detector(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> 
 
 
 def _built(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """How the FPNDetector was built that tensors are of, by its arguments, as far as they show; else nothing."""
+    """Arguments of the FPNDetector that tensors are of, as far as they show; none for tensors of something else."""
     boxes = state.get("head.box_out.weight")
     if boxes is None:
         return {}

@@ -37,7 +37,7 @@ class TotalLosses(FullPrecision, Metric):
 
 
 def in_words(metric: str, value: float) -> str:
-    """One of COCO's metrics as people say it: ``AP of small 20.7 %`` for "ap_small".
+    """COCO's metrics in words: ``AP of small 20.7 %`` for "ap_small".
 
     Returns:
         "" for the AP of a class, of which there may be eighty.

@@ -1,4 +1,4 @@
-"""What FPNDetector is measured against, torchvision's detectors, and on: random boxes."""
+"""Peers of FPNDetector, torchvision's detectors, and random boxes to measure with."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""How the rule's coefficients are found, and what the rule is worth: ``zoo scaling-search`` and ``scaling-compare``.
+"""Search for the rule's coefficients, and comparison of the rule: ``zoo scaling-search`` and ``scaling-compare``.
 
 Both train many small networks by one recipe, each some seeds. ``commands.py`` declares them.
 """
@@ -158,7 +158,7 @@ def _rescaled(
 
 
 def _variants(networks: Mapping[str, tuple[CompoundScaling, float]]) -> dict[str, list[str]]:
-    """By network, the options of ``zoo fit`` that make it."""
+    """Options of ``zoo fit`` that make each network."""
     variants = {}
     for name, (scaling, phi) in networks.items():
         scaling.check(phi)
@@ -170,7 +170,7 @@ def _variants(networks: Mapping[str, tuple[CompoundScaling, float]]) -> dict[str
 
 
 def _point(x: float, values: Sequence[float]) -> tuple[float, float, float]:
-    """Of the plot, in percent."""
+    """Point of the plot, in percent."""
     middle, deviation = spread(values)
     return x, 100 * middle, 100 * deviation
 

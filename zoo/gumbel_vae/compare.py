@@ -1,4 +1,4 @@
-"""What a gradient estimator is worth: ``zoo compare-estimators``.
+"""Comparison of gradient estimators: ``zoo compare-estimators``.
 
 Models are trained with each, by one recipe and some seeds, which can be stopped and continued at any time. Then, in
 this process, estimators are compared at one and the same model: how far their gradients are from the exact one, how
@@ -58,7 +58,7 @@ def compare(recipe: Recipe, estimators: Sequence[str] | None = None) -> Page:
 
 
 def changes(arguments: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Which arguments of a recipe's model an estimator has others of, because it has to or its paper does."""
+    """Arguments of a recipe's model that an estimator changes, because it has to or its paper does."""
     changed: dict[str, Any] = {"estimator": name}
     if name == "vimco":  # which has the KL inside
         changed["kl"] = "sampled"
@@ -110,7 +110,7 @@ def build(arguments: Mapping[str, Any], device: torch.device | str, source: Path
 
 
 def _measured(recipe: Recipe, names: Sequence[str]) -> dict[str, Any]:
-    """Everything that is not the runs', by name of the estimator where it is one's: from the file, if it is there."""
+    """Measurements beside the runs, by name of the estimator where it is one's: from the file, if it is there."""
     arguments, out = recipe.model, recipe.out
     file = out / "measured.json"
     before: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
@@ -201,7 +201,7 @@ def _table(results: Results, measured: Mapping[str, Any], samples: int) -> list[
 
 
 def _notes(measured: Mapping[str, Any]) -> list[str]:
-    """What the table's numbers are of, and what else is known of the data."""
+    """Notes to the table: what its numbers are of, and what else is known of the data."""
     draws = sorted({gradient["draws"] for gradient in measured["gradients"].values()})
     lines = [
         "Nats an image of the test data; training steps in turns, medians, on "

@@ -3,6 +3,7 @@
 import ast
 import inspect
 from collections.abc import Iterator
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from importlib import import_module
 from pathlib import Path
@@ -27,6 +28,8 @@ FLOORS = (
     {"__main__"},
 )
 """Rooms of zoo/, files and folders, the lowest floor first. A room imports those of lower floors, none of its own."""
+JOURNEY = ("reading", "transforms", "loading")
+"""Rooms of datamodules/ that a batch comes through, the first one the lowest; the data sets stand on top of them."""
 ROOMS, ARROWS = 16, 55
 LONGEST = 350  # lines of a file
 LONGER: dict[str, int] = {}
@@ -39,6 +42,7 @@ TORCHS = {
 """Private names of other libraries, and of named tuples, which are none."""
 
 
+@cache
 def modules(package: str) -> dict[str, ast.Module]:
     """Syntax trees of a package's modules, by dotted name."""
     found = {}
@@ -71,6 +75,19 @@ def imported(tree: ast.AST, known: dict[str, ast.Module], late: bool = True) -> 
 
 def room(module: str) -> str:
     return module.split(".")[1] if "." in module else module
+
+
+def test_a_batch_travels_one_way_through_the_rooms_of_the_data():
+    known = modules("datamodules")
+    floor = {name: number for number, name in enumerate(JOURNEY)}
+    upward = [
+        f"{module} imports {other}"
+        for module, tree in known.items()
+        for other in imported(tree, known)
+        if room(module) != room(other) and room(module) in floor
+        if room(other) != "_lightning" and floor.get(room(other), len(JOURNEY)) >= floor[room(module)]
+    ]
+    assert not upward
 
 
 def test_rooms_import_lower_floors_only():

@@ -311,8 +311,10 @@ def test_a_mistaken_sweep_gets_one_line_before_anything_runs(args, expected, cap
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)  # four processes
-def test_a_sweep_of_a_foreign_model_over_two_options_end_to_end(capsys):
+def test_a_sweep_of_a_foreign_model_over_two_options_end_to_end(capsys, monkeypatch):
     """Its data has no seed to set, and with two options there is no plot."""
+    tests = Path(__file__).parent
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tests), str(tests.parent)]))
     args = ["sweep", recipe(model="test_search.Tuned", data="test_search.Unseeded"), "--seeds", "1", "--jobs", "2"]
     args += ["--over", "model.lr=0.1,0.2", "--over", "trainer.max_epochs=1,2", "--trainer.accelerator=cpu"]
     assert main(args) == 0

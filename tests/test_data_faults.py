@@ -251,7 +251,7 @@ class Numbers(ImageDataModule):
     in_memory = True
 
     def __init__(self, size: int = 33, batch_size: int = 4, side: int = 8) -> None:
-        super().__init__(batch_size, mean=(0.0,), std=(1.0,))
+        super().__init__(batch_size=batch_size, mean=(0.0,), std=(1.0,))
         images = torch.arange(size, dtype=torch.uint8)[:, None, None, None].expand(-1, 1, side, side) * 4
         self.pairs = [(image, number % 7) for number, image in enumerate(images)]
 

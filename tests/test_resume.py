@@ -79,7 +79,7 @@ class Images(ImageDataModule):
     """42 images for training, 11 for validation: of eight in a batch, two are left over in each epoch."""
 
     def __init__(self, workers: int = 0, **options: Any) -> None:
-        super().__init__(8, workers, mean=(0.5,), std=(0.5,), hflip=0.5, degrees=10, **options)
+        super().__init__(batch_size=8, num_workers=workers, mean=(0.5,), std=(0.5,), hflip=0.5, degrees=10, **options)
 
     def samples(self, split):
         return Samples(42 if split == "train" else 11)

@@ -61,7 +61,7 @@ def _installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
 
-@pytest.mark.usefixtures("_installed")
+@pytest.mark.usefixtures("_installed", "_forked_programs")
 @pytest.mark.timeout(300)  # a dozen runs
 def test_everything_runs_from_top_to_bottom():
     Path("my_images").mkdir()
@@ -83,7 +83,7 @@ def test_everything_runs_from_top_to_bottom():
     assert [len(lines) for lines in predictions] == [2, 2], "a header and one image"
 
 
-@pytest.mark.usefixtures("_installed")
+@pytest.mark.usefixtures("_installed", "_forked_programs")
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
 def test_the_pages_commands_run_and_what_they_name_exists(page):

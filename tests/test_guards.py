@@ -55,6 +55,8 @@ def test_the_launcher_that_ends_all_processes_itself_is_not_helped(monkeypatch, 
     monkeypatch.setenv(variable, "1")
     installed = kinds(guard(Trainer(logger=False, enable_checkpointing=False, **QUIET)))
     assert ("FailTogether" in installed) == (variable != "TORCHELASTIC_RUN_ID")
+    saves = ModelCheckpoint(save_on_exception=True)  # the one that failed would wait for the others, and not end
+    assert "FailTogether" in kinds(guard(Trainer(callbacks=[saves], logger=False, **QUIET)))
     mine = FailTogether()
     assert mine in guard(Trainer(callbacks=[mine], logger=False, enable_checkpointing=False, **QUIET)).callbacks
 

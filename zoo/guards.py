@@ -30,7 +30,8 @@ def guard(trainer: Any, config: str | None = None, weights_only: bool | None = N
 
     - :class:`zoo.callbacks.NonFiniteGuard`: stops at a loss that is NaN or infinite, with the batch on disk.
     - :class:`zoo.callbacks.Provenance`: configuration, versions and revision in every checkpoint.
-    - :class:`zoo.callbacks.FailTogether`: one process fails, the others end. Not under torchrun, whose agent ends them.
+    - :class:`zoo.callbacks.FailTogether`: one process fails, the others end. Not under torchrun, whose agent ends them,
+      unless a callback saves when there is an exception: there, the one that failed would wait for the others.
     - :class:`zoo.callbacks.ExactResume`: a continued run equals the uninterrupted one.
     - :class:`zoo.callbacks.PreemptionGuard`: SIGTERM, SIGUSR1, SIGHUP and Ctrl-C end a run saved.
     - :class:`zoo.callbacks.OptimizerSettings`: settings that were changed win over a checkpoint's, the others stay.
@@ -46,10 +47,11 @@ def guard(trainer: Any, config: str | None = None, weights_only: bool | None = N
         weights_only: Whether to refuse to save what reading without running code would refuse, see
             :class:`zoo.checkpoints.AtomicCheckpointIO`. None: to warn.
     """
+    saves = any(getattr(saver, "save_on_exception", False) for saver in trainer.checkpoint_callbacks)
     guards = (
         NonFiniteGuard(),
         Provenance(config),
-        *(() if is_torchelastic_launched() else (FailTogether(),)),
+        *((FailTogether(),) if saves or not is_torchelastic_launched() else ()),
         ExactResume(),
         PreemptionGuard(),
         ResumePoint(),

@@ -704,7 +704,8 @@ class Program:
             **streams,
             start_new_session=True,
             terminal=terminal,
-            launches=devices > 1,
+            # In a test, a rank tells its parent that it ends: the process that has started it, not one that forks.
+            launches=devices > 1 and "stage" not in options,
         )
         if inner is not None:
             os.close(inner)

@@ -240,7 +240,6 @@ def _in_files(part: str, files: Sequence[str]) -> Iterator[str]:
             yield str(value)
 
 
-@cache
 def _settings(file: str) -> dict[str, Any]:
     return dict(yaml.safe_load(Path(file).read_text(encoding="utf-8")))
 

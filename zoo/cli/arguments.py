@@ -83,7 +83,7 @@ class Command(NamedTuple):
     passed_on: Sequence[tuple[str, str]] = ()  # what others read, as in ("--model CLASS", "a class"), for the help
 
     def help(self) -> str:
-        """What ``zoo NAME --help`` prints, made from its arguments."""
+        """Text of ``zoo NAME --help``, made from its arguments."""
         parser = self.arguments()
         group = parser.add_argument_group("recipe and options of zoo fit") if self.passed_on else parser
         for told, text in self.passed_on:
@@ -94,7 +94,7 @@ class Command(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """What a command is asked to do to a recipe."""
+    """Request to a command about a recipe."""
 
     files: list[str]  # the recipe's, or URLs
     options: list[str]  # of zoo fit

@@ -219,7 +219,7 @@ def _is_same(now: Settings, written: Settings | None, path: Path) -> bool:
 
 
 def is_distributed(path: Path) -> bool:
-    """Whether a folder is one checkpoint, of several processes' parts."""
+    """True if a folder is one checkpoint, of several processes' parts."""
     return (path / ".metadata").exists() or (path / "meta.pt").exists()
 
 

@@ -1,4 +1,4 @@
-"""What a configuration may name, and so import."""
+"""Names that a configuration may have imported."""
 
 from jsonargparse import set_parsing_settings
 

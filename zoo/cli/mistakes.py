@@ -1,4 +1,4 @@
-"""What the command line says about mistakes: a line, what was probably meant, and no traceback."""
+"""Wording of mistakes: a line, what was probably meant, and no traceback."""
 
 import os
 import re
@@ -235,14 +235,14 @@ def on_purpose(error: BaseException) -> str | None:
 
 
 def _is_a_librarys(error: BaseException) -> bool:
-    """Whether a library's ``raise`` raised it, and nobody else's class, which may be to blame, was on the way."""
+    """True if a library's ``raise`` raised it, and nobody else's class, which may be to blame, was on the way."""
     frames = traceback.walk_tb(error.__traceback__)
     packages = [str(frame.f_globals.get("__name__")).split(".")[0] for frame, _ in frames]
     return packages[-1] in LIBRARIES and _was_raised(error) and set(packages) <= NOT_FOREIGN
 
 
 def _was_raised(error: BaseException) -> bool:
-    """Whether a ``raise`` statement of the innermost function raised it, and not something that it called."""
+    """True if a ``raise`` statement of the innermost function raised it, and not something that it called."""
     from dis import opname
 
     last: TracebackType | None = error.__traceback__
@@ -257,7 +257,7 @@ def _is_ours(filename: str) -> bool:
 
 
 def root_cause(error: Exception) -> Exception:
-    """What happened in a class's constructor: jsonargparse wraps it in what it says about types."""
+    """Error of a class's constructor: jsonargparse wraps it in what it says about types."""
     wrapped = ("Does not validate against any of the Union", "Problem with given class_path")
     while str(error).startswith(wrapped) and isinstance(error.__cause__, Exception):
         error = error.__cause__

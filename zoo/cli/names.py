@@ -129,7 +129,7 @@ def understood(options: Sequence[str], files: Sequence[str], command: str) -> li
 
 
 class Known:
-    """What is known of model, data and Trainer without importing them.
+    """Options of model, data and Trainer, known without importing them.
 
     ``classes`` has a name each, None where it is somebody else's or unclear, and nothing where none is named.
     """
@@ -185,7 +185,7 @@ def _understood(typed: str, following: str, known: Known, command: str) -> str:
 
 
 def _of_class(part: str, option: str, known: Known) -> str | None:
-    """What ``--PART.OPTION`` means; None to leave it as it is."""
+    """Meaning of ``--PART.OPTION``; None to leave it as it is."""
     words = option.split(".")
     inner = words[words[0] == "init_args" :]
     there = known.options(part)
@@ -211,7 +211,7 @@ def _unknown(part: str, name: str, there: list[str], known: Known) -> str:
 
 
 def _of_nobody(head: str, known: Known, command: str) -> str | None:
-    """What an option means that names no class; None to leave it as it is."""
+    """Meaning of an option that names no class; None to leave it as it is."""
     name = head.lstrip("-").replace("-", "_")
     if name in ROOT:
         return ROOT[name]

@@ -1,4 +1,4 @@
-"""What a person at a terminal is told while nothing else can be: the import of torch and Lightning takes seconds."""
+"""Notice at a terminal, while nothing else can be told: the import of torch and Lightning takes seconds."""
 
 import os
 import sys
@@ -9,7 +9,7 @@ LOADING = "loading torch and Lightning ..."
 
 
 def speaks() -> bool:
-    """Whether this is the first of a run's processes, by what torchrun, SLURM or Lightning's launcher tells it."""
+    """True in the first of a run's processes, by what torchrun, SLURM or Lightning's launcher tells it."""
     return {os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID")} == {"0"}
 
 

@@ -1,4 +1,4 @@
-"""How a run went, in lines: metrics in their words, what there is to beat, and what was written."""
+"""Outcome of a run, in lines: metrics in their words, what there is to beat, and what was written."""
 
 from collections.abc import Mapping
 from contextlib import suppress
@@ -28,7 +28,7 @@ def metrics(model: Any, found: Mapping[str, float]) -> list[str]:
 
 
 def baselines(data: Any, found: Mapping[str, float]) -> list[str]:
-    """What there is to beat on the same split, if the data knows: accuracies of classifiers, nats of densities."""
+    """Baselines on the same split, if the data knows: accuracies of classifiers, nats of densities."""
     if "test/acc" in found and isinstance(data, HasBaselines):
         return [f"{name} on the same split {100 * value:.2f} %" for name, value in data.baselines().items()]
     if "test/elbo" in found and isinstance(data, HasNats):
@@ -38,7 +38,7 @@ def baselines(data: Any, found: Mapping[str, float]) -> list[str]:
 
 
 def written(trainer: Any) -> list[tuple[str, Path]]:
-    """What callbacks wrote last: ``("pictures", PATH)``."""
+    """Files that callbacks wrote last: ``("pictures", PATH)``."""
     writers = [callback for callback in trainer.callbacks if isinstance(callback, WritesFile)]
     return [(writer.writes, writer.last_path) for writer in writers if writer.last_path is not None]
 

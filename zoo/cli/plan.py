@@ -41,7 +41,7 @@ def parse(
 
 
 class Plan:
-    """What a command would run.
+    """Model, data and Trainer that a command would run.
 
     Attributes:
         command: ``fit``, ``validate``, ``test`` or ``predict``.
@@ -61,17 +61,17 @@ class Plan:
 
     @property
     def class_paths(self) -> tuple[str, str | None]:
-        """Where the classes of model and data lie."""
+        """Dotted paths of the classes of model and data."""
         return self.config.model.class_path, None if self.config.data is None else self.config.data.class_path
 
     @property
     def weights(self) -> str | None:
-        """What the model's weights start from: a file, a URL, or a name."""
+        """Source of the model's first weights: a file, a URL, or a name."""
         found = self.config.model.get("init_args.weights")
         return found if isinstance(found, str) and found else None
 
     def has_option(self, *names: str) -> bool:
-        """Whether one of these stands on the command line, ``--model.weights`` for example."""
+        """True if one of these stands on the command line, ``--model.weights`` for example."""
         return not {option.partition("=")[0] for option in self.parser.given[1]}.isdisjoint(names)
 
     def build(self, **parts: Any) -> Namespace:
@@ -118,7 +118,7 @@ class Plan:
 
 
 def shared(config: Namespace) -> Namespace:
-    """What every command understands of a configuration.
+    """Part of a configuration that every command understands.
 
     What belongs to one is left out, most of all ``ckpt_path``: to test a run is not to test where it started.
     """

@@ -1,4 +1,4 @@
-"""What a run that is not profiled pays for profiling: nothing.
+"""Removal of what a run that is not profiled pays for profiling.
 
 Lightning enters a context for every hook of every callback, about eighty in a step with the zoo's defaults, whether
 somebody profiles or not. That is a tenth of what ``Trainer.fit`` costs beside a loop written by hand, or more

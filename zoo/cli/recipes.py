@@ -49,7 +49,7 @@ def recipes() -> dict[str, Path]:
 
 
 def hardware() -> dict[str, Path]:
-    """What a recipe is merged with to run on other machines: name, as in ``hardware/one_gpu``, and file."""
+    """Parts to merge a recipe with for other machines: name, as in ``hardware/one_gpu``, and file."""
     return {name: file for name, file in _shipped().items() if HARDWARE in file.parents}
 
 
@@ -186,7 +186,7 @@ def _line(node: yaml.Node) -> str:
 
 
 def overview() -> str:
-    """What ``zoo list`` prints: the packages' classes and the recipes, a line each."""
+    """Text of ``zoo list``: the packages' classes and the recipes, a line each."""
     sections = {
         title: {name: _class_line(package.__name__, file, name) for name, file in package._EXPORTS.items()}
         for title, package in PACKAGES.items()

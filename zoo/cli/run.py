@@ -248,7 +248,7 @@ def _newest_checkpoint(config: Namespace) -> str:
 
 
 def _has_test(model: Any, data: Any) -> bool:
-    """Whether there is something to test after a fit. Our data modules all have a loader, but not all have samples."""
+    """True if there is something to test after a fit. Our data modules all have a loader, but not all have samples."""
     if not is_overridden("test_step", model) or not is_overridden("test_dataloader", data):
         return False
     return not isinstance(data, HasSamples) or data.samples("test") is not None

@@ -77,7 +77,7 @@ def check_places(config: Namespace) -> None:
 
 
 def _places(trainer: Namespace) -> Iterator[tuple[str, str]]:
-    """Where loggers and checkpoints go, by the option that says so."""
+    """Folders of loggers and checkpoints, by the option that says so."""
     loggers, callbacks = (
         [part for part in (found if isinstance(found, list) else [found]) if isinstance(part, Namespace)]
         for found in (trainer.logger, trainer.callbacks)
@@ -95,7 +95,7 @@ def _places(trainer: Namespace) -> Iterator[tuple[str, str]]:
 
 
 def _obstacle(path: Path) -> str | None:
-    """What keeps a folder from being made, or files from being written into it."""
+    """Reason that keeps a folder from being made, or files from being written into it."""
     try:
         os.fsencode(path)
         for place in (path, *path.parents):

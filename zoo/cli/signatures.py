@@ -73,7 +73,7 @@ def _resolved(module: str, expression: ast.expr) -> tuple[str, ast.ClassDef] | N
 
 
 def _constructor(module: str, node: ast.ClassDef) -> tuple[str, ast.FunctionDef] | Literal[False] | None:
-    """Where a class's constructor stands, and it; False if neither class nor bases have one, None if unknown."""
+    """Module of a class's constructor, and it; False if neither class nor bases have one, None if unknown."""
     for each in node.body:
         if isinstance(each, ast.FunctionDef) and each.name == "__init__":
             return module, each

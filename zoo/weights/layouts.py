@@ -46,7 +46,7 @@ class Layout:
         return ""
 
     def advice(self, kind: str, state: Mapping[str, Tensor], module: nn.Module, filled: Collection[str]) -> str:
-        """How else to build the module, so that the weights do what they did where they come from; "" if alike.
+        """Advice on another way to build the module, by which weights do what they did at their source; "" if alike.
 
         Args:
             kind, state: As above.

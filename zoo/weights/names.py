@@ -1,4 +1,4 @@
-"""Where a tensor of a source belongs in a module, by its name."""
+"""Place of a source's tensor in a module, by its name."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -75,7 +75,7 @@ def is_encoder(name: str, own: Mapping[str, Tensor]) -> bool:
 
 
 def is_needed(name: str, own: Mapping[str, Tensor]) -> bool:
-    """Whether the source has to provide a tensor."""
+    """True if the source has to provide a tensor."""
     part = name.removeprefix("backbone.").split(".")[0]
     return is_encoder(name, own) and part not in POOLING and not name.endswith("num_batches_tracked")
 

@@ -144,7 +144,7 @@ class Way:
     table: int | None
 
     def fits(self, grid: Size) -> bool:
-        """Whether a grid has as many positions and offsets."""
+        """True if a grid has as many positions and offsets."""
         return self.patches in (None, math.prod(grid)) and self.table in (None, offsets(grid))
 
     def multiple(self, shape: Size) -> Size | None:

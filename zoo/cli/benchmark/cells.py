@@ -58,7 +58,7 @@ class Cell(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of its file."""
+        """Name of its file."""
         values = [f"{axis}={value}" for axis, value in self.axes.items()]
         return "-".join([self.mode, *([self.peer] if self.peer else []), *values]).replace("/", "_")
 
@@ -139,7 +139,7 @@ def _line(cell: Cell, row: Mapping[str, Any]) -> str:
 
 
 def _measured(setting: Mapping[str, Any], log: Path) -> dict[str, Any]:
-    """What the process of a cell has written; if nothing, what became of it."""
+    """Row that the process of a cell has written; if there is none, what became of it."""
     import tempfile  # here: every command would wait for it
 
     with tempfile.TemporaryDirectory() as folder:

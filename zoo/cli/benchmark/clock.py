@@ -1,4 +1,4 @@
-"""When a step is timed, and how: after a warm-up, without making the device wait, read once at the end."""
+"""Timing of steps: after a warm-up, without making the device wait, read once at the end."""
 
 import statistics
 import time
@@ -12,7 +12,7 @@ STEADY = 0.05  # the warm-up ends when two blocks in a row differ by less than t
 
 
 class Goal(NamedTuple):
-    """How much is measured.
+    """Amount that is measured.
 
     Attributes:
         steps: At least so many,
@@ -70,7 +70,7 @@ class Clock:
         return False
 
     def seconds(self) -> list[float]:
-        """Of each step that counts, in its order."""
+        """Time of each step that counts, in its order."""
         self._synchronize()
         pairs = zip(self._marks, self._marks[1:], strict=False)
         if self.device.type == "cuda":

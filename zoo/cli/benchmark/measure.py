@@ -38,7 +38,7 @@ ISSUES = 0.9  # of the device's time, for the host to issue a step: from there o
 
 
 def measure(plan: Plan, mode: str, goal: Goal, peer: Any = None) -> dict[str, Any]:
-    """What a cell finds, as plain data.
+    """Measures a cell, and returns plain data.
 
     Args:
         plan: The configuration of ``zoo fit``.
@@ -116,7 +116,7 @@ class Timed(Callback):
             trainer.should_stop = True
 
     def found(self, trainer: Any, batch_size: int) -> dict[str, Any]:
-        """What was measured, in words and numbers."""
+        """Figures of what was measured, in words and numbers."""
         seconds, device = self.clock.seconds(), self.clock.device
         step = percentiles(seconds)
         # Where a loader is in it, steps are quick and slow by turns: there the mean says how many images there are.
@@ -198,7 +198,7 @@ class ByHandInference(ByHand):
 
 
 class Waits(Profiler):
-    """How long a Trainer waits for its next batch."""
+    """Time that a Trainer waits for its next batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -214,7 +214,7 @@ class Waits(Profiler):
 
 
 def limit_of(found: Mapping[str, Any]) -> str:
-    """What a run is waiting for: "data", "host", or else "device"."""
+    """Limit of a run's speed: "data", "host", or else "device"."""
     if found.get("waiting", 0.0) >= WAITS:
         return "data"
     return "host" if found.get("issued_ms", 0.0) >= ISSUES * found["step_ms"]["median"] else "device"

@@ -1,4 +1,4 @@
-"""Where the time of a step goes, by kinds of operations: what there is to be made faster."""
+"""Shares of a step's time by kinds of operations: what there is to be made faster."""
 
 import re
 import time
@@ -47,5 +47,5 @@ def shares(step: Callable[[], object], device: torch.device) -> dict[str, float]
 
 
 def kind_of(operation: str) -> str:
-    """Of an operation by torch's name, such as ``aten::addmm``."""
+    """Kind of an operation by torch's name, such as ``aten::addmm``."""
     return next((kind for kind, pattern in KINDS.items() if re.search(pattern, operation)), REST)

@@ -1,4 +1,4 @@
-"""What a device can do at most: dense peak rates, the denominators of model FLOP utilisation.
+"""Peak rates of devices, of dense operations, the denominators of model FLOP utilisation.
 
 Vendors' figures for matrix products without sparsity, in TFLOP/s, accumulated in float32 wherever the vendor tells the
 two apart. (Lightning's own table has the sparse figure for some devices, and one without tensor cores for others.) A
@@ -61,5 +61,5 @@ def peak_of(device_name: str, precision: str) -> tuple[float, str] | None:
 
 
 def _is_in(name: list[str], words: list[str]) -> bool:
-    """Whether words stand in a row somewhere: A10 is neither A100 nor A10G."""
+    """True if words stand in a row somewhere: A10 is neither A100 nor A10G."""
     return any(words[i : i + len(name)] == name for i in range(len(words)))

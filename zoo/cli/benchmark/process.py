@@ -47,7 +47,7 @@ def answer(asked: Path, found: Path, runs: Path, strict: bool) -> None:
 
 
 def status_of(cause: BaseException, said: str, peer: str | None) -> str:
-    """What became of a cell, in a word. A package that a peer needs may be missing; one that the zoo needs may not."""
+    """Status of a cell, in a word. A package that a peer needs may be missing; one that the zoo needs may not."""
     if isinstance(cause, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in said:  # the CPU's words
         return "out of memory"
     if isinstance(cause, NoDeviceError):
@@ -77,7 +77,7 @@ def _measured(setting: dict[str, Any], runs: Path, strict: bool) -> dict[str, An
 
 
 def _peer(plan: Plan, setting: dict[str, Any]) -> tuple[Any, str | None]:
-    """What is measured in the place of the recipe's model, or of its loader."""
+    """Peer that is measured in the place of the recipe's model, or of its loader."""
     if setting["cell"]["peer"] is None:
         return None, None
     known = peers.peers_of(*plan.class_paths)
@@ -104,7 +104,7 @@ def _check_devices(trainer: Any) -> None:
 
 
 def hardware() -> dict[str, Any]:
-    """What a figure was measured on, as plain data."""
+    """Machine and versions that a figure was measured on, as plain data."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     found: dict[str, Any] = {"cpu": f"{cores} cores of {_cpu_name()}", "threads": f"{torch.get_num_threads()} threads"}
     if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""What a benchmark found, as a table and a plot; and two of them compared."""
+"""Table and plot of a benchmark; comparison of two."""
 
 import json
 import statistics
@@ -26,7 +26,7 @@ class Rate:
 
 
 def ratio(ours: Row, base: Row, paired: bool = True) -> tuple[float, float]:
-    """How many times faster one cell is than another, and the spread of that.
+    """Ratio of two cells' speeds, and the spread of that.
 
     Cells of one benchmark take turns, so that runs of the same round belong together: the ratio is the median over the
     rounds, the spread its range. Of two benchmarks every run is set against every other. With one run of each the
@@ -114,7 +114,7 @@ def utilisation(row: Row) -> str:
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
-    """What has to be said of the table, each once: peers' differences, peaks, what could not be found out."""
+    """Notes on the table, each once: peers' differences, peaks, what could not be found out."""
     axes = _varying(rows)
     fixed = [f"{axis} {values[0]}" for axis, values in _varied(rows).items() if axis not in axes]
     found = [f"In all rows: {', '.join(fixed)}."] if fixed else []
@@ -132,7 +132,7 @@ def notes(rows: Sequence[Row]) -> list[str]:
 
 
 def _shares(found: Mapping[str, float]) -> str:
-    """What makes up at least a twentieth, as in "convolutions 94 %, optimizer 5 %"."""
+    """Shares of at least a twentieth, as in "convolutions 94 %, optimizer 5 %"."""
     return ", ".join(f"{kind} {100 * share:.0f} %" for kind, share in found.items() if share >= 0.05)
 
 
@@ -186,7 +186,7 @@ def plot(rows: Sequence[Row], path: Path) -> bool:
 
 
 def _values(row: Row, axes: Sequence[str] | None = None) -> list[str]:
-    """Of these axes, or of all."""
+    """Values of these axes, or of all."""
     return [f"{axis} {value}" for axis, value in row["cell"]["axes"].items() if axes is None or axis in axes]
 
 
@@ -242,7 +242,7 @@ def compare(before: Sequence[Row], after: Sequence[Row], max_regression: float) 
 
 
 def _key(row: Row, mode: str | None = None) -> str:
-    """What a cell is, or what it would be in another mode."""
+    """Identity of a cell, or of the same in another mode."""
     return json.dumps(row["cell"] | ({"mode": mode} if mode else {}), sort_keys=True)
 
 

@@ -124,7 +124,7 @@ def _check_sizes(config: Any) -> None:
 
 
 def _options(plan: "Plan") -> set[str]:
-    """Those of model, data and Trainer that a cell may set."""
+    """Arguments of model, data and Trainer that a cell may set."""
     config = plan.config
     parts = {"trainer": config.trainer, "model": config.model.init_args}
     if config.data is not None:

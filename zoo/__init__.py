@@ -26,7 +26,7 @@ _EXPORTS = {
     "MAEPretrainer": "mae",
     "ViTClassifier": "vit",
 }
-_PARTS = ("callbacks", "checkpoints", "guards", "sharding", "weights")
+_PARTS = ("callbacks", "checkpoints", "guards", "losses", "sharding", "weights")
 
 
 def __getattr__(name: str) -> Any:

@@ -11,8 +11,7 @@ rank). A run can therefore be continued anywhere: a checkpoint holds the number 
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from itertools import zip_longest
-from typing import Any, Unpack, get_args
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -21,11 +20,11 @@ from torch.utils.data import DataLoader, default_collate
 
 from datamodules import transforms
 from datamodules._lightning import LightningDataModule, rank_zero_warn
-from datamodules.loading.options import IMAGE_OPTIONS, ImageOptions, with_defaults
+from datamodules.loading.labels import check_same, counts_of, labels_of
+from datamodules.loading.options import IMAGE_OPTIONS, ImageOptions, check_ranges, with_defaults
 from datamodules.loading.order import BatchOrder, mix
 from datamodules.loading.seeding import Samples, SeededBatches, map_images
 from datamodules.loading.workers import Loader, default_workers, outlive_signals
-from datamodules.reading.json_values import one_form
 from datamodules.reading.listing import Split
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -84,26 +83,13 @@ class ImageDataModule(LightningDataModule):
         **options: Unpack[ImageOptions],
     ) -> None:
         super().__init__()
-        hflip, erase, binarize, jitter = options["hflip"], options["erase"], options["binarize"], options["jitter"]
-        seed, num_workers = options["seed"], options["num_workers"]
-        for name, probability in (("hflip", hflip), ("erase", erase)):
-            if not 0 <= probability <= 1:
-                raise ValueError(f"{name} is {probability}: expected a probability in [0, 1]")
-        if binarize is not None and binarize not in (choices := get_args(transforms.Binarization)):
-            raise ValueError(f"unknown binarize {binarize!r}: expected {', '.join(choices)}, or null for none")
-        if jitter < 0 or (jitter and binarize != "threshold"):
-            raise ValueError(f"jitter is {jitter} with binarize {binarize}: expected 0, or more with threshold")
+        check_ranges(options)
         if min(std) <= 0:
             raise ValueError(f"std is {tuple(std)}: expected positive numbers")
-        if not -(2**63) <= seed < 2**63:
-            raise ValueError(f"seed is {seed}: expected a whole number of 64 bits, as torch's generators take them")
-        if num_workers is not None and num_workers < 0:
-            raise ValueError(
-                f"num_workers is {num_workers}: expected 0 or more, or null to choose by the cores at hand"
-            )
-        self.batch_size, self.num_workers, self.seed = options["batch_size"], num_workers, seed
+        self.batch_size, self.num_workers, self.seed = options["batch_size"], options["num_workers"], options["seed"]
         self.mean, self.std = tuple(mean), tuple(std)
-        self.hflip, self.erase, self.binarize, self.jitter = hflip, erase, binarize, jitter
+        self.hflip, self.erase = options["hflip"], options["erase"]
+        self.binarize, self.jitter = options["binarize"], options["jitter"]
         self.degrees, self.translate = options["degrees"], options["translate"]
         self.zoom, self.shear = options["zoom"], options["shear"]
         self.drop_last, self.repeats = options["drop_last"], options["repeats"]
@@ -135,6 +121,27 @@ class ImageDataModule(LightningDataModule):
         if self.classes is None:
             raise AttributeError(f"{type(self).__name__} has no classes: its images carry no labels")
         return len(self.classes)
+
+    def train_labels(self) -> np.ndarray:
+        """Labels of the training samples, without making any: (N,) classes, or (N, labels) of 0 and 1.
+
+        Raises:
+            ValueError: If the samples do not say them, as unlabelled images.
+        """
+        return labels_of(self.samples("train"), type(self).__name__)
+
+    def class_counts(self) -> list[int]:
+        """Number of training samples of each class, in the order of ``classes``; of several labels, their positives.
+
+        Raises:
+            ValueError: If the samples do not say their labels.
+        """
+        labels = self.train_labels()
+        return counts_of(labels, None if self.classes is None else self.num_classes)
+
+    def sample_count(self) -> int:
+        """Number of training samples."""
+        return len(self.train_labels())
 
     # Order and workers.
 
@@ -299,29 +306,15 @@ class ImageDataModule(LightningDataModule):
                 look at their names itself.
         """
         saved = state_dict.get("classes")
-        module = getattr(self.trainer, "lightning_module", None)
         if self.classes is None:
             self.classes = saved
-        elif saved is not None and self._goes_by_labels(module):
-            forms = [[one_form(str(name)) for name in names] for names in (self.classes, saved)]
-            wrong = [label for label, (a, b) in enumerate(zip_longest(*forms)) if a != b and label < len(forms[0])]
-            if wrong:
-                there = forms[1][wrong[0]] if wrong[0] < len(saved) else "nothing"
-                raise ValueError(
-                    f"the checkpoint's classes are others than this data's: label {wrong[0]} is {there} there and "
-                    f"{forms[0][wrong[0]]} here, and {type(module).__name__} goes by labels "
-                    "(zoo.common.classes.NamedClasses reads them by name)"
-                )
+        elif saved is not None:
+            check_same(self.classes, saved, getattr(self.trainer, "lightning_module", None))
         if self.trainer is None or self.trainer.state.fn != "fit":
             return
         self._position = state_dict.get("position")
         # A strategy that splits the weights restores late, when configure_optimizers may have had a loader made.
         self.trainer.fit_loop._combined_loader = None
-
-    @staticmethod
-    def _goes_by_labels(module: Any) -> bool:
-        """True for a module that learns classes, and does not match their names to its own itself."""
-        return "num_classes" in getattr(module, "hparams", ()) and not hasattr(module, "classes")
 
     def _current_position(self) -> dict[str, int] | None:
         trainer: Any = self.trainer

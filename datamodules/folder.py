@@ -26,6 +26,7 @@ import numpy as np
 from datamodules._lightning import rank_zero_info, rank_zero_warn
 from datamodules.base import IMAGENET_MEAN, IMAGENET_STD
 from datamodules.classification import CLASSIFICATION_OPTIONS, ClassificationDataModule, ClassificationOptions
+from datamodules.loading.labels import labels_of
 from datamodules.loading.options import with_defaults
 from datamodules.loading.seeding import Samples
 from datamodules.loading.shares import stratified_split
@@ -143,6 +144,11 @@ class ImageFolderDataModule(ClassificationDataModule):
         if self.cached is not None and split != "predict":
             self.cached.fill(builds(self.trainer))
         return self._samples[split]
+
+    def train_labels(self) -> np.ndarray:
+        if "train" not in self._samples:
+            self._samples |= self._listed("train")  # no cache is made for them
+        return labels_of(self._samples["train"], type(self).__name__)
 
     # What there is, by listing folders only.
 

@@ -23,6 +23,7 @@ from torchvision import datasets
 
 from datamodules.base import IMAGENET_MEAN, IMAGENET_STD
 from datamodules.classification import CLASSIFICATION_OPTIONS, ClassificationDataModule, ClassificationOptions
+from datamodules.loading.labels import labels_of
 from datamodules.loading.options import with_defaults
 from datamodules.loading.seeding import Samples
 from datamodules.loading.shares import stratified_split
@@ -31,7 +32,7 @@ from datamodules.reading.cache import Cache, builds
 from datamodules.reading.cifar import ARCHIVES, Cifar
 from datamodules.reading.files import ImageFiles
 from datamodules.reading.listing import Split
-from datamodules.reading.torchvision_samples import TorchvisionSamples, labels_of
+from datamodules.reading.torchvision_samples import TorchvisionSamples, listed_labels
 
 Name = Literal[
     "CIFAR10",
@@ -170,16 +171,19 @@ class TorchvisionDataModule(ClassificationDataModule):
         self.cached.fill(builds(self.trainer))
         return self._kept[split]
 
+    def train_labels(self) -> np.ndarray:
+        return labels_of(self._samples("train", None), type(self).__name__)  # no cache is made for them
+
     def _samples(self, split: Split, cached: Cache | None) -> TorchvisionSamples | None:
         official = getattr(self.source, split)
         options = self.source.train if official is None else official
         source = self._open(options)
         indices = np.arange(len(source))
         if self.source.test is None:
-            kept, held_out = stratified_split(labels_of(source), self.test_fraction, self.split_seed)
+            kept, held_out = stratified_split(listed_labels(source), self.test_fraction, self.split_seed)
             indices = held_out if split == "test" else kept
         if self.source.val is None and split != "test":
-            kept, held_out = stratified_split(labels_of(source)[indices], self.val_fraction, self.split_seed)
+            kept, held_out = stratified_split(listed_labels(source)[indices], self.val_fraction, self.split_seed)
             indices = indices[held_out if split == "val" else kept]
         if len(indices) == 0:
             return None

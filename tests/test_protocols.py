@@ -36,8 +36,8 @@ OTHERS = {
     "train_dataloader",
     "jsonargparse's parsers": "parent_parser print_config subcommand_parser",
     "submodules, which an instance check does not see since Python 3.12": "backbone decoder",
-    "the optional attributes of datamodules' Samples, which its docstring lists": "batch in_batch names random raw "
-    "sizes unreadable",
+    "the optional attributes of datamodules' Samples, which its docstring lists": "batch in_batch labels names random "
+    "raw sizes unreadable",
     "modules, for datamodules, which import nothing of the zoo: HasClasses, HasCategories": "classes category_ids",
     "an estimator, a decoder of somebody's own": "samples widest",
 }

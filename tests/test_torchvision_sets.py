@@ -216,6 +216,10 @@ def test_images_and_labels_of_every_split_belong_together(made, name):
         expected = {"train": 20 if has_val else 18, "val": 20 if has_val else 2, "test": 20}
     assert sizes == expected
     assert data.num_classes == SOURCES[name].classes
+    samples = data.samples("train")
+    labels = [samples[index][1] for index in range(len(samples))]
+    assert data.class_counts() == np.bincount(labels, minlength=data.num_classes).tolist()
+    assert data.sample_count() == len(samples)
 
 
 @pytest.mark.parametrize("name", ["CIFAR10", "MNIST", "EuroSAT"])

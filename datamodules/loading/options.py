@@ -51,6 +51,22 @@ IMAGE_OPTIONS = ImageOptions(
 )
 
 
+def check_ranges(options: Mapping[str, Any]) -> None:
+    """Raises ValueError for an option that is out of its range."""
+    for name in ("hflip", "erase"):
+        if not 0 <= options[name] <= 1:
+            raise ValueError(f"{name} is {options[name]}: expected a probability in [0, 1]")
+    binarize, jitter, seed, num_workers = (options[name] for name in ("binarize", "jitter", "seed", "num_workers"))
+    if binarize is not None and binarize not in (choices := get_args(Binarization)):
+        raise ValueError(f"unknown binarize {binarize!r}: expected {', '.join(choices)}, or null for none")
+    if jitter < 0 or (jitter and binarize != "threshold"):
+        raise ValueError(f"jitter is {jitter} with binarize {binarize}: expected 0, or more with threshold")
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed is {seed}: expected a whole number of 64 bits, as torch's generators take them")
+    if num_workers is not None and num_workers < 0:
+        raise ValueError(f"num_workers is {num_workers}: expected 0 or more, or null to choose by the cores at hand")
+
+
 def with_defaults(defaults: Mapping[str, Any]) -> Callable[[Init], Init]:
     """Completes the options of a constructor that takes ``**options: Unpack[...]``, and names each in its signature.
 

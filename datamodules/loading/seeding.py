@@ -19,8 +19,9 @@ class Samples(Protocol):
     """Samples of one split: ``samples[index]`` is an image, or ``(image, label)``, or None if unreadable.
 
     Images are uint8 tensors (C, H, W), labels integers from 0. Optional attributes:
-    ``names``, what each sample is called (a file name); ``unreadable``, a shared uint8 tensor that marks samples which
-    could not be read; ``random = False`` when making a sample involves no chance, so that seeding can be left out;
+    ``names``, what each sample is called (a file name); ``labels``, all labels (N,), or (N, labels) of 0 and 1, by
+    which classes are counted and balanced; ``unreadable``, a shared uint8 tensor that marks samples which could not be
+    read; ``random = False`` when making a sample involves no chance, so that seeding can be left out;
     ``in_batch(seed)``, the same samples as they are made in one batch, for choices that a whole batch shares: ``seed``
     is a function of the data module's seed, the epoch and the batch's number, and the same on every rank.
     """

@@ -29,7 +29,7 @@ class TorchvisionSamples(Cached):
         self.source, self.indices, self.transform, self.channels = source, indices, transform, channels
         self.decoder = decoder
         self.names = [f"{name}/{index}" for index in indices]
-        self.labels = labels_of(source)
+        self.labels = listed_labels(source)[indices]
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -52,10 +52,10 @@ class TorchvisionSamples(Cached):
         return convert(image, self.channels)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        return self.made(index), int(self.labels[self.indices[index]])
+        return self.made(index), int(self.labels[index])
 
 
-def labels_of(source: Any) -> np.ndarray:
+def listed_labels(source: Any) -> np.ndarray:
     """A label for each sample; torchvision calls them differently from set to set."""
     for attribute in ("targets", "labels", "_labels"):
         if hasattr(source, attribute):

@@ -205,6 +205,20 @@ class CountsClasses(Protocol):
         """Their number; None, or an AttributeError, where there are no labels."""
 
 
+@runtime_checkable
+class CountsLabels(Protocol):
+    """A data module that knows how often each class occurs in its training samples, for the weights of a loss."""
+
+    def class_counts(self) -> Sequence[int]:
+        """Number of training samples of each class, in the order of ``classes``; of several labels, their positives.
+
+        It raises ValueError where samples have no labels.
+        """
+
+    def sample_count(self) -> int:
+        """Number of training samples: with several labels each, not the sum of the counts."""
+
+
 # Data modules.
 
 

@@ -36,8 +36,7 @@ class ImageDataModule(LightningDataModule):
 
     Images travel as uint8 and become normalised floats on the device, in :meth:`on_after_batch_transfer`, where the
     augmentations that need no decoding are drawn for each sample anew, in float32 whatever the precision in which the
-    model gets them. Float images, from samples of another kind, are
-    passed on as they are.
+    model gets them. Float images, from samples of another kind, are passed on as they are.
 
     Args:
         mean: Mean of each channel, of images in [0, 1]; one value serves all channels.
@@ -67,6 +66,9 @@ class ImageDataModule(LightningDataModule):
 
     in_memory = False
     """True where samples lie decoded in memory, so that workers would only cost."""
+
+    float_images = False
+    """True where samples are float images in which white is 1, to be augmented and normalised like those in uint8."""
 
     loader_timeout = 300.0
     """Seconds after which a worker that has not made its batch is taken to hang, and the run ends with an error."""
@@ -123,7 +125,7 @@ class ImageDataModule(LightningDataModule):
         return len(self.classes)
 
     def train_labels(self) -> np.ndarray:
-        """Labels of the training samples, without making any: (N,) classes, or (N, labels) of 0 and 1.
+        """Labels of the training samples, of which none is made: (N,) classes, or (N, labels) of 0 and 1.
 
         Raises:
             ValueError: If the samples do not say them, as unlabelled images.
@@ -247,7 +249,11 @@ class ImageDataModule(LightningDataModule):
         All is computed in float32. The rest of the batch stays as it is.
         """
         training = bool(self.trainer and self.trainer.training)
-        return map_images(batch, lambda images: self.in_precision(self._to_float(images, training)))
+
+        def made(images: Tensor) -> Tensor:
+            return self.in_precision(self._to_float(images, training))
+
+        return map_images(batch, made, floats=self.float_images)
 
     def in_precision(self, images: Tensor) -> Tensor:
         """Converts float images to the default dtype, or that of the Trainer's precision, ``bf16-true`` say.
@@ -258,7 +264,7 @@ class ImageDataModule(LightningDataModule):
         return self.trainer.precision_plugin.convert_input(images) if self.trainer else images
 
     def _to_float(self, images: Tensor, training: bool) -> Tensor:
-        images = transforms.to_float(images)
+        images = images.float() if images.is_floating_point() else transforms.to_float(images)
         generator = self._device_generator(images.device) if training else None
         if training and self.hflip:
             images = transforms.flip(images, self.hflip, generator)

@@ -3,12 +3,14 @@
 Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits", UCI, 1998: 8x8 counts of ink, 0 to 16, by 43 people.
 Accuracies on them are not comparable with MNIST's.
 
-There are two splits, both fixed; tests hold their checksums.
+There are three splits; tests hold the checksums of the first two.
 
 - ``stratified``: 1,077 / 180 / 540 images for training, validation and testing, the same share of every digit in each.
   It is scikit-learn's stratified shuffle, twice, with ``random_state=split_seed``. Accuracies are on this one.
 - ``digits8x8-bin-v1``, for densities of binary images (``binarize="threshold"``: 8 counts or more): 1,297 / 200 / 300
   images, the consecutive parts of ``numpy.random.RandomState(0).permutation(1797)``.
+- ``random``: 1,097 / 300 / 400, the consecutive parts of that permutation with ``split_seed`` for its seed, to be
+  repeated with several.
 """
 
 from collections.abc import Callable
@@ -31,37 +33,62 @@ from datamodules.loading.seeding import Samples
 from datamodules.reading.files import ImageFiles
 from datamodules.reading.listing import Split
 
-SplitName = Literal["stratified", "digits8x8-bin-v1"]
+SplitName = Literal["stratified", "digits8x8-bin-v1", "random"]
+LabelKind = Literal["digit", "attributes"]
+
+ATTRIBUTES = {
+    "prime": (2, 3, 5, 7),
+    "multiple of 3": (0, 3, 6, 9),
+    "square": (0, 1, 4, 9),
+    "power of 2": (1, 2, 4, 8),
+    "triangular": (0, 1, 3, 6),
+    "at least 7": (7, 8, 9),
+}
+"""Digits that have each attribute: three or four of ten, and each digit has one to three attributes."""
 
 
 class DigitSamples:
-    """Some of the digits, as uint8 images (1, S, S) with white ink on black, and their labels."""
+    """Some of the digits, as images (1, S, S) with white ink on black, and their labels.
+
+    Images are uint8, or floats in which white is 1; labels (N,) are integers, or (N, labels) 0 and 1.
+    """
 
     random = False
 
     def __init__(self, images: Tensor, labels: Tensor, indices: np.ndarray) -> None:
-        self.images, self.labels = images[indices], labels[indices].tolist()
+        self.images, some = images[indices], labels[indices]
+        self.labels: list[int] | Tensor = some.tolist() if some.ndim == 1 else some
         self.names = [f"digits/{index}" for index in indices]
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[Tensor, int | Tensor]:
         return self.images[index], self.labels[index]
 
 
 class DigitsDataModule(ImageDataModule):
     """Handwritten digits, bundled with scikit-learn. Batches ``(images (B, 1, S, S), labels (B,))``.
 
+    With several labels an image, ``labels`` are (B, labels) of 0 and 1, for a classifier with ``multi_label``.
+
     Args:
         image_size: Side S of the images in pixels. 8 is what was scanned; other sizes are resized from it, bicubic.
         split: How the digits are split: see the top of this file.
-        split_seed: Seed of the stratified split. 0 is the published one, which every figure of this project is on.
+        split_seed: Seed of the stratified and of the random split. Stratified with 0 is the published one, which
+            figures of this project are on unless they say otherwise.
         labels_per_class: Train on this many images of each digit only, as if no more were labelled. None: on all.
         labels_seed: Seed of which they are.
         predict_root: For prediction, a folder of images (or one image) instead of the test split: bright strokes on
-            black, resized to S.
-        mean: Mean of the pixels, of images in [0, 1]; the training pixels' unless given.
+            black, resized to S. No noise is added to them.
+        labels: "digit": each image has one label. A list of digits: a label for each of them, 0 or 1, and an image of
+            another digit has none: with [8, 5], labels (B, 2). "attributes": six labels that overlap, such as prime
+            and square (``ATTRIBUTES`` in this file).
+        noise: Standard deviation of Gaussian noise on each of the 8x8 scanned pixels, as a share of white. It belongs
+            to the data, not to augmentation: a digit has the same noise in every epoch, split and size. Such images
+            travel as floats, since noise leaves the range of 8 bits.
+        noise_seed: Seed of that noise.
+        mean: Mean of the pixels, of images in [0, 1]; the training pixels' without noise unless given.
         std: Their standard deviation, likewise.
         options: See :class:`datamodules.base.ImageDataModule`.
     """
@@ -80,6 +107,9 @@ class DigitsDataModule(ImageDataModule):
         labels_seed: int = 0,
         predict_root: str | None = None,
         *,
+        labels: LabelKind | list[int] = "digit",
+        noise: float = 0.0,
+        noise_seed: int = 0,
         mean: tuple[float, ...] = (0.306,),
         std: tuple[float, ...] = (0.376,),
         **options: Unpack[ImageOptions],
@@ -87,15 +117,20 @@ class DigitsDataModule(ImageDataModule):
         super().__init__(mean=mean, std=std, **options)
         _check_side(image_size)
         if split not in get_args(SplitName):
-            raise ValueError(f"unknown split {split!r}: expected {' or '.join(get_args(SplitName))}")
-        if split != "stratified" and split_seed != 0:
+            raise ValueError(f"unknown split {split!r}: expected one of {', '.join(get_args(SplitName))}")
+        if split == "digits8x8-bin-v1" and split_seed != 0:
             raise ValueError(f"split_seed is {split_seed}, but {split} is one split: set split_seed to 0")
         if labels_per_class is not None and not 1 <= labels_per_class <= 100:
             raise ValueError(f"labels_per_class is {labels_per_class}: expected 1 to 100, or null for all")
+        if not 0 <= noise < float("inf"):
+            raise ValueError(f"noise is {noise}: expected 0 or more, as a share of white")
+        if noise and self.binarize is not None:
+            raise ValueError(f"noise is {noise} with binarize {self.binarize}: expected 0, or no binarize (null)")
         self.image_size, self.predict_root = image_size, predict_root
         self.split, self.split_seed = split, split_seed
         self.labels_per_class, self.labels_seed = labels_per_class, labels_seed
-        self.classes = [str(digit) for digit in range(10)]
+        self.labels, self.classes = labels, _class_names(labels)
+        self.noise, self.noise_seed, self.float_images = noise, noise_seed, noise > 0
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -109,7 +144,8 @@ class DigitsDataModule(ImageDataModule):
                 if self.predict_root
                 else None
             )
-        return DigitSamples(*self._arrays, self.indices(split))
+        images, digits = self._arrays
+        return DigitSamples(images, self._labels_of(digits), self.indices(split))
 
     def in_stage(self, settings: dict[str, Any]) -> Callable[[Samples], Samples]:
         size = settings.get("image_size", self.image_size)
@@ -118,7 +154,15 @@ class DigitsDataModule(ImageDataModule):
 
     def _resized(self, samples: Samples, size: int) -> Samples:
         """The training samples at another size: from the scans, not from what the samples were resized to."""
-        return DigitSamples(*self._arrays_at(size), self.indices("train"))
+        images, digits = self._arrays_at(size)
+        return DigitSamples(images, self._labels_of(digits), self.indices("train"))
+
+    def _labels_of(self, digits: Tensor) -> Tensor:
+        """Labels of some digits (N,): themselves, or (N, labels) int64 of 0 and 1."""
+        if self.labels == "digit":
+            return digits
+        has = ATTRIBUTES.values() if self.labels == "attributes" else [(digit,) for digit in self.labels]
+        return torch.stack([torch.isin(digits, torch.tensor(some)) for some in has], dim=1).long()
 
     def indices(self, split: Split) -> np.ndarray:
         """Indices of a split among the 1,797 digits, ascending."""
@@ -131,7 +175,8 @@ class DigitsDataModule(ImageDataModule):
                 rest, test_size=self.val_size, stratify=labels[rest], random_state=self.split_seed
             )
         else:
-            train, val, test = np.split(np.random.RandomState(0).permutation(len(labels)), [1297, 1497])
+            ends = [1097, 1397] if self.split == "random" else [1297, 1497]
+            train, val, test = np.split(np.random.RandomState(self.split_seed).permutation(len(labels)), ends)
         if split == "train" and self.labels_per_class is not None:
             generator = np.random.default_rng(self.labels_seed)
             of_each = [train[labels[train] == digit] for digit in range(10)]
@@ -141,16 +186,21 @@ class DigitsDataModule(ImageDataModule):
     def baselines(self) -> dict[str, float]:
         """Test accuracy of what a deep network has to beat here, on the raw 64 counts and the same images.
 
-        That is an RBF-kernel SVM, and, where few images are labelled, the nearest of them.
+        That is an RBF-kernel SVM, and, where few images are labelled, the nearest of them. With several labels an
+        image, there is a machine for each, and their accuracies are averaged.
         """
-        digits = load_digits()
+        counts = load_digits().data if not self.noise else 16 * self._scans().flatten(1).numpy()
+        labels = self._labels_of(self._arrays[1]).reshape(len(counts), -1).numpy()
         train, test = self.indices("train"), self.indices("test")
         machines: dict[str, Any] = {"RBF-kernel SVM": SVC(C=10, gamma=0.001)}
         if self.labels_per_class is not None:
             machines = {"1-nearest neighbour": KNeighborsClassifier(1), **machines}
-        for machine in machines.values():
-            machine.fit(digits.data[train], digits.target[train])
-        return {name: float(each.score(digits.data[test], digits.target[test])) for name, each in machines.items()}
+        return {
+            name: float(
+                np.mean([machine.fit(counts[train], one[train]).score(counts[test], one[test]) for one in labels.T])
+            )
+            for name, machine in machines.items()
+        }
 
     def nats(self) -> dict[str, float]:
         """Test log-likelihood, in nats per image, of what a deep density has to beat on the same binary images.
@@ -159,7 +209,7 @@ class DigitsDataModule(ImageDataModule):
         ``benchmarks/mixture.py`` fits a stronger density, which takes longer than a model trains.
 
         Raises:
-            ValueError: Unless the images are as scanned, and binarised by threshold.
+            ValueError: Unless the images are as scanned, and binarised by threshold (which goes with no noise).
         """
         if self.image_size != 8 or self.binarize != "threshold":
             raise ValueError(
@@ -180,9 +230,15 @@ class DigitsDataModule(ImageDataModule):
         return self._arrays_at(self.image_size)
 
     def _arrays_at(self, size: int) -> tuple[Tensor, Tensor]:
-        digits = load_digits()
-        images = torch.from_numpy(digits.images * (255 / 16)).round().to(torch.uint8)[:, None]
-        return _resize(images, size), torch.from_numpy(digits.target)
+        return _resize(self._scans(), size), torch.from_numpy(load_digits().target)
+
+    def _scans(self) -> Tensor:
+        """All digits as scanned, (1797, 1, 8, 8): uint8, or with noise float32 in which white is 1."""
+        counts = torch.from_numpy(load_digits().images)[:, None]
+        if not self.noise:
+            return (counts * (255 / 16)).round().to(torch.uint8)
+        noise = np.random.default_rng(self.noise_seed).standard_normal(counts.shape)
+        return (counts / 16 + self.noise * torch.from_numpy(noise)).float()
 
 
 def _resize(images: Any, size: int) -> Tensor:
@@ -195,3 +251,15 @@ def _check_side(size: Any) -> None:
         raise ValueError(f"image_size is {size}: expected one side in pixels, since digits are square")
     if size < 1:
         raise ValueError(f"image_size is {size}: expected at least 1")
+
+
+def _class_names(labels: Any) -> list[str]:
+    """Names of the labels."""
+    if labels == "attributes":
+        return list(ATTRIBUTES)
+    digits = list(range(10)) if labels == "digit" else labels
+    listed = isinstance(digits, list | tuple) and len(digits) == len({*digits}) > 0
+    if not listed or not set(digits) <= set(range(10)):
+        kinds = ", ".join(get_args(LabelKind))
+        raise ValueError(f"labels is {labels!r}: expected {kinds}, or a list of different digits from 0 to 9")
+    return [str(digit) for digit in digits]

@@ -6,9 +6,11 @@ import time
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from jsonargparse import ArgumentParser
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from PIL import Image
 from sklearn.datasets import load_digits
+from sklearn.svm import SVC
 
 from datamodules import DigitsDataModule
 from zoo.cli import outcome
@@ -53,7 +55,9 @@ def test_the_benchmarks_split_serves_few_labels_and_baselines_too():
 
 
 def test_impossible_splits_say_what_would_work():
-    with pytest.raises(ValueError, match="unknown split 'official': expected stratified or digits8x8-bin-v1"):
+    with pytest.raises(
+        ValueError, match="unknown split 'official': expected one of stratified, digits8x8-bin-v1, random"
+    ):
         DigitsDataModule(split="official")
     with pytest.raises(ValueError, match="split_seed is 3, but digits8x8-bin-v1 is one split: set split_seed to 0"):
         DigitsDataModule(split=BENCHMARK, split_seed=3)
@@ -224,3 +228,140 @@ def test_jitter_goes_with_a_threshold(jitter, binarize):
         ValueError, match=f"jitter is {jitter} with binarize {binarize}: expected 0, or more with thres"
     ):
         DigitsDataModule(jitter=jitter, binarize=binarize)
+
+
+# Several labels, noise and random splits.
+
+
+def test_the_random_split_is_a_permutation_by_its_seed():
+    for seed in (0, 3):
+        data = DigitsDataModule(split="random", split_seed=seed)
+        order = np.random.RandomState(seed).permutation(1797)
+        for split, part in zip(("train", "val", "test"), np.split(order, [1097, 1397]), strict=True):
+            assert np.array_equal(data.indices(split), np.sort(part))
+
+
+def test_listed_digits_are_labels_of_their_own():
+    data, plain = DigitsDataModule(labels=[8, 5, 9]), DigitsDataModule()
+    assert (data.classes, data.num_classes) == (["8", "5", "9"], 3)
+    for split in ("train", "val", "test"):
+        for (image, several), (same, digit) in zip(data.samples(split), plain.samples(split), strict=True):
+            assert torch.equal(image, same)
+            assert several.tolist() == [int(digit == one) for one in (8, 5, 9)]
+    images, labels = next(iter(DigitsDataModule(labels=[8, 5, 9], num_workers=0, batch_size=4).train_dataloader()))
+    assert (images.shape, labels.shape, labels.dtype) == ((4, 1, 8, 8), (4, 3), torch.int64)
+    assert data.class_counts() == [plain.class_counts()[digit] for digit in (8, 5, 9)]
+    assert data.sample_count() == 1077
+
+
+HAS = {
+    "prime": lambda digit: digit > 1 and all(digit % factor for factor in range(2, digit)),
+    "multiple of 3": lambda digit: digit % 3 == 0,
+    "square": lambda digit: digit in {root * root for root in range(4)},
+    "power of 2": lambda digit: digit in {2**exponent for exponent in range(4)},
+    "triangular": lambda digit: digit in {n * (n + 1) // 2 for n in range(5)},
+    "at least 7": lambda digit: digit >= 7,
+}
+
+
+def test_attributes_overlap_and_each_digit_has_some():
+    data, plain = DigitsDataModule(labels="attributes"), DigitsDataModule()
+    assert data.classes == list(HAS)
+    seen = {}
+    for (_, labels), (_, digit) in zip(data.samples("test"), plain.samples("test"), strict=True):
+        assert labels.tolist() == [int(has(digit)) for has in HAS.values()]
+        seen[digit] = int(labels.sum())
+    assert (min(seen.values()), max(seen.values()), len(seen)) == (1, 3, 10)
+    assert all(0.25 < count / 1077 < 0.45 for count in data.class_counts())
+
+
+def test_noise_belongs_to_a_digit_whatever_the_split_the_epoch_and_the_size():
+    options = {"noise": 0.6, "split": "random"}
+    noise = 0.6 * np.random.default_rng(0).standard_normal((1797, 1, 8, 8))
+    expected = torch.from_numpy(load_digits().images[:, None] / 16 + noise).float()
+    for seed in (0, 1):
+        data = DigitsDataModule(split_seed=seed, **options)
+        for split in ("train", "val", "test"):
+            images = torch.stack([image for image, _ in data.samples(split)])
+            assert torch.equal(images, expected[data.indices(split)])
+    assert not torch.equal(DigitsDataModule(noise_seed=1, **options).samples("val")[0][0], data.samples("val")[0][0])
+    large, small = DigitsDataModule(image_size=16, **options), DigitsDataModule(**options)
+    small.train_in_stages({0: {"image_size": 16}})
+    staged = small.train_dataloader().dataset
+    for epoch in range(2):
+        assert torch.equal(staged[[(epoch, 0, 5)]][0][0], large.samples("train")[5][0])
+
+
+def test_noisy_images_are_augmented_and_normalised_like_others(tmp_path):
+    data = DigitsDataModule(noise=0.6, mean=(0.5,), std=(2.0,), num_workers=0, batch_size=8, drop_last=False)
+    batch = images, labels = next(iter(data.val_dataloader()))
+    before = images.clone()
+    made, same = data.on_after_batch_transfer(batch, 0)
+    torch.testing.assert_close(made, (images - 0.5) / 2)
+    assert torch.equal(images, before)
+    assert torch.equal(labels, same)
+    Image.new("L", (8, 8), 255).save(tmp_path / "white.png")
+    clean = DigitsDataModule(noise=0.6, mean=(0.5,), std=(2.0,), num_workers=0, predict_root=str(tmp_path))
+    (white,) = clean.predict_dataloader()
+    assert clean.on_after_batch_transfer(white, 0).unique().tolist() == [0.25]
+    seen = []
+
+    class Looks(LightningModule):
+        def training_step(self, batch, batch_idx):
+            seen.append(batch[0])
+
+        def configure_optimizers(self):
+            return None
+
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    for options in ({}, {"hflip": 1.0}):
+        one = DigitsDataModule(noise=0.6, batch_size=1077, **options)
+        Trainer(accelerator="cpu", max_epochs=1, limit_val_batches=0, **quiet).fit(Looks(), datamodule=one)
+    assert torch.equal(seen[0].flip(-1), seen[1])
+
+
+def test_without_noise_or_several_labels_nothing_is_another():
+    plain = DigitsDataModule(noise=0.0, noise_seed=5, labels="digit").samples("train")
+    assert plain[0][0].dtype == torch.uint8
+    assert all(type(label) is int for _, label in plain)
+
+
+def test_baselines_are_of_the_labels_and_the_noise_at_hand():
+    several = DigitsDataModule(labels=[8, 5], noise=0.6)
+    counts = load_digits().images / 16 + 0.6 * np.random.default_rng(0).standard_normal((1797, 1, 8, 8))[:, 0]
+    train, test, digits = several.indices("train"), several.indices("test"), load_digits().target
+    found = [
+        SVC(C=10, gamma=0.001)
+        .fit(16 * counts[train].reshape(-1, 64), digits[train] == digit)
+        .score(16 * counts[test].reshape(-1, 64), digits[test] == digit)
+        for digit in (8, 5)
+    ]
+    assert several.baselines() == {"RBF-kernel SVM": pytest.approx(np.mean(found), abs=2e-3)}
+    assert DigitsDataModule(noise=0.6).baselines()["RBF-kernel SVM"] < 0.9
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"labels": "digits"}, "labels is 'digits': expected digit, attributes, or a list of different digits from 0"),
+        ({"labels": []}, r"labels is \[\]: expected digit"),
+        ({"labels": [1, 10]}, r"labels is \[1, 10\]: expected digit"),
+        ({"labels": [1, 1]}, r"labels is \[1, 1\]: expected digit"),
+        ({"noise": -0.1}, "noise is -0.1: expected 0 or more, as a share of white"),
+        ({"noise": float("nan")}, "noise is nan: expected 0 or more"),
+        ({"noise": 0.5, "binarize": "draw"}, "noise is 0.5 with binarize draw: expected 0, or no binarize"),
+    ],
+)
+def test_labels_and_noise_out_of_range_say_what_would_work(options, said):
+    with pytest.raises(ValueError, match=said) as error:
+        DigitsDataModule(**options)
+    assert "\n" not in str(error.value)
+
+
+def test_several_labels_and_noise_can_be_had_from_the_command_line():
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(LightningDataModule, "data")
+    given = ["--data=datamodules.DigitsDataModule", "--data.labels=[8,5]", "--data.noise=0.6", "--data.split=random"]
+    held = parser.parse_args(given).data.init_args
+    assert (held.labels, held.noise, held.split) == ([8, 5], 0.6, "random")
+    assert parser.parse_args([given[0], "--data.labels=attributes"]).data.init_args.labels == "attributes"

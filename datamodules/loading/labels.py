@@ -10,7 +10,7 @@ from datamodules.reading.json_values import one_form
 
 
 def labels_of(samples: Any, owner: str) -> np.ndarray:
-    """Labels of samples, without making any: (N,) numbers of classes, or (N, labels) of 0 and 1.
+    """Labels of samples, of which none is made: (N,) numbers of classes, or (N, labels) of 0 and 1.
 
     Args:
         samples: See :class:`datamodules.loading.seeding.Samples`; None if there are none.

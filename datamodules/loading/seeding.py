@@ -156,13 +156,17 @@ def with_transform(samples: Any, transform: Callable[[Any], Tensor]) -> Samples:
     return changed
 
 
-def map_images(batch: Any, function: Callable[[Tensor], Tensor], dimensions: int = 4) -> Any:
-    """Applies a function to the uint8 image tensors (4 dimensions; a sample's: 3) in a tensor, mapping or sequence."""
+def map_images(batch: Any, function: Callable[[Tensor], Tensor], dimensions: int = 4, floats: bool = False) -> Any:
+    """Applies a function to the uint8 images (tensors of 4 dimensions; a sample's: 3) in a tensor, mapping or sequence.
+
+    ``floats``: to those of floats as well.
+    """
     if isinstance(batch, Tensor):
-        return function(batch) if batch.dtype == torch.uint8 and batch.ndim == dimensions else batch
+        of_images = batch.dtype == torch.uint8 or (floats and batch.is_floating_point())
+        return function(batch) if of_images and batch.ndim == dimensions else batch
     if isinstance(batch, Mapping):
-        return {key: map_images(value, function, dimensions) for key, value in batch.items()}
+        return {key: map_images(value, function, dimensions, floats) for key, value in batch.items()}
     if isinstance(batch, list | tuple):
-        parts = [map_images(part, function, dimensions) for part in batch]
+        parts = [map_images(part, function, dimensions, floats) for part in batch]
         return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)  # a named tuple takes each
     return batch

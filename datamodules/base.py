@@ -54,10 +54,10 @@ class ImageDataModule(LightningDataModule):
         erase: Probability of random erasing (Zhong et al. 2017).
         binarize: Makes each channel of each pixel 0 or 1, after the affine map and before mean and std (so that they
             stay 0 and 1 with ``mean`` 0 and ``std`` 1) and ``erase``. ``threshold``: 1 from an intensity of 0.5 on.
-            ``draw``: 1 with the intensity as probability, anew in every epoch; but each sample of evaluation and
-            prediction is drawn by ``seed`` and its index alone, the same in every run. ``draw_once``: training samples
-            too (the fixed binarisation of Salakhutdinov and Murray 2008); what the affine map turns grey again is
-            thresholded. A random crop changes the intensities, and with them what is drawn.
+            ``draw``, dynamic binarisation: 1 with the intensity as probability, anew in every epoch; but each sample of
+            evaluation and prediction is drawn by ``seed`` and its index alone, the same in every run. ``draw_once``:
+            training samples too (static binarisation, Salakhutdinov and Murray 2008); what the affine map turns grey
+            again is thresholded. A random crop changes the intensities, and with them what is drawn.
         jitter: With ``threshold``, in training: uniform noise of up to this much is added to intensities before, anew
             in every epoch, so that what is near the threshold falls on either side. The grey of a scan thus says which
             pixels a model should not be certain of.

@@ -1,4 +1,4 @@
-"""Your own boxes, as COCO keeps them: ``CocoDetectionDataModule(root)``, of a JSON file and a folder of images a split.
+"""Boxes of your own, as COCO keeps them: ``CocoDetectionDataModule(root)``, a JSON file and images a split.
 
 ``root`` may be COCO's own folder, or any other with, for a split ``train`` (or ``training``), ``val`` (``valid``,
 ``validation``, ``eval``, ``evaluation``) and ``test`` (``testing``), in small letters or capitals, one of

@@ -289,6 +289,6 @@ def _transformed(samples: DetectionSamples, transform: DetectionTransform) -> De
 
 
 def _table(classes: Sequence[str] | None, category_ids: Sequence[int] | None) -> list[str]:
-    """By label, a class's name and its category id, for comparing and for a message."""
+    """Name and category id of each class, by label, for comparing and for a message."""
     names = [str(name) for name in classes or ()]
     return [f"{name} (category {i})" for name, i in zip(names, category_ids or range(len(names)), strict=True)]

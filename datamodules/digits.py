@@ -48,7 +48,7 @@ ATTRIBUTES = {
 
 
 class DigitSamples:
-    """Some of the digits, as images (1, S, S) with white ink on black, and their labels.
+    """Digits of one split, as images (1, S, S) with white ink on black, and their labels.
 
     Images are uint8, or floats in which white is 1; labels (N,) are integers, or (N, labels) 0 and 1.
     """

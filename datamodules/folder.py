@@ -38,7 +38,7 @@ from datamodules.reading.listing import Split
 
 
 class ImageFolderDataModule(ClassificationDataModule):
-    """Your own images: a folder for each class, or images alone. See the top of this file for what ``root`` may hold.
+    """Images of your own, in a folder for each class or alone. See the top of this file for what ``root`` may hold.
 
     Batches ``(images (B, C, H, W), labels (B,))``; of unlabelled images ``images`` alone, for pretraining and
     prediction; ``num_classes`` then raises AttributeError. ``classes`` are the training folders' names, sorted.

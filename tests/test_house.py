@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import re
 from collections.abc import Iterator
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
@@ -34,6 +35,37 @@ ROOMS, ARROWS = 17, 58
 LONGEST = 350  # lines of a file
 LONGER: dict[str, int] = {}
 """Files that are longer on purpose, and how long they may be."""
+OPENINGS = {
+    *(
+        "what",
+        "whether",
+        "which",
+        "who",
+        "whose",
+        "how",
+        "why",
+        "where",
+        "when",
+        "while",
+        "if",
+        "unless",
+        "since",
+        "that",
+    ),
+    *("of", "at", "by", "for", "from", "in", "into", "on", "out", "outside", "over", "to", "under", "with", "without"),
+    *("it", "its", "this", "these", "they", "their", "he", "she", "some", "only", "nothing", "your", "our", "called"),
+    *("and", "but", "or", "not", "so", "then", "as", "because", "exactly", "there"),
+}
+"""Words that begin no verb or noun phrase, in which the first line of a docstring names the thing."""
+HOMEMADE = {
+    r"fixed binari[sz]ation": "static binarisation",
+    r"(default|prior|reference) box(es)?\b": "anchors",
+    r"candidates (a|per) level, then": "pre-NMS top-k",
+    r"suppression (by class|in the precision)": "NMS",
+    r"\bcodebook usage": "codebook perplexity",
+    r"\b(left out|fresh): (\w+\.)+\w": "missing and unexpected keys",
+}
+"""Words of one's own, as patterns, and the field's."""
 TORCHS = {
     *("_actions", "_dynamo", "_exit", "_foreach_copy_", "_foreach_lerp_", "_foreach_norm", "_get_closed_form_lr"),
     *("_get_default_store", "_non_persistent_buffers_set", "_parameters", "_step_supports_amp_scaling"),
@@ -135,6 +167,34 @@ def test_files_are_short_enough_to_be_read():
         for file in (ROOT / package).rglob("*.py")
     }
     assert {name: length for name, length in lengths.items() if length > LONGER.get(name, LONGEST)} == {}
+
+
+@pytest.mark.parametrize("package", ["zoo", "datamodules"])
+def test_docstrings_first_name_the_thing(package):
+    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    wrong = []
+    for module, tree in modules(package).items():
+        for node in ast.walk(tree):
+            if isinstance(node, documented) and (text := ast.get_docstring(node)):
+                first, said = text.splitlines()[0], getattr(node, "name", "")
+                if re.split(r"[\s,:.']", first)[0].lower() in OPENINGS:
+                    wrong.append(f"{module}.{said}: {first}")
+    assert not wrong
+
+
+def test_documents_and_messages_say_it_in_the_fields_words():
+    texts = [
+        *(file for part in ("zoo", "datamodules", "configs", "docs") for file in sorted((ROOT / part).rglob("*.*"))),
+        *ROOT.glob("*.md"),
+    ]
+    wrong = [
+        f"{file.relative_to(ROOT)} says {found[0]!r}, which is {word}"
+        for file in texts
+        if file.suffix in (".py", ".md", ".yaml")
+        for pattern, word in HOMEMADE.items()
+        for found in re.finditer(pattern, file.read_text(encoding="utf-8"), re.IGNORECASE)
+    ]
+    assert not wrong
 
 
 def private_names(tree: ast.AST) -> Iterator[str]:

@@ -230,8 +230,9 @@ def test_a_masked_autoencoders_decoder_is_left_out_and_named(tmp_path):
     torch.save({"model": theirs | decoder | {"mask_token": torch.zeros(1, 1, 8)}}, tmp_path / "mae.pth")
     report = weights.load(classifier(), tmp_path / "mae.pth")
     assert (report.loaded, report.total) == (30, 37)
-    assert "(encoder and decoder); left out: decoder_blocks.* (6), mask_token; fresh: head.weight, head.bias" in str(
-        report
+    assert (
+        "(encoder and decoder); unexpected keys: decoder_blocks.* (6), mask_token; missing keys: head.weight, head.bias"
+        in str(report)
     )
 
 
@@ -292,7 +293,7 @@ def test_a_file_of_torchvisions_names(tmp_path, prefix):
     torch.save({"model_ema": state | {"n_averaged": torch.tensor(3)}} if prefix else state, path)
     ours = EfficientNetClassifier("b0", num_classes=5)
     report = weights.load(ours, path)
-    title = f"{path} (model_ema) (torchvision); left out: n_averaged" if prefix else f"{path} (torchvision)"
+    title = f"{path} (model_ema) (torchvision); unexpected keys: n_averaged" if prefix else f"{path} (torchvision)"
     assert str(report) == f"loaded 360 of {360 + bool(prefix)} tensors from {title}"
     assert weights.describe(path) == ("torchvision", {})
     # The same order in both, so that each tensor can be seen to be in its place.

@@ -69,7 +69,7 @@ class Shardable:
     device_mesh: DeviceMesh | None  # Lightning's; None under other strategies
 
     def configure_model(self) -> None:
-        """Called by Lightning, before weights are moved to the device."""
+        """Splits the module, when Lightning calls it, before weights are moved to the device."""
         if self.device_mesh is not None:
             shard(self, self.device_mesh)  # type: ignore[arg-type]  # a LightningModule as well
 

@@ -1,1 +1,1 @@
-"""From samples to batches: order, seeding, workers, padding."""
+"""Batches of samples: order, seeding, workers, padding."""

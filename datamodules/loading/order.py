@@ -190,12 +190,12 @@ class BatchOrder(DistributedSampler[Any], SequentialSampler):
         return range(self._start(batch, epoch) + self.rank, self._start(batch + 1, epoch), self.world_size)
 
     def keys_of_batch(self, batch: int, epoch: int | None = None) -> Keys:
-        """This rank's keys of one batch; of the current epoch if none is given."""
+        """Keys of one batch, this rank's; of the current epoch if none is given."""
         epoch = self.epoch if epoch is None else epoch
         return self._keys(batch, epoch, self.order(epoch))
 
     def batch_indices(self, batch: int, epoch: int | None = None) -> list[int]:
-        """This rank's sample indices of one batch; of the current epoch if none is given."""
+        """Sample indices of one batch, this rank's; of the current epoch if none is given."""
         return [index for _, _, index in self.keys_of_batch(batch, epoch)]
 
     def _keys(self, batch: int, epoch: int, order: np.ndarray) -> Keys:

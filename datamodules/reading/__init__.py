@@ -1,1 +1,1 @@
-"""From files, archives and caches to samples: 8-bit images and what is known of them."""
+"""Samples out of files, archives and caches: 8-bit images and what is known of them."""

@@ -51,11 +51,11 @@ class Annotations:
         return len(self.names)
 
     def with_categories(self, ids: Sequence[int]) -> "Annotations":
-        """Only the boxes of some categories; all images stay."""
+        """Annotations with the boxes of some categories only; all images stay."""
         return self._where(np.isin(self.categories, ids))
 
     def not_empty(self) -> "Annotations":
-        """Only the images that have a box other than of a crowd."""
+        """Annotations of the images that have a box other than of a crowd."""
         images = np.repeat(np.arange(len(self)), np.diff(self.offsets))
         return self._of_images(np.unique(images[~self.iscrowd]))
 

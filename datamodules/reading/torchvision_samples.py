@@ -12,7 +12,7 @@ from datamodules.reading.pixels import Pixels, ToTensor, as_tensor
 
 
 class TorchvisionSamples(Cached):
-    """Some samples of a torchvision data set, as (uint8 image (C, H, W), label).
+    """Samples of a torchvision data set, all or some, as (uint8 image (C, H, W), label).
 
     With the decoder torchcodec, its plain JPEGs are not opened by torchvision; everything else still is.
     """

@@ -1,4 +1,4 @@
-"""A run that is continued as if it had never stopped.
+"""Resumption of a run as if it had never stopped.
 
 Lightning's checkpoints hold weights, optimizers, schedules and counters. What they lack is added here: the state of
 every random generator on every process, sums of metrics that are still gathering, gradients that are still

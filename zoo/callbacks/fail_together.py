@@ -142,7 +142,7 @@ _watches: weakref.WeakSet[_Watch] = weakref.WeakSet()
 
 @atexit.register
 def _stop() -> None:
-    """A thread that comes back from C++ while the interpreter is taken down would abort the process.
+    """Stops the watches: a thread that comes back from C++ while the interpreter is taken down would abort the process.
 
     Registered early, this runs late: while the process group is taken down, the threads still watch.
     """

@@ -129,7 +129,7 @@ class PreemptionGuard(Callback):
             signal.signal(number, signal.SIG_IGN if number in ignored else handler)
 
     def take_note(self, trainer: Any, number: int) -> bool:
-        """Deals with a signal while a run lasts or has just left. Whether its usual effect is to follow."""
+        """Deals with a signal while a run lasts or has just left; True if its usual effect is to follow."""
         now = time.monotonic()
         if number == signal.SIGINT:
             if self._interrupted is not None and now - self._interrupted > TOGETHER:
@@ -151,7 +151,7 @@ class PreemptionGuard(Callback):
         return False
 
     def _pass_on(self, trainer: Any) -> None:
-        """Outside of a fit nobody agrees on anything: tells those that the launcher would have told."""
+        """Tells the processes that the launcher would have told: outside of a fit nobody agrees on anything."""
         if self._parent is not None and self._parent == os.getppid():
             os.kill(self._parent, self.received)
         elif trainer.strategy.launcher is not None:
@@ -241,7 +241,7 @@ class PreemptionGuard(Callback):
         self._look(trainer)
 
     def _look(self, trainer: Any) -> None:
-        """The handler's exception does not get through where Python was in the middle of a destructor."""
+        """Raises what the handler raises: that does not get through where Python is in the middle of a destructor."""
         if self.received:
             raise self._leave(trainer)
 

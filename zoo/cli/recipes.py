@@ -103,7 +103,7 @@ def _missing(path: Path) -> Mistake:
 
 
 def _check_yaml(path: Path, whole: bool = True, seen: set[object] | None = None) -> None:
-    """jsonargparse would say where a mistake is, but not in which file; of a key that stands twice it says nothing.
+    """Refuses a file that is no YAML: jsonargparse would not say which file it is, and accepts a key that stands twice.
 
     Args:
         path: A recipe, or a file that one names.

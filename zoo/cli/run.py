@@ -64,7 +64,7 @@ def _quiet(command: str) -> None:
 
 
 def _no_advertisement(record: logging.LogRecord) -> bool:
-    """Every Trainer recommends another logger, or another place for its checkpoints."""
+    """Silences what every Trainer recommends: another logger, or another place for its checkpoints."""
     return not any(name in record.getMessage() for name in ("litlogger", "litmodels"))
 
 

@@ -202,7 +202,7 @@ class CountsClasses(Protocol):
 
     @property
     def num_classes(self) -> int | None:
-        """Their number; None, or an AttributeError, where there are no labels."""
+        """Number of classes; None, or an AttributeError, where there are no labels."""
 
 
 @runtime_checkable

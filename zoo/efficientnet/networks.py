@@ -123,7 +123,7 @@ def create_network(
 
 
 def _resnet(depth: float, width: float, norm: Any, **options: Any) -> ByobNet:
-    """timm's ResNet has a stem of fixed width; its bring-your-own-blocks network can be any ResNet."""
+    """ResNet of timm's bring-your-own-blocks network; timm's own ResNet has a stem of fixed width."""
     blocks = [
         ByoBlockCfg(type="bottle", d=round_repeats(repeats, depth), c=round_filters(channels, width), s=stride, br=0.25)
         for repeats, channels, stride in RESNET_50

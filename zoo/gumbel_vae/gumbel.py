@@ -33,7 +33,7 @@ class GumbelVAE(VAE):
     Logs ``train/loss``, ``train/distortion``, ``train/kl``, ``train/temperature``, ``train/kl_weight``; ``val/elbo``,
     of hard samples whatever the estimator, in nats an image, and minus it as ``val/loss``; ``val/kl``,
     ``val/bits_per_dim``, ``val/active_latents`` (those that tell more than 0.01 nats of an image) and
-    ``val/perplexity`` (of the codes in use, at most K). The same for ``test``, and with ``iw_samples``
+    ``val/perplexity`` (the codebook's, at most K). The same for ``test``, and with ``iw_samples``
     ``test/log_likelihood``. Predicts codes.
 
     Args:

@@ -118,7 +118,7 @@ class CocoAveragePrecision(Metric):
         self._images.append(joined(images))
 
     def forward(self, detections: Sequence[Mapping[str, Any]], targets: Sequence[Mapping[str, Any]]) -> None:
-        """Updates. It returns nothing, since AP of a batch, or its mean over batches, is another figure."""
+        """Updates, and returns nothing, since AP of a batch, or its mean over batches, is another figure."""
         self.update(detections, targets)
 
     def reset(self) -> None:

@@ -41,9 +41,9 @@ class Report:
         loaded: How many tensors of the source are now in the module.
         total: How many tensors the source holds.
         resized: Names in the module of those whose shape was adapted.
-        left_out: Names in the source of those that have no place in the module.
-        fresh: Names in the module of those that the source does not provide; they keep their values. Counters of
-            batches are not named: nothing is computed from them.
+        left_out: Unexpected keys: names in the source of those that have no place in the module.
+        fresh: Missing keys: names in the module of those that the source does not provide; they keep their values.
+            Counters of batches are not named: nothing is computed from them.
         advice: What else the module has to be built with so that the weights do what they did where they come from.
         notes: What the source does not say and was assumed, and what of the module was set besides its tensors.
     """
@@ -59,7 +59,7 @@ class Report:
 
     def __str__(self) -> str:
         line = f"loaded {self.loaded} of {self.total} tensors from {self.source}"
-        notes = {"resized": self.resized, "left out": self.left_out, "fresh": self.fresh}
+        notes = {"resized": self.resized, "unexpected keys": self.left_out, "missing keys": self.fresh}
         said = [f"{note}: {brief(names)}" for note, names in notes.items() if names]
         return "; ".join([line, *said, *self.notes, *filter(None, [self.advice])])
 

@@ -133,7 +133,7 @@ def check_heads(module: nn.Module, source: Source) -> None:
 
 
 def cause(name: str, value: Tensor, target: Tensor) -> str:
-    """Why a tensor of an encoder cannot have another shape."""
+    """Reason why a tensor of an encoder cannot have another shape."""
     leaf = name.rpartition(".")[2]
     same_width = value.shape[-1] == target.shape[-1] or leaf.startswith(BY_OFFSET)
     if leaf.startswith(SIZED) and same_width:

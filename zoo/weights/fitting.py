@@ -73,7 +73,7 @@ def fit(module: nn.Module, source: Source, layout: Layout) -> Fit:
 
 
 def _matched(source: Source, own: Mapping[str, Tensor], layout: Layout) -> dict[str, str]:
-    """For names in the module: the name in the source."""
+    """Names in the source, by those in the module."""
     found: dict[str, str] = {}
     # A head for each of two tokens, whose outputs are averaged, cannot be one head.
     of_two = any(unwrapped(key) == "dist_token" for key in source.tensors) and "head_dist.weight" not in own

@@ -58,7 +58,7 @@ class Clock:
         self._marks: list[Any] = []
 
     def tick(self) -> bool:
-        """To be called after each step. Returns whether there are enough."""
+        """Counts a step, at its end; True if there are enough."""
         if self.left is not None:
             self._mark()
             self.left -= 1

@@ -92,7 +92,7 @@ def _peer(plan: Plan, setting: dict[str, Any]) -> tuple[Any, str | None]:
 
 
 def _check_devices(trainer: Any) -> None:
-    """Lightning's own words for it are several lines, and of a kind that other mistakes have as well."""
+    """Refuses devices that are not here; Lightning says it in several lines, by an error that others raise too."""
     wanted, devices = trainer.accelerator, trainer.devices
     if wanted in ("gpu", "cuda") and not torch.cuda.is_available():
         raise NoDeviceError("there is no GPU that torch can use here")

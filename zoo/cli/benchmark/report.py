@@ -77,7 +77,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _varied(rows: Sequence[Row]) -> dict[str, list[str]]:
-    """By axis, its values."""
+    """Values of each axis."""
     found: dict[str, dict[str, None]] = {}
     for row in rows:
         for axis, value in row["cell"]["axes"].items():
@@ -137,7 +137,7 @@ def _shares(found: Mapping[str, float]) -> str:
 
 
 def where(rows: Sequence[Row]) -> str:
-    """With what, and on what, the first row was measured; nothing, if none was."""
+    """Versions and machine that the first row was measured with; nothing, if none was."""
     made = next((row for row in rows if row["status"] == "ok"), rows[0])
     versions, hardware = made.get("versions", {}), made.get("hardware", {})
     packages = ", ".join(f"{name} {version}" for name, version in versions.items())

@@ -108,7 +108,7 @@ def _check_names(own: Mapping[str, Any], options: Sequence[str]) -> None:
 
 
 def _check_sizes(config: Any) -> None:
-    """Nothing can be measured of batches without images; that there are none would be a figure."""
+    """Refuses batches without images, of which nothing can be measured but that there are none."""
     parts = {"trainer": config.trainer, "model": config.model.init_args, "data": config.data and config.data.init_args}
     for axis, least in cells.LEAST.items():
         for option in cells.AXES[axis]:
@@ -133,7 +133,7 @@ def _options(plan: "Plan") -> set[str]:
 
 
 def _peers(plan: "Plan", names: Sequence[str] | None, modes: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """By peer, the modes it is measured in."""
+    """Modes that each peer is measured in."""
     if names is None:
         return {}
     from zoo.cli.benchmark import peers
@@ -157,7 +157,7 @@ def new_folder(recipe: str) -> Path:
 
 
 def _check_empty(out: Path, names: set[str], configs: list[str]) -> None:
-    """Files of the same benchmark are measured anew; those of another would be lost, or be taken for a part of it."""
+    """Refuses a folder with another benchmark's files, which would be lost, or be taken for a part of this one."""
     for file in sorted(out.glob("*.json")):
         if file.stem not in names or json.loads(file.read_text(encoding="utf-8")).get("configs") != configs:
             raise Mistake(f"{out} holds {file.name} of another benchmark: name another --out, or remove it")

@@ -107,7 +107,7 @@ def conditional_gumbels(logits: Tensor, hard: Tensor, samples: int = 1, generato
 
 
 def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
-    """Exactly ``hard``, with the gradient of ``soft``; the brackets see to the former (Bengio et al. 2013)."""
+    """The value of ``hard``, exactly, by the brackets, with the gradient of ``soft`` (Bengio et al. 2013)."""
     return hard + (soft - soft.detach())
 
 

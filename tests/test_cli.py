@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import forked
@@ -229,6 +230,31 @@ def test_whole_help_is_lightnings(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["fit", "--trainer.help"])
     assert "--trainer.accumulate_grad_batches" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        *([], ["--version"], ["--help"], ["list"]),
+        *([*command.split(), "--help"] for command in COMMANDS),
+        *(
+            ["fit", f"--{option}"]
+            for option in ("trainer.help", "model.help=ViTClassifier", "data.help=DigitsDataModule")
+        ),
+        *(["fit", "vit/digits", "--print_config"], ["fti"], ["fit", "vit/digits", "--model.lrr", "1"]),
+    ],
+    ids=" ".join,
+)
+def test_what_nobody_reads_ends_quietly_as_by_sigpipe(args: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    wrong = args[:1] == ["fti"] or "--model.lrr" in args
+    with tempfile.TemporaryFile("w+") as file:
+        streams = {"stdout": file, "stderr": writer} if wrong else {"stdout": writer, "stderr": file}
+        status = forked.Popen([sys.executable, "-m", "zoo", *args], **streams).wait()
+        file.seek(0)
+        assert (file.read(), status) == ("", 128 + signal.SIGPIPE)
+    os.close(writer)
 
 
 # Recipes.

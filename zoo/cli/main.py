@@ -10,6 +10,8 @@ went wrong. With ``ZOO_DEBUG=1`` every error shows its traceback.
 import io
 import locale
 import os
+import select
+import signal
 import sys
 from contextlib import suppress
 
@@ -29,18 +31,48 @@ zoo COMMAND --help names the options, zoo --version the version."""
 def main(args: list[str] | None = None) -> int:
     """Runs the command line and returns its exit status: 2 for a mistake, 1 for a failure on the way.
 
+    If nobody reads what it prints any more, as behind ``| head -1``, it is silent, and the status is that of a program
+    that SIGPIPE has ended, 141.
+
     Args:
         args: The arguments behind ``zoo``. None: those of the process.
     """
     _use_utf8()
     try:
+        return _answered(list(sys.argv[1:] if args is None else args))
+    except BrokenPipeError:
+        unread = [stream for stream in (1, 2) if _is_unread(stream)]
+        if not unread:  # it is not about what was printed
+            raise
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in unread:
+            os.dup2(nowhere, stream)  # Python writes there what it has left when it ends
+        os.close(nowhere)
+        return 128 + signal.SIGPIPE
+
+
+def _answered(args: list[str]) -> int:
+    try:
         with mistakes.worded(Mistake):
-            return _dispatch(list(sys.argv[1:] if args is None else args))
+            status = _dispatch(args)
+    except SystemExit as end:  # of argparse after a help, whose printing it lets fail
+        sys.stdout.flush()
+        if _is_unread(1):
+            raise BrokenPipeError from end
+        raise
     except Mistake as mistake:
         if os.environ.get("ZOO_DEBUG") == "1":
             raise
         print(f"{mistakes.MARK}{mistake}", file=sys.stderr)
         return mistake.status
+    sys.stdout.flush()
+    return status
+
+
+def _is_unread(stream: int) -> bool:
+    watched = select.poll()
+    watched.register(stream, select.POLLOUT)
+    return any(event & select.POLLERR for _, event in watched.poll(0))
 
 
 def _dispatch(args: list[str]) -> int:

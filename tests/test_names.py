@@ -14,7 +14,7 @@ import datamodules
 import zoo
 from zoo._lightning import Trainer
 from zoo.cli import arguments, main, names, recipes, signatures
-from zoo.cli.commands import COMMANDS
+from zoo.cli.commands import COMMANDS, sweep
 from zoo.cli.mistakes import Mistake
 
 CLASSES = [("model", name) for name in zoo._EXPORTS] + [("data", name) for name in datamodules._EXPORTS]
@@ -201,6 +201,24 @@ def test_another_word_for_an_option_is_understood_with_and_without_its_part(
         assert capsys.readouterr().err == f"zoo: {head} is --{part}.{to}\n"
         assert understood(*classes, f"{head}=8", command=command)[-1] == f"--{part}.{to}=8"
         assert capsys.readouterr().err == f"zoo: {head} is --{part}.{to}\n"
+
+
+@pytest.mark.parametrize(("part", "word", "to"), ALL)
+def test_a_sweep_goes_over_another_word_for_an_option(
+    part: str, word: str, to: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = "EfficientNetClassifier" if to == "padding" else "ViTClassifier"
+    asked = arguments.Asked([], ["--model", model, "--data", "ImageFolderDataModule"], {}, False)
+    for typed in (f"{part}.{word}", f"{part}.{word}".replace("_", "-"), *([word] if word != "img_size" else [])):
+        assert sweep.understood(f"{typed},trainer.max_time", asked) == f"{part}.{to},trainer.max_time"
+        assert capsys.readouterr().err == f"zoo: --{typed} is --{part}.{to}\n"
+
+
+@pytest.mark.parametrize("typed", [*names.ANSWERS, *names.CHECKPOINT, "image_size", "model.batch_size", "model.foo"])
+def test_a_sweep_answers_what_a_fit_does(typed: str) -> None:
+    with pytest.raises(Mistake) as caught:
+        sweep.understood(typed, arguments.Asked([], [*VIT, *FOLDER], {}, False))
+    assert str(caught.value) == refused(*VIT, *FOLDER, f"--{typed}=1")
 
 
 @pytest.mark.parametrize(

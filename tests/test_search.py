@@ -258,7 +258,7 @@ def test_an_axis_is_an_option_and_its_values(text, expected):
 
 @pytest.mark.parametrize("names", [("0.1", "0.3"), ("rloo", "vimco")])
 def test_finished_runs_become_a_table_of_all_metrics_and_a_plot(names, capsys, monkeypatch):
-    """Values that are no numbers stand beside each other in the plot."""
+    """Values that are no numbers stand beside each other in the plot. The option may have another word for it."""
     drawn = {}
     monkeypatch.setattr("zoo.cli.plots.lines", lambda path, series, *rest: drawn.update({path.name: (series, rest)}))
     option = "model.lr" if names[0] == "0.1" else "trainer.default_root_dir"
@@ -266,7 +266,8 @@ def test_finished_runs_become_a_table_of_all_metrics_and_a_plot(names, capsys, m
     for number, name in enumerate(names):
         for seed in range(2):
             finished(out, f"{option}={name}_seed{seed}", val_loss=number, test_acc=0.5 + number / 4 + seed / 8)
-    args = ["sweep", "vit/digits", "--over", f"{option}={','.join(names)}", "--seeds", "2", "--out", "there"]
+    typed = "learning_rate" if names[0] == "0.1" else option
+    args = ["sweep", "vit/digits", "--over", f"{typed}={','.join(names)}", "--seeds", "2", "--out", "there"]
     assert main(args) == 0
     printed = capsys.readouterr().out
     assert "4 runs, 4 of them finished already" in printed
@@ -283,6 +284,7 @@ def test_finished_runs_become_a_table_of_all_metrics_and_a_plot(names, capsys, m
         (0.1 if names[0] == "0.1" else 0, 0.5625, pytest.approx(0.0884, abs=1e-4)),
         (0.3 if names[0] == "0.1" else 1, 0.8125, pytest.approx(0.0884, abs=1e-4)),
     ]
+    args[3] = args[3].replace(typed, option)
     assert "holds runs of other options" in refused(capsys, *args, "--model.width", "48")
 
 
@@ -300,6 +302,7 @@ def test_names_are_drawn_where_there_are_no_numbers():
         (["vit/digits", "--over", "model.lr=1,1"], "an option and its values, as in model.lr=0.1,0.3, each once"),
         (["vit/digits", "--over", "model.lr=1", "--over", "model.lr=2"], "argument --over: each option once"),
         (["vit/digits", "--over", "seed_everything=1,2"], "seeds are --seeds N"),
+        (["vit/digits", "--over", "gpus=1,2"], "unknown option --gpus: it is --trainer.accelerator cpu or gpu"),
         (["vit/digits", "--over", "model.lrr=1,2"], "ViTClassifier has no option 'lrr'; did you mean lr?"),
         (["vit/digits", "--over", "model.lr=1,high"], "lr of ViTClassifier: expected float, got 'high'"),
     ],

@@ -9,7 +9,7 @@ from itertools import product
 from pathlib import Path
 
 import zoo
-from zoo.cli import plots
+from zoo.cli import names, plots
 from zoo.cli.arguments import RECIPE, STRICT, Arguments, Asked, Command, Line, positive
 from zoo.cli.mistakes import Mistake
 from zoo.cli.sweep import sweep_seeds
@@ -41,6 +41,8 @@ def _arguments(study: Study) -> Arguments:
 def _run(study: Study, line: Line) -> int:
     """Checks the recipe, lets the study have its variants trained, and writes what it has found."""
     asked = Asked.by(line, _arguments(study))
+    if "over" in asked.own:
+        asked.own["over"] = [(understood(options, asked), values) for options, values in asked.own["over"]]
     plan = asked.plan()
     plan.count_classes()
     config = plan.config
@@ -96,6 +98,13 @@ def axis(text: str) -> tuple[str, list[str]]:
     if not all(options.split(",")) or not found or len(set(found)) < len(found):
         raise ArgumentTypeError(f"{text!r}: expected an option and its values, as in model.lr=0.1,0.3, each once")
     return options, found
+
+
+def understood(options: str, asked: Asked) -> str:
+    """The options of an axis as LightningCLI knows them."""
+    typed = [*asked.options, *(f"--{option}=" for option in options.split(","))]
+    meant = names.understood(typed, asked.files, "fit")[len(asked.options) :]
+    return ",".join(option.removeprefix("--").removesuffix("=") for option in meant)
 
 
 def _sweep(recipe: Recipe, over: Sequence[tuple[str, list[str]]], metric: str | None) -> Page:

@@ -4,6 +4,25 @@ Functions and modules shaped like torch's, for anybody's project. They compute i
 precision of what they are given, and their results stay in it, as torch's losses under autocast do.
 """
 
+from typing import TYPE_CHECKING, Any
+
+from zoo.losses.accuracy import SmoothAccuracyLoss
+from zoo.losses.confusion import SoftConfusionLoss, SoftFBetaLoss
+from zoo.losses.counts import (
+    ConfusionCounts,
+    balanced_accuracy,
+    divide,
+    f_beta,
+    iou,
+    kappa,
+    mcc,
+    soft_confusion,
+    sum_over_ranks,
+    tversky,
+)
+from zoo.losses.cross_entropy import F1WeightedCrossEntropy
+from zoo.losses.names import create_loss
+from zoo.losses.ranking import SmoothAPLoss, SmoothAUCLoss
 from zoo.losses.soft import (
     smooth_max,
     smooth_min,
@@ -14,12 +33,43 @@ from zoo.losses.soft import (
     soft_one_hot,
 )
 
+if TYPE_CHECKING:
+    from torch import nn
+
+    LOSSES: dict[str, type[nn.Module]]
+
 __all__ = [
+    "LOSSES",
+    "ConfusionCounts",
+    "F1WeightedCrossEntropy",
+    "SmoothAPLoss",
+    "SmoothAUCLoss",
+    "SmoothAccuracyLoss",
+    "SoftConfusionLoss",
+    "SoftFBetaLoss",
+    "balanced_accuracy",
+    "create_loss",
+    "divide",
+    "f_beta",
+    "iou",
+    "kappa",
+    "mcc",
     "smooth_max",
     "smooth_min",
     "smooth_round",
     "smooth_step",
     "soft_argmax",
     "soft_argmax_2d",
+    "soft_confusion",
     "soft_one_hot",
+    "sum_over_ranks",
+    "tversky",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "LOSSES":  # timm's are among them, and it takes seconds to import
+        from zoo.losses.names import losses
+
+        return losses()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

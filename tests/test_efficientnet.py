@@ -446,6 +446,7 @@ LOSSES = [
     {"drop_path": 0.8},
     {"loss": "bce"},
     {"loss": "sigmoid"},
+    {"class_weight": [0.5, 3.0, 1.0, 2.0, 0.1, 0.2, 4.0]},
     {"label_smoothing": 0.1},
     {"mixup": 0.8},
     {"cutmix": 1.0},
@@ -465,6 +466,7 @@ LEARNING = [
     {"norm_momentum": 0.5},
 ]
 ELSEWHERE = {"self", "weights", "channels_last", "grad_checkpointing", "multi_label", "compile"}
+ELSEWHERE |= {"loss_options", "pos_weight"}  # test_classifier_losses.py
 
 
 def test_no_argument_is_left_out_below():

@@ -161,6 +161,7 @@ def test_arguments_that_shape_the_network(option):
         {"patch_drop": 0.5},
         {"loss": "bce"},
         {"loss": "sigmoid"},
+        {"class_weight": [0.5, 3.0, 1.0, 2.0, 0.1, 0.2, 4.0]},
         {"label_smoothing": 0.1},
         {"mixup": 0.8},
         {"cutmix": 1.0},

@@ -1,10 +1,9 @@
 """Losses, metrics, pictures and steps of a classifier, between a network and a Trainer."""
 
-from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.data import Mixup
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
@@ -23,41 +22,27 @@ from zoo._lightning import LightningModule
 from zoo.checkpoints import SafeLoading
 from zoo.common import batch as batches
 from zoo.common import loaders, norms, optim, pictures
+from zoo.common.backbones import name_of
 from zoo.common.classes import NamedClasses, names_of
+from zoo.common.classification_losses import (
+    Exchanged,
+    classification_loss,
+    create_criterion,
+    cross_entropy,
+    module_loss,
+    watched_metrics,
+    weight_of,
+)
 from zoo.common.compiling import Compilable
 from zoo.common.evaluation import Evaluation
+from zoo.common.label_weights import LabelWeights
 from zoo.common.labels import LabelWatch, check_range, is_remote
 from zoo.common.log import StepLog
 from zoo.common.precision import MeanMetric, Metrics
+from zoo.common.protocols import HasSmoothMetric
 from zoo.common.ranges import check_ranges, check_training
 from zoo.common.seeding import differ_between_ranks
 from zoo.sharding import Shardable
-
-Loss = Literal["cross_entropy", "bce", "sigmoid"]
-
-
-def classification_loss(logits: Tensor, targets: Tensor, kind: Loss, smoothing: float = 0.0) -> Tensor:
-    """The mean loss of a batch, in float32 whatever the precision.
-
-    Args:
-        logits: (B, classes).
-        targets: int64 (B,), or a distribution over classes (B, classes), as mixup makes it, or 0 and 1 for each of
-            several labels (B, classes).
-        kind: "cross_entropy" over the softmax; "bce", binary cross-entropy averaged over classes, in which every class
-            of a mixed image counts as present (DeiT III, Touvron et al. 2022, section 3); "sigmoid", binary
-            cross-entropy summed over classes on targets as they are (Beyer et al. 2020, "Are we done with ImageNet?").
-        smoothing: Label smoothing (Szegedy et al. 2016), for targets that are class indices.
-    """
-    logits = logits.float()
-    classes = logits.shape[1]
-    if kind == "cross_entropy":
-        return F.cross_entropy(logits, targets, label_smoothing=0.0 if targets.ndim > 1 else smoothing)
-    if targets.ndim == 1:
-        targets = F.one_hot(targets, classes) * (1 - smoothing) + smoothing / classes
-    elif kind == "bce":
-        targets = targets > 0
-    losses = F.binary_cross_entropy_with_logits(logits, targets.float(), reduction="none")
-    return losses.mean() if kind == "bce" else losses.sum(1).mean()
 
 
 def classification_metrics(num_classes: int, multi_label: bool, prefix: str) -> MetricCollection:
@@ -130,17 +115,23 @@ class Classifier(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, L
 
     A subclass sets, in its constructor: ``hparams`` with ``num_classes``, ``multi_label``, ``loss``,
     ``label_smoothing``, ``mixup``, ``cutmix``, ``optimizer``, ``lr``, ``weight_decay``, ``betas``, ``layer_decay``,
-    ``warmup_epochs``, ``min_lr``; the modules ``backbone`` (images to (B, D) features) and ``head``; and calls
-    :meth:`make_metrics`.
+    ``warmup_epochs``, ``min_lr``, and if it has them ``loss_options``, ``class_weight``, ``pos_weight``; the modules
+    ``backbone`` (images to (B, D) features) and ``head``; and calls :meth:`make_metrics`.
     """
 
     backbone: Any  # modules; Any, because what they have beyond torch's is timm's
     head: Any
     hparams: Any  # Lightning calls it a mapping, and makes its keys attributes
 
-    def make_metrics(self) -> None:
-        """Checks the choices about labels, and creates metrics, mixup and logs."""
+    def make_metrics(self, loss: str | nn.Module | None = None) -> None:
+        """Checks the choices about labels, and creates loss, metrics, mixup and logs.
+
+        Args:
+            loss: A name, or a module, of which ``hparams`` get the name of the class. None: ``hparams["loss"]``.
+        """
         hp = self.hparams
+        loss = hp.loss if loss is None else loss
+        hp["loss"] = name_of(loss)
         least = 1 if hp.multi_label else 2
         if hp.num_classes < least:
             raise ValueError(f"num_classes is {hp.num_classes}: expected at least {least}")
@@ -150,16 +141,15 @@ class Classifier(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, L
             cutmix=(hp.cutmix, 0, None),
         )
         check_training(hp)
-        if hp.loss not in get_args(Loss):
-            raise ValueError(f"unknown loss {hp.loss!r}: expected one of {', '.join(get_args(Loss))}")
-        if hp.multi_label and hp.loss == "cross_entropy":
-            raise ValueError("multi_label needs loss 'bce' or 'sigmoid': cross_entropy expects one label an image")
+        self.criterion = self.make_loss(loss, hp.get("loss_options"))
+        self.label_weights = LabelWeights(hp.num_classes, hp.get("class_weight"), hp.get("pos_weight"))
         if hp.multi_label and (hp.mixup or hp.cutmix or hp.label_smoothing):
             raise ValueError("mixup, cutmix and label_smoothing are for one label an image, not for multi_label")
         if hp.loss == "bce" and hp.label_smoothing and (hp.mixup or hp.cutmix):
             raise ValueError(
                 "loss 'bce' counts every class of a mixed image as present: it goes with label_smoothing 0"
             )
+        self.exchanged: Exchanged | None = None
         self.step_log, self.label_watch = StepLog(), LabelWatch()
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
         self.val_metrics = classification_metrics(hp.num_classes, hp.multi_label, "val/")
@@ -203,15 +193,56 @@ class Classifier(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, L
             ]
         return {"predictions": pictures.captioned(images, captions, right)}
 
+    def loss(self, logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
+        """The mean loss of a batch, which training minimises.
+
+        Args:
+            logits: (B, classes).
+            targets: Of :func:`zoo.common.classification_classification_loss`.
+            smoothing: Label smoothing.
+        """
+        criterion = self.criterion if self.exchanged is None else self.exchanged.loss
+        if isinstance(criterion, str):
+            return classification_loss(logits, targets, criterion, smoothing, **self.label_weights.of_loss())
+        return module_loss(criterion, logits, targets)
+
+    def make_loss(self, loss: str | nn.Module, options: Mapping[str, Any] | None = None) -> str | nn.Module:
+        """What :meth:`use_loss` takes, of a loss by name and its options, or a module.
+
+        Raises:
+            ValueError: For a loss that does not exist, or does not go with the module's other arguments.
+        """
+        return create_criterion(loss, options, self.hparams)
+
+    def use_loss(self, loss: str | nn.Module | None, smooth: nn.Module | None = None) -> None:
+        """Trains on another loss from now on. It is no part of the module: neither in its state nor optimized.
+
+        Args:
+            loss: Of :meth:`make_loss`. None: the module's own.
+            smooth: The loss whose smooth metric evaluation logs.
+        """
+        self.exchanged = None if loss is None else Exchanged(loss, smooth)
+
     def add_module(self, name: str, module: nn.Module | None) -> None:
         """Adds a child. Conversions of BatchNorm, and back, end in it: they put each child in anew."""
         super().add_module(name, module)
         if module is not None:
             norms.restore_activations(module)
 
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        trainer: Any = self._trainer
+        if stage == "fit" and trainer is not None:  # before callbacks look at the state, and a checkpoint replaces it
+            self.label_weights.settle(self, trainer.datamodule)
+
     def on_fit_start(self) -> None:
         super().on_fit_start()
         differ_between_ranks(self)
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        trainer: Any = self._trainer
+        self.label_weights.check_settled(is_continued=trainer.ckpt_path is not None)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         images, labels = self._images_and_labels(batch, batch_idx)
@@ -219,7 +250,7 @@ class Classifier(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, L
             if len(images) % 2:
                 raise ValueError(f"mixup pairs images: {_odd(self._trainer, len(images), batch_idx)}")
             images, labels = self.mix(images.clone(), labels)  # timm mixes in place, and the batch is its owner's
-        loss = classification_loss(self(images), labels, self.hparams.loss, self.hparams.label_smoothing)
+        loss = self.loss(self(images), labels, self.hparams.label_smoothing)
         if self.step_log(self, {"train/loss": loss.detach()}, prog_bar=("train/loss",)):
             self.label_watch.tell(self.num_labels)
         return loss
@@ -227,17 +258,46 @@ class Classifier(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, L
     def on_train_end(self) -> None:
         self.label_watch.tell(self.num_labels)
 
+    @property
+    def _smooth(self) -> Any:
+        """The loss whose smooth metric evaluation logs; None for one that has none."""
+        found = self.criterion if self.exchanged is None else self.exchanged.smooth
+        return found if isinstance(found, HasSmoothMetric) else None
+
+    @property
+    def _is_plain(self) -> bool:
+        """Tells whether ``val/loss`` is a cross-entropy as it stands, so that nothing need be logged beside it."""
+        plain = isinstance(self.criterion, str) and self.exchanged is None
+        return plain and self.label_weights.classes is None and self.label_weights.positives is None
+
     def start_evaluation(self, stage: str) -> None:
         loaders.start(self, f"{stage}_loss", f"{stage}_metrics")
+        if not self._is_plain:
+            loaders.start(self, f"{stage}_watched", new=lambda: watched_metrics(self._smooth).to(self.device))
 
     def evaluation_step(self, batch: Any, batch_idx: int, dataloader_idx: int, stage: str) -> None:
         images, labels = self._images_and_labels(batch, 0)  # metrics look at all values, too
         logits = self(images).float()
         mean_loss = loaders.metric(self, f"{stage}_loss", dataloader_idx)
         metrics = loaders.metric(self, f"{stage}_metrics", dataloader_idx)
-        mean_loss.update(classification_loss(logits, labels, self.hparams.loss), weight=len(images))
+        found = {f"{stage}/loss": mean_loss, **metrics}
+        mean_loss.update(self.loss(logits, labels), weight=self._weight(labels))
         metrics.update(logits, labels.int() if self.hparams.multi_label else labels)
-        loaders.log(self, {f"{stage}/loss": mean_loss, **metrics})
+        if not self._is_plain:
+            watched = loaders.metric(self, f"{stage}_watched", dataloader_idx)
+            watched["cross_entropy"].update(cross_entropy(logits, labels), weight=len(images))
+            if "smooth" in watched:
+                watched["smooth"].update(logits, labels)
+            found |= {f"{stage}/{name}": metric for name, metric in watched.items()}
+        loaders.log(self, found)
+
+    def _weight(self, labels: Tensor) -> Tensor | int:
+        """The weight of a batch in the mean of the loss over an evaluation, as if it were a single batch."""
+        criterion = self.criterion if self.exchanged is None else self.exchanged.loss
+        weights = self.label_weights.classes
+        if criterion != "cross_entropy" or weights is None:
+            return len(labels)
+        return weight_of(labels, weights)
 
     def _images_and_labels(self, batch: Any, batch_idx: int) -> tuple[Tensor, Tensor]:
         """Images, and the model's labels for those of the data, once these are known to be labels."""

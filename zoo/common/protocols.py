@@ -177,6 +177,14 @@ class StatesMaps(Protocol):
     channels: Sequence[int]
 
 
+@runtime_checkable
+class HasSmoothMetric(Protocol):
+    """A loss that follows from a smooth metric, as those of ``zoo.losses``."""
+
+    def metric(self, logits: Tensor, target: Tensor) -> Tensor:
+        """The metric itself, a scalar, of logits (B, classes)."""
+
+
 # Modules and data: classes.
 
 

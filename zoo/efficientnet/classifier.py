@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from zoo._lightning import rank_zero_info
 from zoo.common import optim
-from zoo.common.classification import Classifier, Loss
+from zoo.common.classification import Classifier
+from zoo.common.classification_losses import given_modules
+from zoo.common.label_weights import Balanced
 from zoo.common.ranges import check_ranges
 from zoo.efficientnet.networks import V2, create_network, recompute_blocks
 from zoo.efficientnet.peers import PEERS
@@ -61,7 +63,14 @@ class EfficientNetClassifier(Classifier):
         channels_last: Keep images and weights with channels last in memory, which convolutions are faster on.
         grad_checkpointing: Recompute blocks in the backward pass: less memory, about a third more time.
         multi_label: Whether an image has several labels.
-        loss: See :func:`zoo.common.classification.classification_loss`.
+        loss: "cross_entropy", "bce" or "sigmoid", see
+            :func:`zoo.common.classification_losses.classification_loss`; a loss of ``zoo.losses`` by name, "soft_fbeta"
+            for example; or an ``nn.Module`` from logits (B, classes) and targets to a scalar.
+        loss_options: Arguments of a loss of ``zoo.losses`` by name.
+        class_weight: Weights of the classes in the loss, one number each, or "balanced" by the training data: see
+            :class:`zoo.common.label_weights.LabelWeights`.
+        pos_weight: Weight of the positives of several labels, one number for all or each, or "balanced" by the training
+            data.
         label_smoothing: Label smoothing (Szegedy et al. 2016), in [0, 1).
         mixup: Alpha of mixup (Zhang et al. 2018); 0 is off.
         cutmix: Alpha of cutmix (Yun et al. 2019); 0 is off. With both on, each batch has one of them.
@@ -110,7 +119,10 @@ class EfficientNetClassifier(Classifier):
         channels_last: bool = True,
         grad_checkpointing: bool = False,
         multi_label: bool = False,
-        loss: Loss = "cross_entropy",
+        loss: nn.Module | str = "cross_entropy",
+        loss_options: dict[str, Any] | None = None,
+        class_weight: Balanced | list[float] | None = None,
+        pos_weight: Balanced | float | list[float] | None = None,
         label_smoothing: float = 0.0,
         mixup: float = 0.0,
         cutmix: float = 0.0,
@@ -128,8 +140,8 @@ class EfficientNetClassifier(Classifier):
         compile: bool = False,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=["weights"])
-        self.make_metrics()
+        self.save_hyperparameters(ignore=["weights", *given_modules(loss=loss)])
+        self.make_metrics(loss)
         check_ranges(in_channels=(in_channels, 1, None), norm_eps=(norm_eps, -math.inf, None))
         for name, value, choices in (
             ("variant", variant, (None, *get_args(Variant))),

@@ -12,7 +12,9 @@ from zoo._lightning import rank_zero_info
 from zoo.common import batch as batches
 from zoo.common import pictures
 from zoo.common.backbones import create_backbone, feature_width, name_of, own_image_shape, recompute_activations
-from zoo.common.classification import Classifier, Loss
+from zoo.common.classification import Classifier
+from zoo.common.classification_losses import given_modules
+from zoo.common.label_weights import Balanced
 from zoo.common.norms import restore_layer_norm_eps, set_layer_norm_eps
 from zoo.common.ranges import check_ranges
 from zoo.vit.attention import TRANSFORMERS, block_attentions, shows_attention
@@ -59,7 +61,14 @@ class ViTClassifier(Classifier):
         linear_probe: Train the head alone: the backbone is frozen and in evaluation mode, and the head is BatchNorm
             without affine parameters followed by a linear layer (He et al. 2022, appendix A.1).
         multi_label: Whether an image has several labels.
-        loss: See :func:`zoo.common.classification.classification_loss`.
+        loss: "cross_entropy", "bce" or "sigmoid", see
+            :func:`zoo.common.classification_losses.classification_loss`; a loss of ``zoo.losses`` by name, "soft_fbeta"
+            for example; or an ``nn.Module`` from logits (B, classes) and targets to a scalar.
+        loss_options: Arguments of a loss of ``zoo.losses`` by name.
+        class_weight: Weights of the classes in the loss, one number each, or "balanced" by the training data: see
+            :class:`zoo.common.label_weights.LabelWeights`.
+        pos_weight: Weight of the positives of several labels, one number for all or each, or "balanced" by the training
+            data.
         label_smoothing: Label smoothing (Szegedy et al. 2016), in [0, 1).
         mixup: Alpha of mixup (Zhang et al. 2018); 0 is off.
         cutmix: Alpha of cutmix (Yun et al. 2019); 0 is off. With both on, each batch has one of them.
@@ -105,7 +114,10 @@ class ViTClassifier(Classifier):
         grad_checkpointing: bool = False,
         linear_probe: bool = False,
         multi_label: bool = False,
-        loss: Loss = "cross_entropy",
+        loss: nn.Module | str = "cross_entropy",
+        loss_options: dict[str, Any] | None = None,
+        class_weight: Balanced | list[float] | None = None,
+        pos_weight: Balanced | float | list[float] | None = None,
         label_smoothing: float = 0.0,
         mixup: float = 0.0,
         cutmix: float = 0.0,
@@ -121,9 +133,9 @@ class ViTClassifier(Classifier):
         compile: bool = False,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=["backbone", "weights"])
+        self.save_hyperparameters(ignore=["backbone", "weights", *given_modules(loss=loss)])
         self.hparams["backbone"] = name_of(backbone)
-        self.make_metrics()
+        self.make_metrics(loss)
         check_ranges(
             image_size=(image_size, 1, None),
             patch_size=(patch_size, 1, None),

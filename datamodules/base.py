@@ -62,6 +62,10 @@ class ImageDataModule(LightningDataModule):
             in every epoch, so that what is near the threshold falls on either side. The grey of a scan thus says which
             pixels a model should not be certain of.
         repeats: Repeated augmentation: how often a sample comes in a row (see :class:`BatchOrder`).
+        balance: In training, how far classes are to come alike in number, for data with one label an image. 0: as often
+            as there are samples of them; 1: each as often as the others; between: in proportion to the number of
+            samples to the power 1 - balance, 0.5 being square-root sampling (see :mod:`datamodules.loading.balance`).
+            An epoch stays as long: samples of rare classes come several times in it, of frequent ones not in each.
     """
 
     in_memory = False
@@ -95,9 +99,10 @@ class ImageDataModule(LightningDataModule):
         self.degrees, self.translate = options["degrees"], options["translate"]
         self.zoom, self.shear = options["zoom"], options["shear"]
         self.drop_last, self.repeats = options["drop_last"], options["repeats"]
+        self.balance = options["balance"]
         self.classes: list[str] | None = None
         self._stages: dict[int, Callable[[Samples], Samples]] = {}
-        self._position: Mapping[str, int] | None = None  # where a checkpoint that is continued from ended
+        self._position: Mapping[str, Any] | None = None  # where a checkpoint that is continued from ended
 
     # What a subclass says.
 
@@ -186,6 +191,8 @@ class ImageDataModule(LightningDataModule):
             drop_last=training and self.drop_last,
             repeats=self.repeats if training else 1,
             groups=self.groups(samples) if training else None,
+            labels=labels_of(samples, type(self).__name__) if training and self.balance else None,
+            balance=self.balance if training else 0.0,
         )
         if len(order) == 0 or len(samples) < world_size:
             raise ValueError(
@@ -215,9 +222,7 @@ class ImageDataModule(LightningDataModule):
             timeout=self.loader_timeout if workers > 0 else 0,
             worker_init_fn=outlive_signals,
             pin_memory=torch.accelerator.is_available(),
-            generator=torch.Generator().manual_seed(
-                self.seed
-            ),  # the loader's own draw then leaves the global one alone
+            generator=torch.Generator().manual_seed(self.seed),  # so that its own draw leaves the global one alone
         )
 
     def train_dataloader(self) -> Any:
@@ -322,7 +327,7 @@ class ImageDataModule(LightningDataModule):
         # A strategy that splits the weights restores late, when configure_optimizers may have had a loader made.
         self.trainer.fit_loop._combined_loader = None
 
-    def _current_position(self) -> dict[str, int] | None:
+    def _current_position(self) -> dict[str, Any] | None:
         trainer: Any = self.trainer
         order = getattr(getattr(trainer, "train_dataloader", None), "sampler", None)
         if not isinstance(order, BatchOrder):

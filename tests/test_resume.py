@@ -93,6 +93,20 @@ class Grouped(Images):
         return np.arange(42) % 3
 
 
+class Unlike(Samples):
+    """Of one class many, of others few."""
+
+    labels = np.repeat([0, 1, 2], [30, 10, 2])
+
+
+class Balanced(Images):
+    def __init__(self, workers: int = 0, **options: Any) -> None:
+        super().__init__(workers, balance=0.9, **options)
+
+    def samples(self, split):
+        return Unlike(42) if split == "train" else Samples(11)
+
+
 class Record(Callback):
     """What each batch held, what was called and logged when, and at the end all that training has made."""
 
@@ -259,6 +273,11 @@ def test_batches_of_a_group(tmp_path):
     assert assert_resumes(tmp_path, Grouped, 5) >= 2
 
 
+@pytest.mark.parametrize("options", [{}, {"repeats": 2, "drop_last": False}], ids=str)
+def test_a_balanced_order(tmp_path, options):
+    assert assert_resumes(tmp_path, lambda: Balanced(2, **options), 5, lambda: Balanced(0, **options)) >= 2
+
+
 TWO = {"strategy": "ddp_fork", "devices": 2}
 
 
@@ -267,6 +286,10 @@ TWO = {"strategy": "ddp_fork", "devices": 2}
 )
 def test_two_processes(tmp_path, options):
     assert assert_resumes(tmp_path, Images, 3, **EVERYTHING, **TWO, **options) >= 2
+
+
+def test_two_processes_of_a_balanced_order(tmp_path):
+    assert assert_resumes(tmp_path, Balanced, 5, **TWO) >= 2
 
 
 def test_a_run_is_continued_twice_within_an_epoch(tmp_path):

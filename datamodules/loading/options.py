@@ -32,6 +32,7 @@ class ImageOptions(LoaderOptions, total=False):
     binarize: Binarization | None
     jitter: float
     repeats: int
+    balance: float
 
 
 IMAGE_OPTIONS = ImageOptions(
@@ -48,14 +49,15 @@ IMAGE_OPTIONS = ImageOptions(
     binarize=None,
     jitter=0.0,
     repeats=1,
+    balance=0.0,
 )
 
 
 def check_ranges(options: Mapping[str, Any]) -> None:
     """Raises ValueError for an option that is out of its range."""
-    for name in ("hflip", "erase"):
+    for name, range_of in (("hflip", "a probability"), ("erase", "a probability"), ("balance", "a number")):
         if not 0 <= options[name] <= 1:
-            raise ValueError(f"{name} is {options[name]}: expected a probability in [0, 1]")
+            raise ValueError(f"{name} is {options[name]}: expected {range_of} in [0, 1]")
     binarize, jitter, seed, num_workers = (options[name] for name in ("binarize", "jitter", "seed", "num_workers"))
     if binarize is not None and binarize not in (choices := get_args(Binarization)):
         raise ValueError(f"unknown binarize {binarize!r}: expected {', '.join(choices)}, or null for none")

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch.utils.data import DistributedSampler, SequentialSampler
 
+from datamodules.loading.balance import BalancedEpochs
+
 Key = tuple[int, int, int]
 """(epoch, copy, index) of one sample: all that its random choices depend on besides the seed."""
 
@@ -61,6 +63,10 @@ class BatchOrder(DistributedSampler[Any], SequentialSampler):
         groups: (size,) the group of each sample, for batches of samples alike (in shape, say). The shuffled order is
             cut into chunks of ``chunk`` batches; each is sorted by group, and its batches are shuffled. Within a chunk,
             only a batch where two groups meet is mixed. Without ``shuffle`` this changes nothing.
+        labels: (size,) the class of each sample, for ``balance``.
+        balance: How far classes are to come alike in number, from 0, as in the data, to 1, as often as each other: see
+            :mod:`datamodules.loading.balance`. The epoch's length is unchanged; a sample that comes several times in it
+            is another copy each time. Without ``shuffle`` this changes nothing.
     """
 
     chunk = 64
@@ -76,6 +82,8 @@ class BatchOrder(DistributedSampler[Any], SequentialSampler):
         drop_last: bool = False,
         repeats: int = 1,
         groups: np.ndarray | None = None,
+        labels: np.ndarray | None = None,
+        balance: float = 0.0,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}: expected at least 1")
@@ -83,9 +91,16 @@ class BatchOrder(DistributedSampler[Any], SequentialSampler):
             raise ValueError(f"repeats is {repeats}: expected at least 1")
         if repeats > 1 and groups is not None:
             raise ValueError(f"repeats is {repeats}: expected 1 where samples are grouped")
+        if balance and groups is not None:
+            raise ValueError(f"balance is {balance}: expected 0 where samples are grouped")
         self.size, self.batch_size, self.repeats = size, batch_size, repeats
         self.rank, self.world_size, self.seed, self.shuffle = rank, world_size, seed, shuffle
-        self.drop_last, self.groups = drop_last, groups
+        self.drop_last, self.groups, self.balance = drop_last, groups, balance
+        self._balanced: BalancedEpochs | None = None
+        if balance:
+            if labels is not None and len(labels) != size:
+                raise ValueError(f"labels are {len(labels)} for {size} samples: expected one each")
+            self._balanced = BalancedEpochs(labels, balance, math.ceil(size / repeats), mix(seed))
         self.total = batch_size * world_size
         """Samples of a global batch, at most."""
         self.batches = self._batches(size, self.total)
@@ -100,15 +115,22 @@ class BatchOrder(DistributedSampler[Any], SequentialSampler):
 
     # A position in the order.
 
-    def position(self, epoch: int, batch: int) -> dict[str, int]:
-        """Position before a batch of an epoch, for a checkpoint and :meth:`resume`: a few integers.
+    def position(self, epoch: int, batch: int) -> dict[str, Any]:
+        """Position before a batch of an epoch, for a checkpoint and :meth:`resume`: a few numbers.
 
         ``samples`` is how many of the epoch's global order come before the batch, whatever the number of processes.
         """
         whole, samples = self._resumed[2] if epoch == self._resumed[0] else self.total, self._start(batch, epoch)
-        return {"epoch": epoch, "samples": samples, "total": whole, "size": self.size, "seed": self.seed}
+        return {
+            "epoch": epoch,
+            "samples": samples,
+            "total": whole,
+            "size": self.size,
+            "seed": self.seed,
+            "balance": self.balance,
+        }
 
-    def resume(self, position: Mapping[str, int]) -> None:
+    def resume(self, position: Mapping[str, Any]) -> None:
         """Makes an epoch the current one, behind the samples that are done; the other epochs are whole.
 
         The order of what is left is that of the run the position is from, also with another number of processes or
@@ -116,7 +138,7 @@ class BatchOrder(DistributedSampler[Any], SequentialSampler):
         with the last of ``len(self)``.
 
         Raises:
-            ValueError: In the middle of an epoch, if the samples are not as many or the seed is another.
+            ValueError: In the middle of an epoch, if the samples are not as many, or seed or balance are others.
         """
         epoch, samples = position["epoch"], position["samples"]
         if samples and (position["size"], position["seed"]) != (self.size, self.seed):
@@ -124,6 +146,11 @@ class BatchOrder(DistributedSampler[Any], SequentialSampler):
                 f"the checkpoint is in the middle of epoch {epoch}, of {position['size']} samples in the order of seed "
                 f"{position['seed']}, but here are {self.size} and seed {self.seed}: continue with the same data and "
                 "seed, or from the end of an epoch"
+            )
+        if samples and (before := position.get("balance", 0.0)) != self.balance:
+            raise ValueError(
+                f"the checkpoint is in the middle of epoch {epoch}, in an order with balance {before}, but here it is "
+                f"{self.balance}: continue with the same balance, or from the end of an epoch"
             )
         self.epoch, self._resumed = epoch, (epoch, samples, position["total"])
 
@@ -157,15 +184,24 @@ class BatchOrder(DistributedSampler[Any], SequentialSampler):
 
         Of a resumed epoch it holds those before the position as well.
         """
+        return self._order(epoch)[0]
+
+    def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The global order of one epoch, and which copy of its sample each is."""
         used = self._start(self.batches, epoch)
+        draws, repeat = divmod(np.arange(used), self.repeats)
         if not self.shuffle:
-            return np.arange(used) // self.repeats
+            return draws, repeat
         generator = torch.Generator().manual_seed(mix(self.seed, epoch))
+        if self._balanced is not None:
+            samples, before = self._balanced(epoch)
+            draws = torch.randperm(len(samples), generator=generator).numpy()[draws]
+            return samples[draws], before[draws] * self.repeats + repeat
         permutation = torch.randperm(self.size, generator=generator).numpy()
         if self.groups is not None:
             total = self._resumed[2] if self._resumed[0] == epoch else self.total
-            return self._grouped(permutation, self.groups, total, generator)[:used]
-        return permutation[np.arange(used) // self.repeats]
+            return self._grouped(permutation, self.groups, total, generator)[:used], repeat
+        return permutation[draws], repeat
 
     def _grouped(self, order: np.ndarray, groups: np.ndarray, total: int, generator: torch.Generator) -> np.ndarray:
         """An order's samples, rearranged within chunks so that batches hold samples of one group, if possible."""
@@ -192,17 +228,20 @@ class BatchOrder(DistributedSampler[Any], SequentialSampler):
     def keys_of_batch(self, batch: int, epoch: int | None = None) -> Keys:
         """Keys of one batch, this rank's; of the current epoch if none is given."""
         epoch = self.epoch if epoch is None else epoch
-        return self._keys(batch, epoch, self.order(epoch))
+        return self._keys(batch, epoch, *self._order(epoch))
 
     def batch_indices(self, batch: int, epoch: int | None = None) -> list[int]:
         """Sample indices of one batch, this rank's; of the current epoch if none is given."""
         return [index for _, _, index in self.keys_of_batch(batch, epoch)]
 
-    def _keys(self, batch: int, epoch: int, order: np.ndarray) -> Keys:
-        positions = self.positions(batch, epoch)
-        return Keys(((epoch, position % self.repeats, int(order[position])) for position in positions), batch)
+    def _keys(self, batch: int, epoch: int, order: np.ndarray, copies: np.ndarray) -> Keys:
+        mine = self.positions(batch, epoch)
+        share = slice(mine.start, mine.stop, mine.step)
+        pairs = zip(copies[share].tolist(), order[share].tolist(), strict=True)
+        return Keys(((epoch, copy, index) for copy, index in pairs), batch)
 
     def __iter__(self) -> Iterator[Keys]:  # type: ignore[override]  # whole batches of keys, not indices
-        epoch, order = self.epoch, self.order(self.epoch)
+        epoch = self.epoch
+        order, copies = self._order(epoch)
         for batch in range(self.first_batch(epoch), self.batches):
-            yield self._keys(batch, epoch, order)
+            yield self._keys(batch, epoch, order, copies)

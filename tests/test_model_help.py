@@ -9,6 +9,7 @@ from jsonargparse import ArgumentParser
 
 import zoo
 from zoo._lightning import LightningModule
+from zoo.cli.parser import MOST_NAMED, create
 
 MODULES = zoo.__all__
 
@@ -33,6 +34,28 @@ def test_each_option_has_a_text_its_type_and_its_default(name, capsys):
         assert len(about.split()) > 1, f"{option} has no text of its own: {text}"
         default = parameters[option].default
         assert f"default: {'null' if default is None else default}" in kind, f"{option}: {text}"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_of_the_classes_that_fit_a_type_no_more_are_named_than_can_be_read(name, capsys):
+    parser = create("fit", data_required=False)
+    with pytest.raises(SystemExit, match="0"):
+        parser.parse_args(["--model.help", f"zoo.{name}"])
+    text = capsys.readouterr().out
+    assert text.startswith("usage: zoo ")
+    options = text.split("\n  --model.")[1:]
+    assert {option.split()[0] for option in options} >= set(inspect.signature(getattr(zoo, name)).parameters)
+    assert max(len(option.splitlines()) for option in options) < 20
+    modules = re.search(r"Module, default: \w+; or a class by its path, (\d+) are known\)", " ".join(text.split()))
+    assert " | Module" not in text or int(modules[1]) > MOST_NAMED
+
+
+def test_classes_that_are_few_are_named(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        create("fit", data_required=False).parse_args(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for name in ("pytorch.profilers.AdvancedProfiler", "zoo.callbacks.EMA", "pytorch.loggers.CSVLogger"):
+        assert re.search(rf"known subclasses: [^()]*{name}", text)
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -1,10 +1,10 @@
 """The parser of a configuration: it takes what LightningCLI's does, its errors are a line, and it prints for others."""
 
-from argparse import SUPPRESS, ArgumentError
+from argparse import SUPPRESS, Action, ArgumentError
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
-from jsonargparse import ActionConfigFile, Namespace
+from jsonargparse import ActionConfigFile, DefaultHelpFormatter, Namespace
 
 from zoo._lightning import NAMESPACE, Callback, LightningDataModule, LightningModule, Trainer
 from zoo.cli import continuing, mistakes, recipes
@@ -22,7 +22,18 @@ else:
 # Arguments of Trainer.fit, test and so on, which not all of them have.
 OF_ONE_COMMAND = ("ckpt_path", "weights_only", "verbose", "return_predictions")
 PARTS = {"model", "datamodule", "dataloaders", "train_dataloaders", "val_dataloaders"}  # those that are built
+MOST_NAMED = 50
+"""How many subclasses of a type the help names."""
 _BEHIND = "\x1f"  # between the word that was wrong and the line, in what the parser of a class tells the one around it
+
+
+class Help(DefaultHelpFormatter):
+    """Help that names the subclasses of a type only where they can be read: ``nn.Module`` has more than a thousand."""
+
+    def _get_help_string(self, action: Action) -> str:
+        text, known, names = super()._get_help_string(action).partition(", known subclasses: ")
+        count = len(names.split(", "))
+        return f"{text}; or a class by its path, {count} are known)" if count > MOST_NAMED else text + known + names
 
 
 class Parser(LightningArgumentParser):
@@ -35,6 +46,9 @@ class Parser(LightningArgumentParser):
 
     given: tuple[list[str], list[str]] = ([], [])
     owner: str | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"prog": "zoo", "formatter_class": Help, **kwargs})
 
     def dump(self, cfg: Namespace, *args: Any, **kwargs: Any) -> str:
         if "skip_none" in kwargs:  # Lightning's, the old name

@@ -94,15 +94,14 @@ class ImageDataModule(LightningDataModule):
             raise ValueError(f"std is {tuple(std)}: expected positive numbers")
         self.batch_size, self.num_workers, self.seed = options["batch_size"], options["num_workers"], options["seed"]
         self.mean, self.std = tuple(mean), tuple(std)
-        self.hflip, self.erase = options["hflip"], options["erase"]
-        self.binarize, self.jitter = options["binarize"], options["jitter"]
-        self.degrees, self.translate = options["degrees"], options["translate"]
-        self.zoom, self.shear = options["zoom"], options["shear"]
-        self.drop_last, self.repeats = options["drop_last"], options["repeats"]
-        self.balance = options["balance"]
+        self.hflip, self.erase, self.binarize = options["hflip"], options["erase"], options["binarize"]
+        self.jitter, self.degrees, self.translate = options["jitter"], options["degrees"], options["translate"]
+        self.zoom, self.shear, self.drop_last = options["zoom"], options["shear"], options["drop_last"]
+        self.repeats, self.balance = options["repeats"], options["balance"]
         self.classes: list[str] | None = None
         self._stages: dict[int, Callable[[Samples], Samples]] = {}
         self._position: Mapping[str, Any] | None = None  # where a checkpoint that is continued from ended
+        self._reported: dict[str, int] = {}  # how many images could not be read
 
     # What a subclass says.
 
@@ -339,12 +338,13 @@ class ImageDataModule(LightningDataModule):
             return order.position(epochs.ready, 0)
         return order.position(epochs.ready - 1, batches.processed)
 
-    def report_unreadable(self, samples: Samples) -> None:
-        """Warns how many images could not be read so far, and which."""
-        unreadable = getattr(samples, "unreadable", None)
-        if unreadable is None or not unreadable.any():
-            return
-        indices = unreadable.nonzero().flatten().tolist()
-        names = getattr(samples, "names", indices)
-        some = ", ".join(str(names[i]) for i in indices[:5]) + (", ..." if len(indices) > 5 else "")
-        rank_zero_warn(f"{len(indices)} of {len(samples)} images could not be read and were skipped: {some}")
+    def report_unreadable(self, samples: Mapping[Any, Any]) -> None:
+        """Warns of each split of which more images than before could not be read."""
+        for split, each in samples.items():
+            unreadable = getattr(each, "unreadable", None)
+            indices = [] if unreadable is None else unreadable.nonzero().flatten().tolist()
+            if len(indices) > self._reported.get(split, 0):
+                self._reported[split] = len(indices)
+                names = getattr(each, "names", indices)
+                some = ", ".join(str(names[i]) for i in indices[:5]) + (", ..." if len(indices) > 5 else "")
+                rank_zero_warn(f"{len(indices)} of {len(each)} images could not be read and were skipped: {some}")

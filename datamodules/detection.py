@@ -183,7 +183,6 @@ class DetectionDataModule(ImageDataModule):
         self.eval_transform = DetectionTransform(image_size=image_size, max_size=max_size)
         self.pad_multiple, self.group_by_aspect = options["pad_multiple"], options["group_by_aspect"]
         self._samples: dict[Split, DetectionSamples | None] = {}
-        self._reported: dict[Split, int] = {}
 
     def raw_samples(self, split: Split) -> RawSamples | None:
         """The samples of one split as they are, or None if there is no such split. Subclasses define it."""
@@ -230,7 +229,7 @@ class DetectionDataModule(ImageDataModule):
         Targets stay as they are: boxes are float32 whatever the precision.
         """
         if self.trainer and self.trainer.training and self.trainer.is_last_batch:
-            self._report()
+            self.report_unreadable(self._samples)
         images, targets = batch
         if isinstance(targets, ExactTargets):
             targets = targets.targets
@@ -273,15 +272,8 @@ class DetectionDataModule(ImageDataModule):
 
     # What could not be read is reported after each training epoch and at the end of a run, as for folders.
 
-    def _report(self) -> None:
-        for split, samples in self._samples.items():
-            unreadable = getattr(samples, "unreadable", None)
-            if samples is not None and unreadable is not None and int(unreadable.sum()) > self._reported.get(split, 0):
-                self._reported[split] = int(unreadable.sum())
-                self.report_unreadable(samples)
-
     def teardown(self, stage: str) -> None:
-        self._report()
+        self.report_unreadable(self._samples)
 
 
 def _transformed(samples: DetectionSamples, transform: DetectionTransform) -> DetectionSamples:

@@ -97,7 +97,6 @@ class ImageFolderDataModule(ClassificationDataModule):
         self._folders: dict[str, Path] = {}
         self._unlabelled_test: Path | None = None
         self._samples: dict[str, ImageFiles | None] = {}
-        self._reported: dict[str, int] = {}
         if self.root.exists() or self.predict_root is None:
             self._look()
 
@@ -263,18 +262,8 @@ class ImageFolderDataModule(ClassificationDataModule):
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         if self.trainer and self.trainer.training and self.trainer.is_last_batch:
-            self._report()
+            self.report_unreadable(self._samples)
         return super().on_after_batch_transfer(batch, dataloader_idx)
 
     def teardown(self, stage: str) -> None:
-        self._report()
-
-    def _report(self) -> None:
-        """Reports the splits in which more files than before turned out to be unreadable."""
-        for split, samples in self._samples.items():
-            if samples is None or samples.unreadable is None:
-                continue
-            count = int(samples.unreadable.sum())
-            if count > self._reported.get(split, 0):
-                self._reported[split] = count
-                self.report_unreadable(samples)
+        self.report_unreadable(self._samples)

@@ -10,7 +10,8 @@ there: torchvision would run whatever the pickled one holds.
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -234,28 +235,42 @@ class TorchvisionDataModule(ClassificationDataModule):
             raise FileNotFoundError(f"{self.dataset} cannot be read from {found}: {reason} ({hint})") from error
 
 
+_unpacking: list[int] = []
+"""Threads that unpack with our limits, each as often as it has asked."""
+_entrance = threading.Lock()
+
+
 @contextmanager
 def _our_limits() -> Iterator[None]:
-    """Has torchvision unpack with our limits.
+    """Has torchvision unpack with our limits in this thread, and with its own in all others.
 
     Raises:
         ImportError: If torchvision unpacks in other places than the known ones.
     """
-    utils = datasets.utils
+    utils, thread = datasets.utils, threading.get_ident()
     extractors = getattr(utils, "_ARCHIVE_EXTRACTORS", {})
     if set(extractors) != {".tar", ".zip"} or not callable(getattr(utils, "_decompress", None)):
         raise ImportError(
             f"torchvision {torchvision.__version__} unpacks its data sets in a way that is not known to be safe; that "
             "of 0.29 is"
         )
-    before = dict(extractors), utils._decompress
-    extractors.update(dict.fromkeys(extractors, _extract))
-    utils._decompress = _decompress
+    with _entrance:
+        if not _unpacking:  # the first exchanges them, and the last puts them back
+            extractors.update({ending: partial(_chosen, _extract, theirs) for ending, theirs in extractors.items()})
+            utils._decompress = partial(_chosen, _decompress, utils._decompress)
+        _unpacking.append(thread)
     try:
         yield
     finally:
-        extractors.update(before[0])
-        utils._decompress = before[1]
+        with _entrance:
+            _unpacking.remove(thread)
+            if not _unpacking:
+                extractors.update({ending: exchanged.args[1] for ending, exchanged in extractors.items()})
+                utils._decompress = utils._decompress.args[1]
+
+
+def _chosen(ours: Callable[..., Any], theirs: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return (ours if threading.get_ident() in _unpacking else theirs)(*args, **kwargs)
 
 
 def _extract(source: str, folder: str, compression: str | None) -> None:

@@ -38,7 +38,7 @@ import yaml
 from PIL import Image
 from torchvision import datasets
 
-from datamodules import ImageFolderDataModule, TorchvisionDataModule
+from datamodules import ImageFolderDataModule, TorchvisionDataModule, torchvision_sets
 from datamodules.reading import archives, cifar, images
 from datamodules.reading.archives import UnsafeArchiveError
 from zoo import ViTClassifier, checkpoints, weights
@@ -525,6 +525,39 @@ def test_hostile_archives_do_not_become_data_sets(
     assert not escaped.exists()
     assert datasets.utils._ARCHIVE_EXTRACTORS[".tar"] is datasets.utils._extract_tar
     tried(1, f"hostile archive of {name}, 0 data sets")
+
+
+def test_our_limits_are_those_of_the_threads_that_asked_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two threads at once the first to end leaves the other its limits; a third has torchvision's."""
+    utils, within, unlimited = datasets.utils, torchvision_sets._our_limits, []
+    monkeypatch.setitem(utils._ARCHIVE_EXTRACTORS, ".tar", lambda *args: unlimited.append(args))
+    theirs = dict(utils._ARCHIVE_EXTRACTORS), utils._decompress
+    with tarfile.open("set.tar", "w") as archive:
+        add(archive, "images/first", b"x")
+        add(archive, "../../escaped")
+    entered, left, ends = threading.Event(), threading.Event(), []
+
+    def unpack_within() -> None:
+        with within():
+            entered.set()
+            assert left.wait(60)
+            try:
+                utils.extract_archive("set.tar", "mine/to")
+            except UnsafeArchiveError as error:
+                ends.append(str(error))
+
+    thread = threading.Thread(target=unpack_within)
+    with within(), within():
+        thread.start()
+        assert entered.wait(60)
+        with pytest.raises(UnsafeArchiveError):
+            utils.extract_archive("set.tar", "ours/to")
+    utils.extract_archive("set.tar", "theirs/to")
+    left.set()
+    thread.join(60)
+    assert (len(ends), len(unlimited)) == (1, 1)
+    assert not any(Path(folder, "to").exists() and under(Path(folder, "to")) for folder in ("mine", "ours"))
+    assert (dict(utils._ARCHIVE_EXTRACTORS), utils._decompress) == theirs
 
 
 # 3. Images.

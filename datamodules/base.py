@@ -227,7 +227,7 @@ class ImageDataModule(LightningDataModule):
     def train_dataloader(self) -> Any:
         loader = self._loader("train")
         if loader is None:
-            raise ValueError(f"{type(self).__name__} has no training samples")
+            raise ValueError(f"{type(self).__name__} has no training samples: there is nothing that a fit could take")
         return loader
 
     def val_dataloader(self) -> Any:
@@ -236,7 +236,7 @@ class ImageDataModule(LightningDataModule):
     def test_dataloader(self) -> Any:
         loader = self._loader("test")
         if loader is None:
-            raise ValueError(f"{type(self).__name__} has no test samples")
+            raise ValueError(f"{type(self).__name__} has no test samples: measure it on its validation data")
         return loader
 
     def predict_dataloader(self) -> Any:

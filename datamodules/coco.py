@@ -185,7 +185,10 @@ class CocoDetectionDataModule(DetectionDataModule):
             return None
         if split == "train":
             if annotations.iscrowd.all():
-                raise ValueError(f"{annotations.path} has no boxes of {listing.some(self.classes or [])} to train on")
+                raise ValueError(
+                    f"{annotations.path} has no boxes of {listing.some(self.classes or [])} to train on: set "
+                    "category_ids to others, or to null"
+                )
             annotations = annotations if self.keep_empty else annotations.not_empty()
         folder = self._folder(split, annotations)
         names = self._found(split, folder, annotations.names)

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def export_coco(data: DetectionDataModule | RawSamples, split: Split, folder: st
     """
     samples = data.raw_samples(split) if isinstance(data, DetectionDataModule) else data
     if samples is None:
-        raise ValueError(f"{type(data).__name__} has no {split} samples to export")
+        raise ValueError(f"{type(data).__name__} has no {split} samples to export: name another split")
     folder = Path(folder)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     images: list[dict[str, Any]] = []
@@ -45,8 +46,8 @@ def export_coco(data: DetectionDataModule | RawSamples, split: Split, folder: st
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / "images" / name)
         images.append({"id": image_id, "file_name": name, "height": image.shape[-2], "width": image.shape[-1]})
         annotations += _records(target, image_id, len(annotations) + 1)
-    if len({image["id"] for image in images}) < len(images):
-        raise ValueError("two samples have one image_id: they cannot be told apart in a COCO file")
+    if twice := [image_id for image_id, count in Counter(image["id"] for image in images).items() if count > 1]:
+        raise ValueError(f"two samples have the image_id {twice[0]}: a COCO file needs one for each")
     labels = [annotation["category_id"] for annotation in annotations]
     names = getattr(data, "classes", None) or [str(label) for label in range(max(labels, default=0) + 1)]
     ids = getattr(data, "category_ids", None) or range(len(names))

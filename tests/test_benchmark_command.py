@@ -633,7 +633,7 @@ def test_what_cannot_be_measured_is_a_row_and_the_rest_is_measured(capsys):
     assert Path("found/table.md").read_text().strip() in said
     assert Path("found/plot.png").stat().st_size > 1000
     if not torch.cuda.is_available():
-        assert "no device: there is no GPU that torch can use here" in said
+        assert "no device: there is no GPU that torch can use here: name --accelerator cpu" in said
 
 
 @pytest.mark.timeout(300)

@@ -510,7 +510,7 @@ def test_matching_is_by_name_and_says_what_it_cannot_match():
     assert classes.matched(["b"], ["a", "a", "b"]) == [2]
     with pytest.raises(ValueError, match="does not know: d, e; it knows a, b"):
         classes.matched(["d", "a", "e"], ["a", "b"])
-    with pytest.raises(ValueError, match="a stands for several"):
+    with pytest.raises(ValueError, match="a stands for several: give each its name"):
         classes.matched(["b", "a"], ["a", "a", "b"])
     with pytest.raises(ValueError, match=r"it knows 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 90 more\."):
         classes.matched(["x"], [str(i) for i in range(100)])

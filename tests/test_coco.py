@@ -183,7 +183,7 @@ def test_some_categories_can_be_chosen(tmp_path):
         module(tmp_path, category_ids=[3, 5])
     with pytest.raises(ValueError, match="category_ids is empty"):
         module(tmp_path, category_ids=[])
-    with pytest.raises(ValueError, match=r"has no boxes of train to train on"):
+    with pytest.raises(ValueError, match=r"has no boxes of train to train on: set category_ids to others, or to null"):
         module(tmp_path, category_ids=[7]).samples("train")
 
 
@@ -614,12 +614,12 @@ def test_exporting_a_coco_split_keeps_its_category_ids(tmp_path):
 
 def test_what_cannot_be_exported_is_said(tmp_path):
     data = module(dataset(tmp_path), predict_root=str(tmp_path / "train2017"))
-    with pytest.raises(ValueError, match="CocoDetectionDataModule has no test samples to export"):
+    with pytest.raises(ValueError, match="CocoDetectionDataModule has no test samples to export: name another split"):
         export_coco(data, "test", tmp_path / "out")
     with pytest.raises(ValueError, match="sample 0 cannot be exported: expected .image, target. with boxes"):
         export_coco(data, "predict", tmp_path / "out")
     twins = [(torch.zeros(3, 4, 4, dtype=torch.uint8), Few()[1][1])] * 2
-    with pytest.raises(ValueError, match="two samples have one image_id"):
+    with pytest.raises(ValueError, match="two samples have the image_id 901: a COCO file needs one for each"):
         export_coco(twins, "val", tmp_path / "out")
 
 

@@ -465,7 +465,7 @@ def test_torchvision_still_keeps_its_lists_where_they_are_looked_for():
     assert "self._images" in getsource(datasets.OxfordIIITPet)
     for kind in (datasets.EuroSAT, datasets.ImageNet):
         assert issubclass(kind, datasets.ImageFolder)
-    with pytest.raises(AttributeError, match="object has no list of files"):
+    with pytest.raises(AttributeError, match="object has no list of files: expected samples, _image_files or _images"):
         path_of(object(), 0)
 
 

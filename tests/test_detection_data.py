@@ -272,7 +272,9 @@ def test_size_buckets_are_the_smallest_that_fit():
     sizes = [(128, 128), (64, 96), (96, 64)]
     assert pad_batch([(image, {})], sizes=sizes)[0].shape[-2:] == (64, 96)
     assert pad_batch([(image, {}), (image.mT, {})], sizes=sizes)[0].shape[-2:] == (128, 128)
-    with pytest.raises(ValueError, match="images of 40x70 fit none of the sizes 32x32, 70x40"):
+    with pytest.raises(
+        ValueError, match="images of 40x70 fit none of the sizes 32x32, 70x40: give one that holds them"
+    ):
         pad_batch([(image, {})], sizes=[(32, 32), (70, 40)])
 
 

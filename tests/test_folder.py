@@ -286,7 +286,7 @@ def test_without_a_test_folder_a_given_validation_set_leaves_training_whole(tmp_
     data = module(tmp_path)
     assert len(names(data, "train")) == 40
     assert data.samples("test") is None
-    with pytest.raises(ValueError, match="has no test samples"):
+    with pytest.raises(ValueError, match="has no test samples: measure it on its validation data"):
         data.test_dataloader()
 
 
@@ -303,7 +303,7 @@ def test_a_test_folder_alone_can_be_tested(tmp_path):
     data = module(animals(tmp_path / "test").parent)
     assert data.num_classes == 2
     assert len(names(data, "test")) == 40
-    with pytest.raises(ValueError, match="has no training samples"):
+    with pytest.raises(ValueError, match="has no training samples: there is nothing that a fit could take"):
         data.train_dataloader()
 
 

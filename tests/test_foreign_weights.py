@@ -263,11 +263,13 @@ def test_weights_in_several_files(tmp_path):
     ):
         weights.load(other, parts[0])
     parts[1].unlink()
-    with pytest.raises(ValueError, match=r"parts lacks model-00002-of-.*, a part of the weights"):
+    with pytest.raises(
+        ValueError, match=r"parts lacks model-00002-of-.*, a part of the weights: put it beside the others"
+    ):
         weights.load(other, tmp_path / "parts")
     index = tmp_path / "parts" / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"cls_token": "../hf/model.safetensors"}}))
-    with pytest.raises(ValueError, match="names no files of weights"):
+    with pytest.raises(ValueError, match="names no files of weights: expected a weight_map"):
         weights.load(other, tmp_path / "parts")
 
 

@@ -289,7 +289,9 @@ def test_normalize_is_torchvisions(images):
 
 
 def test_normalize_refuses_a_wrong_number_of_channels():
-    with pytest.raises(ValueError, match=r"mean has 3 values, but images have 1 channel\(s\)"):
+    with pytest.raises(
+        ValueError, match=r"mean has 3 values, but images have 1 channel\(s\): expected one each, or one"
+    ):
         normalize(torch.rand(2, 1, 4, 4), (0.1, 0.2, 0.3), (1.0,))
 
 

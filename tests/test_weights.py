@@ -309,7 +309,7 @@ def test_a_checkpoint_describes_itself(tmp_path):
     save_file(network().state_dict(), tmp_path / "c.safetensors")
     assert weights.describe(tmp_path / "c.safetensors") == ("", {})
     (tmp_path / "d.pth").write_text("no weights at all")
-    with pytest.raises(ValueError, match="is not a file of weights, or is damaged"):
+    with pytest.raises(ValueError, match="is not a file of weights, or is damaged: expected torch's or .safetensors"):
         weights.describe(tmp_path / "d.pth")
 
 

@@ -27,7 +27,8 @@ def pad_batch(
     if sizes:
         fitting = [size for size in sizes if size[0] >= height and size[1] >= width]
         if not fitting:
-            raise ValueError(f"images of {height}x{width} fit none of the sizes {', '.join(map(_by, sizes))}")
+            given = ", ".join(map(_by, sizes))
+            raise ValueError(f"images of {height}x{width} fit none of the sizes {given}: give one that holds them")
         height, width = min(fitting, key=lambda size: size[0] * size[1])
     else:
         height, width = (-(-side // multiple) * multiple for side in (height, width))

@@ -247,7 +247,8 @@ def _sizes(path: Path, images: list[dict[str, Any]]) -> np.ndarray:
     values = [[0 if value is None else whole(value) for value in pair] for pair in given]
     if large := [place for place, pair in enumerate(values) if max(value or 0 for value in pair) >= FARTHEST]:
         raise ValueError(
-            f"{path}: image {images[large[0]]['id']} has height and width {given[large[0]]}: no such sizes"
+            f"{path}: image {images[large[0]]['id']} has height and width {given[large[0]]}: expected pixels, fewer "
+            f"than {FARTHEST:,}"
         )
     odd = np.array([any(value is None or value < 0 for value in pair) for pair in values], dtype=bool)
     _warn_of_values(path, [image["id"] for image in images], {"height or width is no number (taken as unknown)": odd})

@@ -88,7 +88,8 @@ class Cifar:
         self.data = np.ascontiguousarray(records[:, archive.labels :].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
         if self.targets.max() >= len(self.classes):
             raise ValueError(
-                f"{self.folder} has images of class {self.targets.max()}, but {archive.names} names {len(self.classes)}"
+                f"{self.folder} has images of class {self.targets.max()}, but {archive.names} names "
+                f"{len(self.classes)}: unpack {archive.file} anew"
             )
 
     def __len__(self) -> int:

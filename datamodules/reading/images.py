@@ -61,7 +61,7 @@ def _check_size(image: Image.Image) -> None:
     """Refuses images above Pillow's limit, of which Pillow only warns up to twice that."""
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and image.width * image.height > limit:
-        raise Image.DecompressionBombError(f"it has {image.width} x {image.height} pixels")
+        raise Image.DecompressionBombError(f"it has {image.width} x {image.height} pixels, over Pillow's {limit:,}")
 
 
 def convert(image: Image.Image, channels: int) -> Image.Image:

@@ -60,7 +60,7 @@ def listed_labels(source: Any) -> np.ndarray:
     for attribute in ("targets", "labels", "_labels"):
         if hasattr(source, attribute):
             return np.asarray(getattr(source, attribute))
-    raise AttributeError(f"{type(source).__name__} has no list of labels")
+    raise AttributeError(f"{type(source).__name__} has no list of labels: expected targets, labels or _labels")
 
 
 def path_of(source: Any, index: int) -> str:
@@ -69,4 +69,4 @@ def path_of(source: Any, index: int) -> str:
         if hasattr(source, attribute):
             found = getattr(source, attribute)[index]
             return str(found[0] if isinstance(found, tuple) else found)
-    raise AttributeError(f"{type(source).__name__} has no list of files")
+    raise AttributeError(f"{type(source).__name__} has no list of files: expected samples, _image_files or _images")

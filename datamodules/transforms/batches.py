@@ -28,7 +28,9 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     channels = images.shape[-3]
     for name, values in (("mean", mean), ("std", std)):
         if len(values) not in (1, channels):
-            raise ValueError(f"{name} has {len(values)} values, but images have {channels} channel(s)")
+            raise ValueError(
+                f"{name} has {len(values)} values, but images have {channels} channel(s): expected one each, or one"
+            )
     return (images - _per_channel(tuple(mean), images)) / _per_channel(tuple(std), images)
 
 

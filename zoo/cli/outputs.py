@@ -87,7 +87,7 @@ def check_names(model: Any, data: Any, built_for: int | None, source: str) -> No
     if not isinstance(model, HasClasses) or names_of(data) is None or classes_of(source)[0] is None:
         raise Mistake(
             f"{source} is of a model of {built_for} classes, {type(data).__name__} has {here}, and there are no names "
-            f"by which {type(model).__name__} could match them"
+            f"by which {type(model).__name__} could match them: take data of {built_for}"
         )
 
 

@@ -82,7 +82,9 @@ def matched(data: Sequence[str], model: Sequence[str]) -> list[int] | None:
         )
     several = Counter(data) | Counter(model)
     if twice := [name for name in dict.fromkeys(data) if several[name] > 1]:
-        raise ValueError(f"the data's classes are others than the model's, and {_some(twice)} stands for several")
+        raise ValueError(
+            f"the data's classes are others than the model's, and {_some(twice)} stands for several: give each its name"
+        )
     label_of = {name: label for label, name in enumerate(model)}
     return [label_of[name] for name in data]
 

@@ -40,7 +40,7 @@ class HandWrittenVAE(nn.Module):
 def _hand_written_vae(model: Any, axes: dict[str, str]) -> Built:
     hp = model.hparams
     if hp.network != "mlp" or hp.likelihood != "bernoulli" or not isinstance(hp.latents, int):
-        raise ValueError("the hand-written VAE is of perceptrons and Bernoulli pixels: this recipe has no such peer")
+        raise ValueError("the hand-written VAE is of perceptrons and Bernoulli pixels: leave it out of --peers here")
     network = HandWrittenVAE(math.prod(model.input_shape), tuple(hp.hidden), hp.latents, hp.categories, hp.temperature)
     return network, lambda network, batch: network(batches.images(batch))
 

@@ -12,7 +12,7 @@ def _huggingface(model: Any, axes: dict[str, str]) -> Built:
     hp, encoder = model.hparams, model.backbone
     channels, height, width = model.input_shape
     if height != width or not hp.class_token:
-        raise ValueError("transformers' ViTMAE takes square images and has a class token: this recipe has no such peer")
+        raise ValueError("transformers' ViTMAE takes square images and has a class token: leave it out of --peers")
     config = ViTMAEConfig(
         hidden_size=encoder.embed_dim,
         num_hidden_layers=len(encoder.blocks),

@@ -96,11 +96,11 @@ def _parts(index: Path) -> tuple[dict[str, Tensor], Stated]:
     mapped = _json(index).get("weight_map")
     files = sorted(set(mapped.values())) if isinstance(mapped, Mapping) else []
     if not files or any(not isinstance(file, str) or Path(file).name != file for file in files):
-        raise ValueError(f"{index} names no files of weights")
+        raise ValueError(f"{index} names no files of weights: expected a weight_map, of tensors' names to files")
     tensors: dict[str, Tensor] = {}
     for file in files:
         if not (index.parent / file).is_file():
-            raise ValueError(f"{index.parent} lacks {file}, a part of the weights")
+            raise ValueError(f"{index.parent} lacks {file}, a part of the weights: put it beside the others")
         tensors |= _content(index.parent / file)[0]
     return tensors, by_config(_json(index.with_name("config.json")))
 
@@ -135,9 +135,9 @@ def _content(path: Path) -> tuple[Any, Stated]:
                 f"{name} holds Python objects, which can run code, and is not read: save only the tensors, "
                 "torch.save(model.state_dict(), file)"
             ) from error
-        raise ValueError(f"{name} is not a file of weights, or is damaged") from error
+        raise ValueError(f"{name} is not a file of weights, or is damaged: expected torch's or .safetensors") from error
     except Exception as error:  # no archive, one cut short, or nonsense: torch raises nearly anything
-        raise ValueError(f"{name} is not a file of weights, or is damaged") from error
+        raise ValueError(f"{name} is not a file of weights, or is damaged: expected torch's or .safetensors") from error
 
 
 def _tensors(name: str, content: Any) -> tuple[str, dict[str, Tensor]]:

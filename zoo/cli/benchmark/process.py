@@ -95,9 +95,9 @@ def _check_devices(trainer: Any) -> None:
     """Refuses devices that are not here; Lightning says it in several lines, by an error that others raise too."""
     wanted, devices = trainer.accelerator, trainer.devices
     if wanted in ("gpu", "cuda") and not torch.cuda.is_available():
-        raise NoDeviceError("there is no GPU that torch can use here")
+        raise NoDeviceError("there is no GPU that torch can use here: name --accelerator cpu")
     if wanted == "mps" and not torch.backends.mps.is_available():
-        raise NoDeviceError("there is no Apple GPU here")
+        raise NoDeviceError("there is no Apple GPU here: name --accelerator cpu")
     on_gpu = wanted in ("gpu", "cuda", "auto") and torch.cuda.is_available()
     if on_gpu and str(devices).isdecimal() and int(devices) > torch.cuda.device_count():
         raise NoDeviceError(f"{devices} GPUs are asked for, and here are {torch.cuda.device_count()}")

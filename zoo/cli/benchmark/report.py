@@ -206,7 +206,7 @@ def read(place: Path) -> list[dict[str, Any]]:
         except ValueError as error:
             raise Mistake(f"{file} is no JSON: {error}") from error
         if not isinstance(row, dict) or row.get("schema") != SCHEMA:
-            raise Mistake(f"{file} is no cell of this version of zoo benchmark")
+            raise Mistake(f"{file} is no cell of this version of zoo benchmark: measure it anew")
         rows.append(row)
     return rows
 

@@ -47,7 +47,7 @@ def _run(study: Study, line: Line) -> int:
     plan.count_classes()
     config = plan.config
     if study.does and plan.model_name != study.does.split()[-1]:
-        raise Mistake(f"{study.name} {study.does}, but the recipe has {config.model.class_path}")
+        raise Mistake(f"{study.name} {study.does}, but the recipe has {config.model.class_path}: name another")
     if config.data is None:
         raise Mistake("--data is missing: name a recipe with -c (zoo list)")
     settable = config.data.as_dict().get("init_args", {})

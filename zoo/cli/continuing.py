@@ -5,7 +5,7 @@ are is asked of the checkpoints, which hold the configuration of the run that wr
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from difflib import get_close_matches
 from functools import partial
 from importlib import import_module
@@ -40,6 +40,7 @@ CHANGEABLE = {
 say how it is evaluated. All others make it another model, or other data."""
 
 Settings = Mapping[str, Any]
+Hint = Callable[[], str]  # asked for an error alone: it looks through all runs
 
 
 def differences(now: Settings, then: Settings, there: str = "", written: Settings | None = None) -> list[str]:
@@ -132,7 +133,7 @@ def places(trainer: Any) -> list[Path]:
 
 
 def find(
-    trainer: Any, settings: str, written: Settings | None = None, hint: str = "", required: bool = False
+    trainer: Any, settings: str, written: Settings | None = None, hint: Hint = str, required: bool = False
 ) -> Path | None:
     """The newest whole checkpoint of a run with the same model and data; None, which is told, if there is none yet.
 
@@ -143,7 +144,7 @@ def find(
         trainer: The Trainer that is to continue it.
         settings: The resolved configuration, as YAML.
         written: See :func:`differences`.
-        hint: More for the error, ``; the newest checkpoint is ...``.
+        hint: Gives more for the error, ``; the newest checkpoint is ...``.
         required: Whether there has to be one.
 
     Raises:
@@ -165,7 +166,7 @@ def find(
         path = newest(everywhere, is_ours)
     where = ", ".join(map(str, first)) or everywhere
     if path is None and required:
-        raise Mistake(f"there is no checkpoint of this model and data in {where}{_nearest(others) or hint}")
+        raise Mistake(f"there is no checkpoint of this model and data in {where}{_nearest(others) or hint()}")
     told = f"no checkpoint of this model and data in {where}: a new run{_nearest(others)}"
     rank_zero_info(told if path is None else f"continuing with {path}")
     return path
@@ -223,19 +224,19 @@ def is_distributed(path: Path) -> bool:
     return (path / ".metadata").exists() or (path / "meta.pt").exists()
 
 
-def check(asked: str, default_root_dir: str | None, hint: str) -> None:
+def check(asked: str, default_root_dir: str | None, hint: Hint) -> None:
     """Looks at what was given as ``--ckpt_path``, before anything is built.
 
     Args:
         asked: A path, a URL, or one of ``WORDS``.
         default_root_dir: The Trainer's.
-        hint: More for the error, ``; the newest checkpoint is ...``.
+        hint: Gives more for the error, ``; the newest checkpoint is ...``.
 
     Raises:
         Mistake: If there is no such thing.
     """
     if not asked.strip():
-        raise Mistake(f"--ckpt_path is empty: name a checkpoint, a run's folder, or last{hint}")
+        raise Mistake(f"--ckpt_path is empty: name a checkpoint, a run's folder, or last{hint()}")
     if asked in ("last", "best") or "://" in asked or Path(asked).exists():
         return
     if asked == "hpc":
@@ -245,7 +246,7 @@ def check(asked: str, default_root_dir: str | None, hint: str) -> None:
         if find_spec("litmodels") is None:
             raise Mistake(f"--ckpt_path {asked} needs the package litmodels: pip install litmodels")
     elif os.path.lexists(asked):
-        raise Mistake(f"{asked} is a link to {os.readlink(asked)}, which is not there{hint}")
+        raise Mistake(f"{asked} is a link to {os.readlink(asked)}, which is not there{hint()}")
     else:
         near = get_close_matches(asked, WORDS, n=1)
-        raise Mistake(f"there is no checkpoint {asked}{f'; did you mean {near[0]}?' if near else hint}")
+        raise Mistake(f"there is no checkpoint {asked}{f'; did you mean {near[0]}?' if near else hint()}")

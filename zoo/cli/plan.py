@@ -10,6 +10,9 @@ from jsonargparse import Namespace
 from zoo.cli import imports, outputs, parser, recipes, settings
 from zoo.cli.parser import Parser
 
+SHARED = ("seed_everything", "guards", "trainer", "model", "data")
+"""Parts of a configuration that every command understands."""
+
 
 def parse(
     command: str, configs: list[str], options: list[str], strict: bool = False, data_required: bool = False
@@ -53,6 +56,7 @@ class Plan:
     def __init__(self, command: str, parser: Parser, config: Namespace, written: Namespace) -> None:
         self.command, self.parser, self.config, self.written = command, parser, config, written
         self._data: Any = None
+        self._resolved: dict[tuple[str, ...], tuple[Namespace, str]] = {}
 
     @property
     def model_name(self) -> str:
@@ -112,14 +116,14 @@ class Plan:
         if found is not None:
             self.config.model.init_args.num_classes = found
 
-    def resolved(self) -> str:
-        """The resolved configuration as it is saved."""
-        return str(self.parser.dump(shared(self.config), skip_unset=False))
+    def resolved(self, *parts: str) -> str:
+        """The resolved configuration as it is saved, or some of its parts.
 
-
-def shared(config: Namespace) -> Namespace:
-    """Part of a configuration that every command understands.
-
-    What belongs to one is left out, most of all ``ckpt_path``: to test a run is not to test where it started.
-    """
-    return Namespace({key: config[key] for key in ("seed_everything", "guards", "trainer", "model", "data")})
+        What belongs to one command is left out, most of all ``ckpt_path``: to test a run is not to test where it
+        started.
+        """
+        config = Namespace({key: self.config[key] for key in parts or SHARED})
+        if parts not in self._resolved or self._resolved[parts][0] != config:  # it takes a tenth of a second
+            text = self.parser.dump(config, skip_unset=False, skip_validation=bool(parts))
+            self._resolved[parts] = config.clone(), text
+        return self._resolved[parts][1]

@@ -3,10 +3,12 @@
 import logging
 import os
 import warnings
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
 from jsonargparse import Namespace
 
 from zoo._lightning import NAMESPACE, LightningDataModule, LightningModule
@@ -16,7 +18,7 @@ from zoo.checkpoints import newest
 from zoo.cli import continuing, mistakes, outcome, outputs, settings
 from zoo.cli.mistakes import Failure, Mistake
 from zoo.cli.parser import OF_ONE_COMMAND
-from zoo.cli.plan import Plan, parse, shared
+from zoo.cli.plan import Plan, parse
 from zoo.cli.profiler import unprofiled
 from zoo.cli.sweep import write_json
 from zoo.common.protocols import HasSamples, NamesPredictionWriter
@@ -71,11 +73,14 @@ def _no_advertisement(record: logging.LogRecord) -> bool:
 class SaveConfig(SaveConfigCallback):
     """Saves what every command understands, so that ``zoo test -c`` reads what ``zoo fit`` saved, and the reverse."""
 
+    def __init__(self, *args: Any, plan: Plan, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.plan = plan
+
     def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
         folder = run_directory(trainer)
         folder.mkdir(parents=True, exist_ok=True)
-        path, config = str(folder / self.config_filename), shared(self.config)
-        self.parser.save(config, path, skip_unset=False, overwrite=True, multifile=False)
+        (folder / self.config_filename).write_text(self.plan.resolved(), encoding="utf-8")
 
 
 class Run(LightningCLI):
@@ -91,6 +96,7 @@ class Run(LightningCLI):
             LightningDataModule,
             save_config_callback=SaveConfig,
             save_config_kwargs={
+                "plan": plan,
                 "config_filename": f"config.{plan.command}.yaml".replace(".fit.", "."),
                 "save_to_log_dir": False,
             },
@@ -125,11 +131,11 @@ class Run(LightningCLI):
                 "weights_only: false lets a checkpoint run code; it is an option, --weights_only false, and not "
                 "a setting of a configuration"
             )
-        path, hint = self.config.ckpt_path, _newest_checkpoint(self.config)
+        path, hint = self.config.ckpt_path, partial(_newest_checkpoint, self.config)
         # The weights of a recipe do not count: they are where a fit starts, usually without a trained head.
         trained = self.plan.has_option("--model.weights", "--model.init_args.weights") and self.plan.weights is not None
         if path is None and self.command != "fit" and not trained:
-            raise Mistake(f"{self.command} needs trained weights: --ckpt_path FILE or --model.weights FILE{hint}")
+            raise Mistake(f"{self.command} needs trained weights: --ckpt_path FILE or --model.weights FILE{hint()}")
         if path is not None:
             continuing.check(path, trainer.default_root_dir, hint)
 
@@ -137,6 +143,7 @@ class Run(LightningCLI):
         """Data first, since a new model's number of classes comes from it; then the Trainer, which knows the places."""
         config, plan, evaluates = self.config, self.plan, self.command != "fit"
         asked, weights = config.ckpt_path, outputs.on_disk(plan.weights) if evaluates else None
+        self.config_dump = yaml.safe_load(plan.resolved("data"))  # which LightningCLI keeps as hyperparameters
         self.datamodule = plan.data()
         plan.count_classes(asked or weights)
         self.config_init = plan.build(**{name: config[name] for name in ("trainer", "seed_everything")})
@@ -144,7 +151,7 @@ class Run(LightningCLI):
         config.ckpt_path = path = self._checkpoint(asked)
         if path != asked:
             plan.count_classes(path)
-        self.__dict__.pop("config_dump", None)  # LightningCLI's copy for the checkpoint, made before the count
+        self.config_dump = yaml.safe_load(plan.resolved("model"))
         model = config.model.clone()
         if path and model.get("init_args.weights"):
             model.init_args.weights = None  # the checkpoint holds all; the file it once started from may be gone
@@ -185,7 +192,7 @@ class Run(LightningCLI):
         """The path that ``--ckpt_path`` means. With fit and last, there need not be one yet."""
         written = self.plan.written.as_dict()
         if asked in ("last", "best"):
-            required, hint = asked == "best" or self.command != "fit", _newest_checkpoint(self.config)
+            required, hint = asked == "best" or self.command != "fit", partial(_newest_checkpoint, self.config)
             path = continuing.find(self.trainer, self.plan.resolved(), written, hint, required)
             path = continuing.best_of(path) if path is not None and asked == "best" else path
             return None if path is None else str(path)

@@ -127,14 +127,15 @@ class CountsLoss(nn.Module):
         scores = self.score(counts)
         if scores.shape != counts.tp.shape and scores.ndim:
             raise ValueError(f"the metric is {tuple(scores.shape)}: expected one value, or {tuple(counts.tp.shape)}")
-        weights = torch.ones_like(scores)
+        everything = torch.stack(counts).sum(0)
         if scores.shape != counts.tp.shape:
-            return scores, weights
+            return scores, (everything.sum() != 0).to(scores.dtype)
+        weights = (everything != 0).to(scores.dtype)  # of what is ignored altogether, there is no metric
         if self.class_weight is not None and self.average == "macro":
-            weights = self.class_weight.to(scores.dtype)
+            weights = weights * self.class_weight
         if not self.has_gaps:
             return scores, weights
-        occurs = counts.tp + counts.fn > 0
+        occurs = counts.tp + counts.fn != 0  # what is not a number does
         if self.zero_division in (None, "skip"):
             return scores.where(occurs, 0.0), weights * occurs
         # With 1, being predicted is what speaks against a class: in the limit it is 1 if nothing is predicted as it.

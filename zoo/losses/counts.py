@@ -112,8 +112,8 @@ def balanced_accuracy(counts: ConfusionCounts, multiclass: bool = False) -> Tens
         In [0, 1]; as ``counts`` in shape, or (...).
     """
     classes = counts if multiclass else _both_classes(counts)
-    occurs = classes.tp + classes.fn > 0
-    return divide((divide(classes.tp, classes.tp + classes.fn)).sum(-1), occurs.to(classes.tp.dtype).sum(-1))
+    positive = classes.tp + classes.fn
+    return divide(divide(classes.tp, positive).sum(-1), (positive != 0).to(positive.dtype).sum(-1))
 
 
 def kappa(counts: ConfusionCounts, multiclass: bool = False) -> Tensor:
@@ -133,15 +133,15 @@ def mcc(counts: ConfusionCounts, multiclass: bool = False) -> Tensor:
     """
     agreed, predicted, occurring = _shares(counts if multiclass else _both_classes(counts))
     spread = (1 - predicted.square().sum(-1)) * (1 - occurring.square().sum(-1))
-    is_spread = spread > _rounding(spread)
-    root = spread.where(is_spread, 1.0).sqrt()  # the root of 0 has no gradient
-    return ((agreed - (predicted * occurring).sum(-1)) / root).where(is_spread, 0.0)
+    is_constant = spread <= _rounding(spread)
+    root = spread.masked_fill(is_constant, 1.0).sqrt()  # the root of 0 has no gradient
+    return ((agreed - (predicted * occurring).sum(-1)) / root).masked_fill(is_constant, 0.0)
 
 
 def divide(a: Tensor, b: Tensor, least: float = 0.0) -> Tensor:
-    """a / b, and 0 with a gradient of 0 where b is not above ``least``."""
-    is_there = b > least
-    return (a / b.where(is_there, 1.0)).where(is_there, 0.0)
+    """a / b, and 0 with a gradient of 0 where b is ``least`` or less; what is not a number stays so."""
+    is_nothing = b <= least
+    return (a / b.masked_fill(is_nothing, 1.0)).masked_fill(is_nothing, 0.0)
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

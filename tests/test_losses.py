@@ -96,6 +96,46 @@ def test_a_loss_is_one_minus_the_metric(task, loss):
     assert -1 <= metric <= 1
 
 
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("holes", [False, True], ids=["", "ignored"])
+def test_f1_iou_and_tversky_are_the_losses_of_segmentation_models_pytorch(task, holes):
+    theirs = pytest.importorskip("segmentation_models_pytorch.losses")
+    logits = torch.randn(3, 1 if task == "binary" else C, 5, 6)
+    target = torch.randint(C, (3, 5, 6)) if task == "multiclass" else (torch.rand(logits.shape) < 0.3).long()
+    quiet = {"zero_division": "skip"}
+    tversky_options = {"metric_options": {"alpha": 0.3, "beta": 0.7}}
+    pairs = [(SoftFBetaLoss(task, **quiet), theirs.DiceLoss(task))]
+    if holes:
+        target[:, ..., :2] = -100
+        pairs = [(SoftFBetaLoss(task, **quiet), theirs.DiceLoss(task, ignore_index=-100))]
+    else:
+        pairs.append((SoftConfusionLoss("iou", task, **quiet), theirs.JaccardLoss(task)))
+        weighted = theirs.TverskyLoss(task, alpha=0.3, beta=0.7)
+        pairs.append((SoftConfusionLoss("tversky", task, **tversky_options, **quiet), weighted))
+    for ours, other in pairs:
+        given = [logits.clone().requires_grad_() for _ in range(2)]
+        values = [loss(x, target) for loss, x in zip((ours, other), given, strict=True)]
+        torch.stack(values).sum().backward()
+        assert values[0].item() == pytest.approx(values[1].item(), rel=1e-5)
+        assert torch.allclose(given[0].grad, given[1].grad, atol=1e-7)
+
+
+@pytest.mark.parametrize("size", [4, 5])
+def test_smooth_ap_is_that_of_pytorch_metric_learning(size):
+    """With as many classes as images of each, without which its version 2.9 takes other images for positives."""
+    theirs = pytest.importorskip("pytorch_metric_learning.losses")
+    given = [torch.randn(size * size, 8, dtype=torch.float64).requires_grad_()]
+    given.append(given[0].detach().clone().requires_grad_())
+    labels = torch.arange(size).repeat_interleave(size)
+    for tau in (0.01, 0.1):
+        unit = F.normalize(given[0], dim=1)
+        ours = SmoothAPLoss("multilabel", tau=tau)(unit @ unit.T, labels == labels[:, None])
+        other = theirs.SmoothAPLoss(temperature=tau)(given[1], labels)  # float32 in the end
+        assert ours.item() == pytest.approx(other.item(), abs=1e-6)
+        gradients = [torch.autograd.grad(value, x)[0] for value, x in zip((ours, other), given, strict=True)]
+        assert torch.allclose(*gradients, atol=1e-8)
+
+
 def test_counts_of_a_worked_example():
     # p is 3/4, 1/4, 1/2 where t is 1, 1, 0.
     logits = torch.tensor([math.log(3), -math.log(3), 0.0])

@@ -1,22 +1,26 @@
 """Losses of the classifiers: weights of classes and positives, modules, what is logged, and what checkpoints keep."""
 
 import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
+from jsonargparse import ArgumentParser
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from datamodules import DigitsDataModule
 from zoo import EfficientNetClassifier, ViTClassifier
 from zoo.callbacks import EMA
 from zoo.common.classification_losses import classification_loss
 from zoo.common.label_weights import LabelWeights
+from zoo.losses import LOSSES, SmoothAPLoss, SoftFBetaLoss
 
 QUIET: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
 QUIET |= {"accelerator": "cpu", "enable_checkpointing": False, "max_epochs": 1}
@@ -302,6 +306,179 @@ def test_a_checkpoint_of_an_own_loss_says_to_pass_it(tmp_path):
         ViTClassifier.load_from_checkpoint(tmp_path / "own.ckpt")
     again = ViTClassifier.load_from_checkpoint(tmp_path / "own.ckpt", loss=MarginOfTheLabel())
     assert again.criterion.margin == module.criterion.margin != 1
+
+
+# By name.
+
+OF_ONE = ["smooth_accuracy", "soft_fbeta", "f1_cross_entropy", "soft_confusion", "smooth_ap", "smooth_auc"]
+OF_SEVERAL = [*OF_ONE, "zlpr", "asymmetric", "two_way"]
+TASKS = [("asymmetric_single", False), *((n, False) for n in OF_ONE), *((n, True) for n in OF_SEVERAL)]
+SKIP = {"loss_options": {"zero_division": "skip"}}
+
+
+def options_of(name: str, multi_label: bool) -> dict[str, Any]:
+    skips = SKIP if name in ("soft_fbeta", "soft_confusion") else {}
+    return {"loss": name, "multi_label": multi_label} | skips
+
+
+@pytest.mark.parametrize(("name", "multi_label"), TASKS)
+@pytest.mark.parametrize("kind", CLASSIFIERS)
+def test_a_loss_by_name_is_trained_logged_and_comes_back_from_a_checkpoint(kind, name, multi_label, tmp_path):
+    module = make(kind, **options_of(name, multi_label))
+    data = CountedPixels(SEVERAL[:4] if multi_label else (0, 1, 0, 2, 0, 1, 0), side=module.hparams.image_size)
+    trainer = Trainer(**QUIET)
+    trainer.fit(module, data)
+    found = {"val/loss", "val/acc", "val/f1", "val/cross_entropy"}
+    found |= ({"val/ap"} if multi_label else set()) | ({"val/smooth"} if name in OF_ONE else set())
+    metrics = logged(module, data)
+    assert set(metrics) == found
+    trainer.save_checkpoint(tmp_path / "named.ckpt")
+    again = kind.load_from_checkpoint(tmp_path / "named.ckpt", weights_only=True)
+    assert logged(again, data) == metrics
+    assert again.hparams == module.hparams
+
+
+def test_every_name_is_tried():
+    assert set(LOSSES) == {name for name, _ in TASKS}
+
+
+@pytest.mark.parametrize("average", ["macro", "micro", "samples"])
+@pytest.mark.parametrize("loaders", [1, 2])
+def test_the_smooth_metric_is_that_of_all_images_and_no_mean_of_batches(average, loaders):
+    options = {"average": average, "zero_division": "skip", "beta": 2.0}
+    module, data = make(loss="soft_fbeta", loss_options=options, multi_label=True), LabelledPixels(SEVERAL * 2)
+    with torch.no_grad():
+        logits = module.eval()(data.images)
+    expected = SoftFBetaLoss("multilabel", **options).metric(logits, data.labels).item()
+    if loaders == 1:
+        assert logged(module, data)["val/smooth"] == pytest.approx(expected, rel=1e-5)
+        return
+    half = DataLoader(list(zip(data.images, data.labels, strict=True))[:4], 4)
+    found = Trainer(**QUIET).validate(module, [half, data.val_dataloader()], verbose=False)
+    assert found[1]["val/smooth/dataloader_idx_1"] == pytest.approx(expected, rel=1e-5)
+    assert found[0]["val/smooth/dataloader_idx_0"] != pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("average", ["macro", "samples"])
+def test_two_processes_log_the_smooth_metric_of_one(average):
+    options = {"average": average, "zero_division": "skip"}
+    module, data = make(loss="soft_fbeta", loss_options=options), LabelledPixels([0, 1, 2, 0, 1, 2, 2, 0])
+    expected = logged(module, data)["val/smooth"]
+    trainer = Trainer(**QUIET | {"strategy": "ddp_fork", "devices": 2})
+    found = trainer.validate(module, data, verbose=False)[0]["val/smooth"]
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("option", [{"beta": 2.0}, {"average": "micro"}, {"tau": 0.5}, {"class_weight": [1, 2, 3.0]}])
+def test_options_reach_the_loss(option):
+    images, labels = torch.randn(4, 1, 16, 16), torch.tensor([0, 1, 2, 2])
+    module = make(loss="soft_fbeta", loss_options=option).eval()
+    expected = SoftFBetaLoss(**option)(module(images), labels)
+    assert module.training_step((images, labels), 0) == expected
+    assert expected != SoftFBetaLoss()(module(images), labels)
+
+
+def test_class_weights_reach_a_loss_that_weighs_classes():
+    images, labels, weights = torch.randn(4, 1, 16, 16), torch.tensor([0, 1, 2, 2]), [1.0, 2.0, 3.0]
+    module = make(loss="soft_fbeta", class_weight=weights).eval()
+    expected = SoftFBetaLoss(class_weight=weights)(module(images), labels)
+    assert module.training_step((images, labels), 0) == expected
+
+
+@pytest.mark.parametrize("name", OF_ONE)
+def test_soft_targets_go_with_the_surrogates(name):
+    images, labels = torch.randn(4, 1, 16, 16), torch.tensor([0, 1, 2, 2])
+    smooth = make(label_smoothing=0.3, **options_of(name, False)).eval()
+    soft = F.one_hot(labels, 3) * 0.7 + 0.1
+    torch.testing.assert_close(smooth.training_step((images, labels), 0), smooth.criterion(smooth(images), soft))
+    mixed = make(mixup=0.8, **options_of(name, False))
+    assert mixed.training_step((images, labels), 0).isfinite()
+
+
+def test_no_smoothing_is_evaluated():
+    data = LabelledPixels()
+    plain, smooth = (make(loss="smooth_accuracy", label_smoothing=each) for each in (0.0, 0.3))
+    assert logged(plain, data) == logged(smooth, data)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss": "soft_fbeta", "loss_options": {"gamma": 2}}, "unknown option gamma of loss 'soft_fbeta': expected"),
+        ({"loss": "soft_fbeta", "class_weight": "balanced"}, "class_weight 'balanced' is for the losses cross_entropy"),
+        ({"loss": "smooth_ap", "class_weight": [1.0] * 3}, "class_weight is for the losses cross_entropy.*'smooth_ap'"),
+        ({"loss": "zlpr", "multi_label": True, "pos_weight": 2.0}, "pos_weight is for the losses .*not for 'zlpr'"),
+        ({"loss": "zlpr"}, "loss 'zlpr' is for the multilabel task, not for multiclass: expected one of"),
+        ({"loss": "asymmetric_single", "mixup": 0.2}, "mixup makes soft targets, which loss 'asymmetric_single' does"),
+        ({"loss": "asymmetric_single", "label_smoothing": 0.1}, "label_smoothing makes soft targets, which loss"),
+        ({"loss": "soft_fbeta", "multi_label": True, "mixup": 0.2}, "mixup, cutmix and label_smoothing are for one"),
+    ],
+)
+@pytest.mark.parametrize("kind", CLASSIFIERS)
+def test_what_a_loss_by_name_is_not_for_is_refused_in_one_line(kind, options, message):
+    with pytest.raises(ValueError, match=message) as error:
+        make(kind, **options)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+def test_copies_have_their_own_running_counts(twin_of):
+    module = make(loss="f1_cross_entropy")
+    module.use_loss(None, module.make_loss("soft_fbeta", {"zero_division": "skip"}))
+    logged(module, LabelledPixels())  # makes metrics that look at the losses
+    twin = twin_of(module)
+    batch = torch.randn(4, 1, 16, 16), torch.tensor([0, 1, 2, 2])
+    assert list(twin.state_dict()) == list(module.state_dict())
+    twin.train().training_step(batch, 0)
+    assert twin.criterion.running.any()
+    assert not module.criterion.running.any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["soft_fbeta", "f1_cross_entropy"])
+def test_a_surrogate_learns_the_digits(name):
+    torch.manual_seed(0)
+    sizes = {"image_size": 8, "patch_size": 4, "width": 32, "heads": 4, "num_classes": 10}
+    module = make(**options_of(name, False) | sizes, lr=3e-3)
+    Trainer(**QUIET | {"max_epochs": 25}).fit(module, data := DigitsDataModule(image_size=8))
+    assert logged(module, data)["val/f1"] > 0.8
+
+
+# The command line.
+
+
+def parsed(*args: str) -> Any:
+    """The model that jsonargparse, and so LightningCLI, builds with these options."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(LightningModule, "model")
+    sizes = [f"--model.{name}={value}" for name, value in (VIT | {"num_classes": 3, "in_channels": 1}).items()]
+    return parser.instantiate(parser.parse_args(["--model", "zoo.ViTClassifier", *sizes, *args])).model
+
+
+@pytest.mark.parametrize(
+    ("args", "kind", "values"),
+    [
+        (["--model.loss", "soft_fbeta", "--model.loss_options.beta", "2"], SoftFBetaLoss, {"beta": 2}),
+        (["--model.loss=smooth_ap", "--model.loss_options={tau: 0.5}"], SmoothAPLoss, {"tau": 0.5}),
+        (["--model.loss", "zoo.losses.SoftFBetaLoss", "--model.loss.beta", "2"], SoftFBetaLoss, {"beta": 2}),
+        (["--model.loss=zoo.losses.SoftFBetaLoss", "--model.loss.init_args.tau=2"], SoftFBetaLoss, {"tau": 2}),
+        (["--model.loss", "{class_path: zoo.losses.SmoothAPLoss, init_args: {tau: 2}}"], SmoothAPLoss, {"tau": 2}),
+        (["--model.loss", "torch.nn.CrossEntropyLoss"], nn.CrossEntropyLoss, {}),
+    ],
+)
+def test_the_command_line_takes_names_options_and_class_paths(args, kind, values):
+    criterion = parsed(*args).criterion
+    assert type(criterion) is kind
+    assert {name: getattr(criterion, name) for name in values} == values
+
+
+def test_the_command_line_takes_weights():
+    module = parsed("--model.class_weight=[1, 2, 3]")
+    assert module.hparams["class_weight"] == [1, 2, 3]
+    options = ["--model.multi_label=true", "--model.loss=bce", "--model.pos_weight=2", "--model.class_weight=balanced"]
+    module = parsed(*options)
+    assert module.hparams["pos_weight"] == 2
+    assert module.label_weights.balanced == {"classes": True, "positives": False}
 
 
 # What is logged.

@@ -96,10 +96,13 @@ VIT = {"backbone": "vit_tiny_patch16_224", "width": 12, "depth": 1, "heads": 2, 
 VAE = {"latents": 2, "image_size": 8, "hidden": (8,)}
 # By class: a small one, and what it can be asked for beside what all can.
 MODULES = {
-    ViTClassifier: (lambda: ViTClassifier(num_classes=3, **VIT), "SetsLayerNorm Mixes HasPeers HasClasses"),
+    ViTClassifier: (
+        lambda: ViTClassifier(num_classes=3, **VIT),
+        "SetsLayerNorm Mixes HasPeers HasClasses ExchangesLoss",
+    ),
     EfficientNetClassifier: (
         lambda: EfficientNetClassifier(phi=-6, num_classes=3, image_size=32),
-        "FollowsWeights Mixes HasPeers HasClasses",
+        "FollowsWeights Mixes HasPeers HasClasses ExchangesLoss",
     ),
     MAEPretrainer: (
         lambda: MAEPretrainer(**VIT, decoder_dim=8, decoder_depth=1, decoder_heads=2),

@@ -11,6 +11,7 @@ from zoo.callbacks.export import ExportBackbone
 from zoo.callbacks.fail_together import FailTogether
 from zoo.callbacks.grad_norm import GradientNorm
 from zoo.callbacks.log_interval import LogInterval
+from zoo.callbacks.loss_schedule import LossSchedule
 from zoo.callbacks.nonfinite import NonFiniteGuard, NonFiniteLossError, NonFiniteWeightError
 from zoo.callbacks.optimizer_settings import OptimizerSettings
 from zoo.callbacks.pictures import SavePictures
@@ -31,6 +32,7 @@ __all__ = [
     "FailTogether",
     "GradientNorm",
     "LogInterval",
+    "LossSchedule",
     "NonFiniteGuard",
     "NonFiniteLossError",
     "NonFiniteWeightError",

@@ -31,6 +31,7 @@ from zoo.common.classification_losses import (
     cross_entropy,
     module_loss,
     watched_metrics,
+    weighed_options,
     weight_of,
 )
 from zoo.common.compiling import Compilable
@@ -141,7 +142,10 @@ class Classifier(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, L
             cutmix=(hp.cutmix, 0, None),
         )
         check_training(hp)
-        self.criterion = self.make_loss(loss, hp.get("loss_options"))
+        self.criterion = self.make_loss(loss, weighed_options(loss, hp))
+        for name in ("class_weight", "pos_weight"):
+            if isinstance(hp.get(name), list | tuple):  # of numpy's numbers, say, which a checkpoint must not hold
+                hp[name] = [float(weight) for weight in hp[name]]
         self.label_weights = LabelWeights(hp.num_classes, hp.get("class_weight"), hp.get("pos_weight"))
         if hp.multi_label and (hp.mixup or hp.cutmix or hp.label_smoothing):
             raise ValueError("mixup, cutmix and label_smoothing are for one label an image, not for multi_label")
@@ -204,24 +208,26 @@ class Classifier(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, L
         criterion = self.criterion if self.exchanged is None else self.exchanged.loss
         if isinstance(criterion, str):
             return classification_loss(logits, targets, criterion, smoothing, **self.label_weights.of_loss())
-        return module_loss(criterion, logits, targets)
+        criterion.train(self.training)  # which an exchanged one is not told
+        return module_loss(criterion, logits, targets, smoothing)
 
     def make_loss(self, loss: str | nn.Module, options: Mapping[str, Any] | None = None) -> str | nn.Module:
-        """What :meth:`use_loss` takes, of a loss by name and its options, or a module.
+        """Creates what :meth:`use_loss` takes, of a loss by name and its options, or a module.
 
         Raises:
             ValueError: For a loss that does not exist, or does not go with the module's other arguments.
         """
         return create_criterion(loss, options, self.hparams)
 
-    def use_loss(self, loss: str | nn.Module | None, smooth: nn.Module | None = None) -> None:
+    def use_loss(self, loss: str | nn.Module | None, smooth: Any = None) -> None:
         """Trains on another loss from now on. It is no part of the module: neither in its state nor optimized.
 
         Args:
             loss: Of :meth:`make_loss`. None: the module's own.
-            smooth: The loss whose smooth metric evaluation logs.
+            smooth: The loss whose smooth metric evaluation logs. None: the module's own, if it has one.
         """
-        self.exchanged = None if loss is None else Exchanged(loss, smooth)
+        is_own = loss is None and smooth is None
+        self.exchanged = None if is_own else Exchanged(self.criterion if loss is None else loss, smooth)
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
         """Adds a child. Conversions of BatchNorm, and back, end in it: they put each child in anew."""
@@ -261,7 +267,7 @@ class Classifier(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, L
     @property
     def _smooth(self) -> Any:
         """The loss whose smooth metric evaluation logs; None for one that has none."""
-        found = self.criterion if self.exchanged is None else self.exchanged.smooth
+        found = self.criterion if self.exchanged is None or self.exchanged.smooth is None else self.exchanged.smooth
         return found if isinstance(found, HasSmoothMetric) else None
 
     @property
@@ -273,7 +279,7 @@ class Classifier(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, L
     def start_evaluation(self, stage: str) -> None:
         loaders.start(self, f"{stage}_loss", f"{stage}_metrics")
         if not self._is_plain:
-            loaders.start(self, f"{stage}_watched", new=lambda: watched_metrics(self._smooth).to(self.device))
+            loaders.start(self, f"{stage}_watched", new=self._new_watched)
 
     def evaluation_step(self, batch: Any, batch_idx: int, dataloader_idx: int, stage: str) -> None:
         images, labels = self._images_and_labels(batch, 0)  # metrics look at all values, too
@@ -290,6 +296,9 @@ class Classifier(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, L
                 watched["smooth"].update(logits, labels)
             found |= {f"{stage}/{name}": metric for name, metric in watched.items()}
         loaders.log(self, found)
+
+    def _new_watched(self) -> nn.ModuleDict:
+        return watched_metrics(self._smooth, self.hparams.num_classes).to(self.device)
 
     def _weight(self, labels: Tensor) -> Tensor | int:
         """The weight of a batch in the mean of the loss over an evaluation, as if it were a single batch."""

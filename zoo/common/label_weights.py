@@ -127,7 +127,8 @@ def _checked(option: str, given: Any, num_classes: int) -> Tensor | None:
     if given is None:
         return None
     if isinstance(given, str) or not isinstance(given, Sequence):
-        raise ValueError(f"{option} is {given!r}: expected 'balanced' or {NUMBERS}")
+        seen = repr(given) if isinstance(given, str | int | float) else f"a {type(given).__name__}"
+        raise ValueError(f"{option} is {seen}: expected 'balanced' or {NUMBERS}")
     if len(given) != num_classes:
         raise ValueError(f"{option} has {len(given)} numbers for {num_classes} classes: give one for each class")
     if not all(weight >= 0 and math.isfinite(weight) for weight in given):

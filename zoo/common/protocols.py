@@ -109,6 +109,21 @@ class Mixes(Protocol):
     """timm's ``Mixup``; None while nothing is mixed."""
 
 
+@runtime_checkable
+class ExchangesLoss(Protocol):
+    """A module that may be trained on one loss after another, for :class:`zoo.callbacks.LossSchedule`."""
+
+    def make_loss(self, loss: Any, options: Mapping[str, Any] | None = None) -> Any:
+        """Creates what :meth:`use_loss` takes, of a name or an ``nn.Module``. It raises ValueError where it cannot."""
+
+    def use_loss(self, loss: Any, smooth: Any = None) -> None:
+        """Trains on a loss from now on, None for the module's own.
+
+        Evaluation logs it as ``val/loss``, and the cross-entropy as ``val/cross_entropy``; where ``smooth``, another of
+        :meth:`make_loss`, is a :class:`HasSmoothMetric`, its metric as ``val/smooth``.
+        """
+
+
 # Modules: arguments, weights and checkpoints.
 
 

@@ -212,7 +212,7 @@ class Classifier(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, L
         return module_loss(criterion, logits, targets, smoothing)
 
     def make_loss(self, loss: str | nn.Module, options: Mapping[str, Any] | None = None) -> str | nn.Module:
-        """Creates what :meth:`use_loss` takes, of a loss by name and its options, or a module.
+        """Criterion that :meth:`use_loss` takes, of a loss by name and its options, or a module.
 
         Raises:
             ValueError: For a loss that does not exist, or does not go with the module's other arguments.

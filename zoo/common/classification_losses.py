@@ -22,7 +22,7 @@ PLAIN: tuple[str, ...] = get_args(Loss)
 
 
 class Exchanged(NamedTuple):
-    """Loss that a classifier is trained on in the place of its own, for as long as it is set.
+    """Criterion that a classifier is trained on in the place of its own loss, for as long as it lasts.
 
     Attributes:
         loss: A name of :data:`PLAIN`, or a module.
@@ -113,7 +113,7 @@ def module_loss(criterion: nn.Module, logits: Tensor, targets: Tensor, smoothing
 
 
 def create_criterion(loss: str | nn.Module, options: Mapping[str, Any] | None, hparams: Mapping[str, Any]) -> Any:
-    """Creates what a classifier is trained on: a name of :data:`PLAIN`, or a module.
+    """Criterion that a classifier is trained on: a name of :data:`PLAIN`, or a module.
 
     Args:
         loss: A name, of :data:`PLAIN` or of ``zoo.losses.LOSSES``, or a module like torch's losses.

@@ -52,7 +52,7 @@ class SmoothAccuracyLoss(nn.Module):
         return f"tau={self.tau:g}, reduction={self.reduction!r}, task={self.task!r}"
 
     def _right(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Of each element, the probability of what is right, 0 if it does not count; and 1 if it does."""
+        """Probability of what is right, of each element, 0 if it does not count; and 1 if it does."""
         judged = self.reader(logits, target)
         p, t = judged.probabilities(self.task, self.tau), judged.target
         if self.task == "multiclass":

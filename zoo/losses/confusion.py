@@ -34,7 +34,7 @@ Reduction = Literal["mean", "sum", "none"]
 
 
 class CountsLoss(nn.Module):
-    """What the losses of smooth confusion counts share; the arguments are those of :class:`SoftFBetaLoss`.
+    """Base of the losses of smooth confusion counts; the arguments are those of :class:`SoftFBetaLoss`.
 
     A subclass says in :meth:`score` what the metric is, and in ``has_gaps`` whether absent classes have none.
     """

@@ -174,7 +174,7 @@ def _both_classes(counts: ConfusionCounts) -> ConfusionCounts:
 
 
 def _shares(classes: ConfusionCounts) -> tuple[Tensor, Tensor, Tensor]:
-    """Of everything: the share that is right (...), and that of each class in predictions and targets (..., C)."""
+    """Shares of everything: of what is right (...), and of each class in predictions and targets (..., C)."""
     tp, fp, fn, _ = classes
     total = (tp + fn).sum(-1, keepdim=True)
     agreed, predicted, occurring = (divide(part, total) for part in (tp, tp + fp, tp + fn))
@@ -182,7 +182,7 @@ def _shares(classes: ConfusionCounts) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _rounding(values: Tensor) -> float:
-    """What a difference of shares may be off by: below it, it is 0."""
+    """Rounding error of a difference of shares: below it, it is 0."""
     return 8 * torch.finfo(values.dtype).eps
 
 

@@ -108,7 +108,7 @@ class Reader:
         return self._is_first or values.device.type == "cpu"
 
     def __call__(self, logits: Tensor, target: Tensor) -> Judged:
-        """As :func:`read`; the first time also :func:`check_logits`."""
+        """Reads as :func:`read` does; the first time also :func:`check_logits`."""
         if not self.looks_at(logits):
             return read(logits, target, self.task, self.ignore_index, look=False)
         judged = read(logits, target, self.task, self.ignore_index)

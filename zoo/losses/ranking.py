@@ -14,7 +14,7 @@ from zoo.losses.soft import check_choice, check_positive
 
 
 class RankingLoss(nn.Module):
-    """What losses of ranks share; a subclass says in :meth:`score` what the metric is."""
+    """Base of losses of ranks; a subclass says in :meth:`score` what the metric is."""
 
     def __init__(
         self, task: Task, average: Average, tau: float, ignore_index: int, reduction: Reduction = "mean"
@@ -59,7 +59,7 @@ class RankingLoss(nn.Module):
         return values, exists.to(values.dtype)
 
     def _above(self, scores: Tensor) -> Tensor:
-        """How much j is above i, (G, i, j), in [0, 1] and 0 for i = j."""
+        """Extent to which j is above i, (G, i, j), in [0, 1] and 0 for i = j."""
         above = ((scores.unsqueeze(1) - scores.unsqueeze(2)) / self.tau).sigmoid()
         return above * (1 - torch.eye(scores.shape[1], dtype=scores.dtype, device=scores.device))
 

@@ -21,8 +21,8 @@ PROTOCOLS = {
 
 # What may be looked for by name, since it belongs to others and may truly be missing; by whose it is.
 OTHERS = {
-    "Python and its platforms": "SIGHUP SIGUSR1 __len__ _fields memfd_create pthread_sigmask sched_getaffinity "
-    "sigtimedwait exitcode",
+    "Python and its platforms": "__name__ SIGHUP SIGUSR1 __len__ _fields memfd_create pthread_sigmask "
+    "sched_getaffinity sigtimedwait exitcode",
     "torch: loaders, samplers, optimizers, schedulers, tensors of one kind or another": "_get_closed_form_lr "
     "_schedulers _step_supports_amp_scaling batch_sampler batch_size data_source dataset item optimizer param_groups "
     "reset sampler set_epoch to_local tolist",

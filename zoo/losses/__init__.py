@@ -23,6 +23,7 @@ from zoo.losses.counts import (
 from zoo.losses.cross_entropy import F1WeightedCrossEntropy
 from zoo.losses.names import create_loss
 from zoo.losses.ranking import SmoothAPLoss, SmoothAUCLoss
+from zoo.losses.ranks import effective_count, soft_count, soft_count_distinct, soft_rank
 from zoo.losses.soft import (
     smooth_max,
     smooth_min,
@@ -32,6 +33,7 @@ from zoo.losses.soft import (
     soft_argmax_2d,
     soft_one_hot,
 )
+from zoo.losses.topk import soft_kth_largest, soft_topk
 
 if TYPE_CHECKING:
     from torch import nn
@@ -50,6 +52,7 @@ __all__ = [
     "balanced_accuracy",
     "create_loss",
     "divide",
+    "effective_count",
     "f_beta",
     "iou",
     "kappa",
@@ -61,7 +64,12 @@ __all__ = [
     "soft_argmax",
     "soft_argmax_2d",
     "soft_confusion",
+    "soft_count",
+    "soft_count_distinct",
+    "soft_kth_largest",
     "soft_one_hot",
+    "soft_rank",
+    "soft_topk",
     "sum_over_ranks",
     "tversky",
 ]

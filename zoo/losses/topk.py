@@ -1,0 +1,196 @@
+"""Soft top-k by thresholding: a mask that sums to k, and the k-th largest value, differentiable to every order.
+
+The mask is F((x_i - t) / tau), with the distribution function F of a symmetric kernel and the one threshold t for which
+it sums to k (Su 2024, "ThreTopK", kexue.fm/archives/10373). It lies in [0, 1] and keeps the order of the entries with
+every tau, unlike iterated softmax (Su 2019, kexue.fm/archives/6620), whose entries exceed 1, and unlike NeuralSort and
+sorting networks, whose masks are not monotone in x.
+
+How t is found deviates from the article, which bisects for one kernel and sorts for the other: sorting alone takes
+longer than everything here. Let A be the sum of the mask over all but the k largest entries, and B what the k largest
+lack of k. The equation is log A - log B = 0, and since F is log-concave, its left side falls in t / tau with a slope
+between -2 (where a gap parts the k largest from the others) and -1/2. So Newton's method needs no bracket: from the
+root for a wide gap on, four steps leave a sum that is right to float32's precision, whatever the entries are. Their
+number is fixed, so that nothing waits for the device.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from zoo.losses.soft import at_least_float32, check_choice, check_positive
+
+Kind = Literal["sigmoid", "laplace"]
+
+
+def soft_topk(x: Tensor, k: int, tau: float = 1.0, kind: Kind = "sigmoid", dim: int = -1) -> Tensor:
+    """Smooth mask of the k largest entries, F((x - t) / tau) with the threshold t for which it sums to k.
+
+    Monotone in the entries, shifted by none that is added to all, and permuted as they are. As tau vanishes it is the
+    mask of ``torch.topk``, where the k-th and the next entry differ; with a gap d between them, an entry is off by at
+    most n exp(-d / (2 tau)). Entries that tie share what is left for them, whatever tau is.
+
+    Gradients of every order are those of the implicit function: with respect to all of x, (diag(v) - v v' / sum(v)) /
+    tau with v = F'((x - t) / tau). They vanish with tau, but for entries that tie for the k-th place.
+
+    Args:
+        x: Floating point, (..., n, ...). An entry of -inf is never chosen: if at most k others are left, these get 1.
+            One of inf always is, if there are at most k.
+        k: How many to choose, 1 <= k < n.
+        tau: Temperature, above 0, in the unit of x.
+        kind: "sigmoid", the logistic kernel; "laplace", that of exp(-|x|) / 2, with which for k = 1 the mask is
+            softmax(x / tau) wherever no entry of it exceeds 1/2.
+        dim: Where the n entries lie.
+
+    Returns:
+        As x in shape, within [0, 1], with the sum k along ``dim`` (but for rounding, 1e-6 of it in float32); float32
+        for half precision.
+
+    Raises:
+        TypeError: If x is not floating point.
+        ValueError: If k is not within 1 <= k < n, for a tau that is not above 0, or an unknown kind.
+    """
+    x = at_least_float32(x)
+    _check_k(x, k, dim, most=-1)
+    check_positive(tau)
+    check_choice(kind, tuple(_KINDS), "kind")
+    mask: Tensor = _SoftTopK.apply(x.transpose(dim, -1), k, tau, kind)
+    return mask.transpose(dim, -1)
+
+
+def soft_kth_largest(x: Tensor, k: int, tau: float = 1.0, kind: Kind = "sigmoid", dim: int = -1) -> Tensor:
+    """Smooth k-th largest entry, the mean of x over the difference of the soft top-k masks of k and k - 1.
+
+    The weights are not negative and sum to 1, so that it is never beyond the smallest and the largest entry. It is
+    shifted as x is, and as tau vanishes it is the k-th of ``torch.topk``.
+
+    Args:
+        x: Floating point, (..., n, ...). Entries of -inf come last.
+        k: 1 for the largest, n for the smallest.
+        tau: Temperature, above 0, in the unit of x.
+        kind: As in :func:`soft_topk`.
+        dim: Where the n entries lie.
+
+    Returns:
+        As x in shape without ``dim``; float32 for half precision.
+
+    Raises:
+        TypeError: If x is not floating point.
+        ValueError: If k is not within 1 <= k <= n, for a tau that is not above 0, or an unknown kind.
+    """
+    x = at_least_float32(x)
+    _check_k(x, k, dim, most=0)
+    check_positive(tau)
+    check_choice(kind, tuple(_KINDS), "kind")
+    x = x.movedim(dim, -1)
+    weights = soft_topk(x, k, tau, kind) if k < x.shape[-1] else torch.ones_like(x)
+    if k > 1:
+        weights = weights - soft_topk(x, k - 1, tau, kind)
+    # Differences to the entry itself, which are exact where the weight is.
+    entry = x.detach().topk(k, -1).values[..., -1]
+    offsets = x - entry.masked_fill(entry.isinf(), 0.0).unsqueeze(-1)
+    return entry + (offsets.masked_fill(x.isinf(), 0.0) * weights).sum(-1)
+
+
+class _SoftTopK(torch.autograd.Function):
+    """Soft top-k mask of the last dimension, whose derivatives come from the mask itself."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, k: int, tau: float, kind: Kind) -> Tensor:
+        best, index = x.topk(k + 1, -1)
+        top, index = best[..., :k], index[..., :k]
+        # Between the k-th entry and the next, or the lowest above -inf, differences are exact where they matter.
+        lowest = best.masked_fill(best.isneginf(), torch.inf).amin(-1, keepdim=True)
+        middle = best[..., -2:].maximum(lowest).mean(-1, keepdim=True).clamp(max=torch.finfo(x.dtype).max)
+        odds = ((x - middle) / tau).exp().scatter(-1, index, 0.0)  # of all but the k largest, at most 1
+        lacking = ((middle - top) / tau).exp().masked_fill(top.isneginf(), 0.0)  # of the k largest, inverse
+        kernel = _KINDS[kind]
+        at = _solve(odds, lacking, kernel, steps=3 if x.dtype == torch.float32 else 5)
+        chosen = (1 - kernel.distribution(lacking, 1 / at)).masked_fill(top.isneginf(), 0.0)
+        return kernel.distribution(odds, at).scatter(-1, index, chosen)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int, float, Kind], output: Tensor) -> None:
+        ctx.save_for_backward(output)
+        _, _, ctx.tau, ctx.kind = inputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (mask,) = ctx.saved_tensors
+        density = _KINDS[ctx.kind].density(mask)
+        total = density.sum(-1, keepdim=True).clamp(min=torch.finfo(mask.dtype).tiny)
+        mean = (density * grad).sum(-1, keepdim=True) / total
+        return density * (grad - mean) / ctx.tau, None, None, None
+
+
+def _check_k(x: Tensor, k: int, dim: int, most: int) -> None:
+    n = x.shape[dim] if x.ndim else 1
+    if not 1 <= k <= n + most:
+        bound = "k < n" if most else "k <= n"
+        raise ValueError(f"k is {k}: of n = {n} entries along dimension {dim} it has to be 1 <= {bound}")
+
+
+def _logistic(odds: Tensor, at: Tensor) -> Tensor:
+    return odds / (odds + at)
+
+
+def _logistic_sums(odds: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+    mask = odds / (odds + at)
+    total = mask.sum(-1, keepdim=True)
+    return total, total - torch.linalg.vector_norm(mask, dim=-1, keepdim=True).square()
+
+
+def _laplace(odds: Tensor, at: Tensor) -> Tensor:
+    return (odds.minimum(at) / at + (1 - at / odds.maximum(at))) / 2
+
+
+def _laplace_sums(odds: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+    below, above = odds.minimum(at) / at, at / odds.maximum(at)
+    density = (below * above).sum(-1, keepdim=True) / 2
+    return density + (1 - above).sum(-1, keepdim=True), density
+
+
+class _Kernel(NamedTuple):
+    """A kernel in terms of odds, exp((x - m) / tau), and of the odds of its middle.
+
+    Attributes:
+        distribution: Its distribution function.
+        sums: The sums of distribution function and density, (..., 1).
+        density: The density by the value of the distribution function.
+    """
+
+    distribution: Callable[[Tensor, Tensor], Tensor]
+    sums: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    density: Callable[[Tensor], Tensor]
+
+
+_KINDS = {
+    "sigmoid": _Kernel(_logistic, _logistic_sums, lambda mask: mask * (1 - mask)),
+    "laplace": _Kernel(_laplace, _laplace_sums, lambda mask: mask.minimum(1 - mask)),
+}
+
+
+def _solve(odds: Tensor, lacking: Tensor, kernel: _Kernel, steps: int) -> Tensor:
+    """Odds of the threshold (..., 1), by Newton's method on log A - log B.
+
+    Args:
+        odds: Of the entries that are not among the k largest, (..., n - k).
+        lacking: Inverse odds of the k largest, (..., k).
+        kernel: Which.
+        steps: How many.
+    """
+    least = torch.finfo(odds.dtype).eps ** 4  # where sums are below, the mask is right wherever the threshold lies
+    # The root for a wide gap, and for entries that are equal on either side of it, with the logistic kernel.
+    above, below = odds.sum(-1, keepdim=True) + least, lacking.sum(-1, keepdim=True) + least
+    k, n = lacking.shape[-1], odds.shape[-1]
+    wide = (above / below).sqrt()
+    at = wide * (above / wide * (0.5 / k - 0.5 / (n - k))).asinh().exp()
+    for _ in range(steps):
+        excess, fall = kernel.sums(odds, at)
+        lack, rise = kernel.sums(lacking, 1 / at)
+        excess, lack = excess + least, lack + least
+        at = at * (excess / lack) ** (1 / (fall / excess + rise / lack))
+    return at

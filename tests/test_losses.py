@@ -10,10 +10,12 @@ from functools import partial
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from losses_limits import SEEDS, Limit, differences, limits
 from sklearn.metrics import f1_score
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import zoo.losses
 from zoo.losses import (
@@ -69,6 +71,13 @@ def every_loss(task: str) -> list[nn.Module]:
 
 LOSS_OF_TASK = [pytest.param(task, loss, id=f"{task}-{loss}") for task in TASKS for loss in every_loss(task)]
 QUICK = {[type(loss) for task in TASKS for loss in every_loss(task)].index(type(loss)) for loss in every_loss("binary")}
+
+RUNNING = [
+    pytest.param(task, cls(task, average, momentum=0.9, num_classes=C), id=f"{task}-{cls.__name__}-{average}-running")
+    for task in TASKS
+    for cls in (SoftFBetaLoss, F1WeightedCrossEntropy)
+    for average in ("macro", "micro")
+]
 
 
 # The limit.
@@ -603,6 +612,66 @@ def test_running_counts_compile_whole():
             logits, target = example("multiclass", seed=seed, dtype=torch.float32)
             assert torch.allclose(loss(logits, target), compiled(logits, target))
         assert torch.allclose(loss.running, compiled.running)
+
+
+class Waits(TorchDispatchMode):
+    """Refuses operations for which the host would wait, were the tensors on an accelerator."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        if function.overloadpacket.__name__ in (
+            "_local_scalar_dense",
+            "nonzero",
+            "masked_select",
+            "is_nonzero",
+            "equal",
+        ):
+            raise AssertionError(f"{function} makes the host wait")
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize(("task", "loss"), [*LOSS_OF_TASK, *RUNNING])
+def test_a_step_waits_for_no_accelerator(monkeypatch, task, loss):
+    monkeypatch.setattr(zoo.losses.inputs.Reader, "looks_at", lambda reader, values: False)
+    logits, target = example(task)
+    logits.requires_grad_()
+    with Waits():
+        loss(logits, target).backward()
+    with pytest.raises(AssertionError, match="makes the host wait"), Waits():
+        logits.sum().item()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("task", "loss"), [*LOSS_OF_TASK, *RUNNING])
+def test_on_an_accelerator_the_first_step_alone_looks_at_values(task, loss):
+    loss = copy.deepcopy(loss).cuda()
+    logits, target = (tensor.cuda() for tensor in example(task))
+    logits.requires_grad_()
+    expected = loss(logits, target).item()
+    if getattr(loss, "running", None) is None:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            value = loss(logits, target)
+            value.backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert value.item() == expected
+
+
+@pytest.mark.parametrize("cls", [SoftFBetaLoss, SoftConfusionLoss, F1WeightedCrossEntropy, SmoothAPLoss])
+def test_losses_are_made_from_a_configuration(cls):
+    """As a class path with arguments, which is how a command line gives a module."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--loss", type=nn.Module)
+    options = {"task": "multilabel", "tau": 0.5, "ignore_index": 7}
+    if cls in (SoftFBetaLoss, SoftConfusionLoss):
+        options |= {"class_weight": [1, 2.5], "zero_division": 1, "momentum": 0.5, "num_classes": 2}
+    if cls is SoftConfusionLoss:
+        options |= {"metric": "tversky", "metric_options": {"alpha": 0.3}}
+    given = {"class_path": f"zoo.losses.{cls.__name__}", "init_args": options}
+    loss = parser.instantiate_classes(parser.parse_object({"loss": given})).loss
+    assert type(loss) is cls
+    assert (loss.task, loss.tau) == ("multilabel", 0.5)
+    assert getattr(loss, "zero_division", 1) in (1, "skip")
 
 
 # Mistakes.

@@ -125,7 +125,8 @@ class ImageFolderDataModule(ClassificationDataModule):
         if files is None:
             return "none"
         folder = self._folders.get(split)
-        origin = "held out of train" if folder is None else "in class folders" if folder == self.root else folder.name
+        here = "in class folders" if self.classes else "without class folders"
+        origin = "held out of train" if folder is None else here if folder == self.root else folder.name
         return f"{len(files):,} images ({origin})"
 
     def _left_out(self) -> str:

@@ -236,6 +236,26 @@ def test_every_number_of_processes_shares_one_order(drop_last, repeats):
         assert together == whole[:used].tolist()
 
 
+@pytest.mark.parametrize("case", range(60))
+def test_sizes_of_all_kinds_make_whole_epochs(case):
+    """Shares, lengths, keys and the partition among processes, of sizes that nobody has thought of."""
+    drawn = np.random.default_rng(case)
+    counts = np.ceil(drawn.integers(1, 300) / np.arange(1, drawn.integers(2, 30)) ** drawn.uniform(0, 3)).astype(int)
+    size, balance, repeats = int(counts.sum()), drawn.uniform(0.001, 1), int(drawn.integers(1, 4))
+    batch_size, world_size, epoch = int(drawn.integers(1, 70)), int(drawn.integers(1, 5)), int(drawn.integers(0, 500))
+    labels = labels_with(counts.tolist())
+    options: dict[str, Any] = {"labels": labels, "balance": balance, "seed": case - 30, "repeats": repeats}
+    ranks = [BatchOrder(size, batch_size, rank, world_size, shuffle=True, **options) for rank in range(world_size)]
+    for rank in ranks:
+        rank.set_epoch(epoch)
+    keys = [key for rank in ranks for batch in rank for key in batch]
+    assert len(keys) == len(set(keys)) == size
+    assert Counter(index for *_, index in keys) == Counter(ranks[0].order(epoch).tolist())
+    found = np.bincount(labels[ranks[0].order(epoch)[::repeats]], minlength=len(counts))
+    shares = expected_shares(counts.tolist(), balance, -(-size // repeats))
+    assert (np.abs(found - shares) < 1).all()
+
+
 def test_an_epoch_is_the_same_whoever_asks_and_whatever_was_asked_before():
     labels = labels_with([70, 20, 6, 1])
     one, other = (BatchOrder(97, 8, shuffle=True, labels=labels, balance=1.0) for _ in range(2))
@@ -397,7 +417,7 @@ def test_data_without_one_label_an_image_is_refused_before_training(tmp_path):
     unlabelled = ImageFolderDataModule(str(tmp_path), 8, balance=1.0, num_workers=0, batch_size=1)
     several = DigitsDataModule(labels=[8, 5], balance=0.5)
     for data, said in (
-        (unlabelled, "ImageFolderDataModule cannot count or balance classes: its training samples have no labels"),
+        (unlabelled, "ImageFolderDataModule cannot count or balance classes: its training samples have no labels. Exp"),
         (several, "balance is 0.5: expected 0 where a sample has several labels, 2 here; weigh their .*pos_weight"),
         (Tagged(None, balance=1.0), "Tagged cannot count or balance classes"),
     ):

@@ -99,6 +99,8 @@ def test_what_was_taken_and_left_out_is_said(tmp_path, caplog):
     assert said(module(tmp_path), caplog, "validate").startswith("val 1 images (eval); 2 classes")
     flat = tree(tmp_path / "flat", *[f"{name}/{n}.png" for name in "ab" for n in range(10)])
     assert said(module(flat), caplog).startswith("train 16 images (in class folders), val 2 images (held out of train)")
+    bare = tree(tmp_path / "bare", *[f"{n}.png" for n in range(10)])
+    assert said(module(bare), caplog).startswith("train 8 images (without class folders), val 1 images (held out of")
 
 
 @pytest.mark.parametrize("inside", [None, "cat", "cat/deep", "notes.txt"])

@@ -22,6 +22,7 @@ from zoo.callbacks.progressive import ProgressiveLearning
 from zoo.callbacks.provenance import Provenance
 from zoo.callbacks.resume_point import ResumePoint
 from zoo.callbacks.run_directory import RunDirectory
+from zoo.callbacks.thresholds import TunedThresholds
 from zoo.callbacks.time_estimate import TimeEstimate
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "RunDirectory",
     "SavePictures",
     "TimeEstimate",
+    "TunedThresholds",
     "WriteDetections",
     "WritePredictions",
 ]

@@ -8,6 +8,18 @@ from timm.layers import PatchEmbed, SpaceToDepth, to_2tuple
 from torch import nn
 
 
+class Pixels(nn.Flatten):
+    """Images (B, C, H, W) as vectors (B, C * H * W): the backbone of a linear classifier, without parameters.
+
+    Args:
+        num_features: C * H * W.
+    """
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+
 def backbone_of(module: nn.Module) -> nn.Module | None:
     """A module's encoder, its ``backbone``; None if it has none."""
     found = getattr(module, "backbone", None)  # since Python 3.12 a protocol does not see submodules

@@ -14,6 +14,7 @@ from torch import Tensor
 from zoo._lightning import LightningModule
 
 WORDS = {"acc": "accuracy", "acc5": "top-5 accuracy", "f1": "macro F1", "ap": "average precision"}
+WORDS |= {"f1_micro": "micro F1", "f1_tuned": "macro F1 with tuned thresholds"}
 """Metrics that many techniques have, in words."""
 
 

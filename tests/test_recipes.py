@@ -92,7 +92,8 @@ def small(name: str, root: Path, monkeypatch) -> list[str]:
     recipe = yaml.safe_load(recipes()[name].read_text())
     data = write_data(recipe["data"], root, monkeypatch)
     weights = ["--model.weights", "null"] if recipe["model"]["init_args"].get("weights") else []
-    model = list(SMALL_MODEL[recipe["model"]["class_path"]])
+    is_module = isinstance(recipe["model"]["init_args"].get("backbone"), dict)  # which has its size, and is small
+    model = [] if is_module else list(SMALL_MODEL[recipe["model"]["class_path"]])
     if recipe["model"]["init_args"].get("variant") in LARGE:
         model += ["--model.variant", "b0"]
     if name.startswith("detection/"):

@@ -84,9 +84,15 @@ def sweep_seeds(
     out: Path,
     jobs: int = 1,
     needs: str | None = None,
-    data_seed: bool = True,
+    data_seeds: Sequence[str] = ("seed",),
 ) -> dict[str, dict[str, list[float]]]:
-    """:func:`sweep` over variants of a recipe and seeds from 0, the model's and, if it has one, the data's alike.
+    """:func:`sweep` over variants of a recipe and seeds from 0, the model's and the data's alike.
+
+    Args:
+        configs, options, out, jobs, needs: As of :func:`sweep`.
+        variants: By a name that makes a good directory, the options of each.
+        seeds: How many runs of each.
+        data_seeds: The arguments of the data that are seeds.
 
     Returns:
         By variant and metric, one value for each seed. The run of a variant and a seed is called ``VARIANT_seedN``.
@@ -94,7 +100,7 @@ def sweep_seeds(
     runs = {
         f"{name}_seed{seed}": [
             *(*variant, "--seed_everything", str(seed)),
-            *(("--data.seed", str(seed)) if data_seed else ()),
+            *(word for name in data_seeds for word in (f"--data.{name}", str(seed))),
         ]
         for name, variant in variants.items()
         for seed in range(seeds)

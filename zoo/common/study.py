@@ -47,6 +47,7 @@ class Study(NamedTuple):
     recipes: str = ""  # which recipes it takes, for its help
     sets: Sequence[str] = ()  # the arguments of the data that it sets
     seeds: int = 3  # runs of each variant, unless somebody says otherwise
+    seeded: Sequence[str] = ("seed",)  # the arguments of the data, of those it has, that are the seed of a run
     options: Mapping[str, Mapping[str, Any]] = {}  # its own, --step by the name step: arguments of add_argument
 
 

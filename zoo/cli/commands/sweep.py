@@ -62,7 +62,8 @@ def _run(study: Study, line: Line) -> int:
             if not read.issuperset(options):
                 asked.plan(*options)
                 read.update(options)
-        return sweep_seeds(asked.files, asked.shared(), variants, seeds, out, jobs, needs, "seed" in settable)
+        own_seeds = [name for name in study.seeded if name in settable]
+        return sweep_seeds(asked.files, asked.shared(), variants, seeds, out, jobs, needs, own_seeds)
 
     recipe = Recipe(config.model.as_dict().get("init_args", {}), plan.data(), config.trainer, out, train)
     page = study.run(recipe, **asked.own)

@@ -142,6 +142,10 @@ def test_minus_infinity_is_never_chosen_and_infinity_always(kind):
         mask = soft_topk(few, 3, kind=kind)
         assert torch.equal(mask, few.isfinite().float())
         assert torch.equal(torch.autograd.grad(mask @ torch.arange(4.0), few)[0], torch.zeros(4))
+    least = torch.finfo(torch.float32).min
+    assert torch.equal(soft_topk(torch.tensor([1.0, 3.0, least, 2.0]), 3, kind=kind), torch.tensor([1.0, 1, 0, 1]))
+    few = soft_topk(torch.tensor([1.0, 3.0, least, least]), 3, kind=kind)
+    torch.testing.assert_close(few, torch.tensor([1.0, 1, 0.5, 0.5]))  # a number is chosen if nothing else is left
     many = torch.tensor([torch.inf, 0.0, 0.0, torch.inf, 0.0])
     torch.testing.assert_close(soft_topk(many, 3, kind=kind), torch.tensor([1, 1 / 3, 1 / 3, 1, 1 / 3]))
     assert torch.equal(soft_topk(many, 2, kind=kind), torch.tensor([1.0, 0, 0, 1, 0]))

@@ -55,8 +55,8 @@ def soft_topk(x: Tensor, k: int, tau: float = 1.0, kind: Kind = "sigmoid", dim: 
     _check_k(x, k, dim, most=-1)
     check_positive(tau)
     check_choice(kind, tuple(_KINDS), "kind")
-    mask: Tensor = _SoftTopK.apply(x.transpose(dim, -1), k, tau, kind)
-    return mask.transpose(dim, -1)
+    mask: Tensor = _SoftTopK.apply(x, k, tau, kind, dim)
+    return mask
 
 
 def soft_kth_largest(x: Tensor, k: int, tau: float = 1.0, kind: Kind = "sigmoid", dim: int = -1) -> Tensor:
@@ -94,36 +94,38 @@ def soft_kth_largest(x: Tensor, k: int, tau: float = 1.0, kind: Kind = "sigmoid"
 
 
 class _SoftTopK(torch.autograd.Function):
-    """Soft top-k mask of the last dimension, whose derivatives come from the mask itself."""
+    """Soft top-k mask, whose derivatives come from the mask itself."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, k: int, tau: float, kind: Kind) -> Tensor:
+    def forward(x: Tensor, k: int, tau: float, kind: Kind, dim: int) -> Tensor:
+        x, kernel, least = x.transpose(dim, -1), _KINDS[kind], _least(x)
         best, index = x.topk(k + 1, -1)
-        top, index = best[..., :k], index[..., :k]
-        # Between the k-th entry and the next, or the lowest above -inf, differences are exact where they matter.
-        lowest = best.masked_fill(best.isneginf(), torch.inf).amin(-1, keepdim=True)
-        middle = best[..., -2:].maximum(lowest).mean(-1, keepdim=True).clamp(max=torch.finfo(x.dtype).max)
-        odds = ((x - middle) / tau).exp().scatter(-1, index, 0.0)  # of all but the k largest, at most 1
-        lacking = ((middle - top) / tau).exp().masked_fill(top.isneginf(), 0.0)  # of the k largest, inverse
-        kernel = _KINDS[kind]
+        left_out = best == -torch.inf
+        best, index = best.masked_fill(left_out, torch.inf), index[..., :k]
+        # Between the k-th entry and the next, or the lowest above -inf: differences are exact where they matter.
+        lowest = best.amin(-1, keepdim=True)
+        kth = best[..., -2:-1].masked_fill(left_out[..., -2:-1], -torch.inf)
+        middle = (lowest / 2).add(kth.maximum(lowest), alpha=0.5).clamp(max=torch.finfo(x.dtype).max)
+        odds = (x - middle).div_(tau).exp_().scatter(-1, index, least)  # of all but the k largest, at most 1
+        lacking = ((middle - best[..., :k]) / tau).exp().clamp(min=least)  # of the k largest, inverse
         at = _solve(odds, lacking, kernel, steps=3 if x.dtype == torch.float32 else 5)
-        chosen = (1 - kernel.distribution(lacking, 1 / at)).masked_fill(top.isneginf(), 0.0)
-        return kernel.distribution(odds, at).scatter(-1, index, chosen)
+        chosen = (1 - kernel.distribution(lacking, 1 / at)).masked_fill(left_out[..., :k], 0.0)
+        return kernel.distribution(odds, at).scatter(-1, index, chosen).transpose(dim, -1)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, int, float, Kind], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int, float, Kind, int], output: Tensor) -> None:
         ctx.save_for_backward(output)
-        _, _, ctx.tau, ctx.kind = inputs
+        _, _, ctx.tau, ctx.kind, ctx.dim = inputs
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         (mask,) = ctx.saved_tensors
         density = _KINDS[ctx.kind].density(mask)
-        total = density.sum(-1, keepdim=True).clamp(min=torch.finfo(mask.dtype).tiny)
-        mean = (density * grad).sum(-1, keepdim=True) / total
-        return density * (grad - mean) / ctx.tau, None, None, None
+        weighted = density * grad
+        mean = weighted.sum(ctx.dim, keepdim=True) / density.sum(ctx.dim, keepdim=True).clamp(min=_least(mask))
+        return weighted.addcmul(density, mean, value=-1.0) / ctx.tau, None, None, None, None
 
 
 def _check_k(x: Tensor, k: int, dim: int, most: int) -> None:
@@ -133,24 +135,30 @@ def _check_k(x: Tensor, k: int, dim: int, most: int) -> None:
         raise ValueError(f"k is {k}: of n = {n} entries along dimension {dim} it has to be 1 <= {bound}")
 
 
-def _logistic(odds: Tensor, at: Tensor) -> Tensor:
-    return odds / (odds + at)
+def _least(x: Tensor) -> float:
+    """A number so small that where it changes a sum, the mask is right to the last bit wherever the threshold lies."""
+    return torch.finfo(x.dtype).eps ** 4
 
 
-def _logistic_sums(odds: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
-    mask = odds / (odds + at)
-    total = mask.sum(-1, keepdim=True)
-    return total, total - torch.linalg.vector_norm(mask, dim=-1, keepdim=True).square()
+def _solve(odds: Tensor, lacking: Tensor, kernel: "_Kernel", steps: int) -> Tensor:
+    """Odds of the threshold (..., 1), by Newton's method on log A - log B.
 
-
-def _laplace(odds: Tensor, at: Tensor) -> Tensor:
-    return (odds.minimum(at) / at + (1 - at / odds.maximum(at))) / 2
-
-
-def _laplace_sums(odds: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
-    below, above = odds.minimum(at) / at, at / odds.maximum(at)
-    density = (below * above).sum(-1, keepdim=True) / 2
-    return density + (1 - above).sum(-1, keepdim=True), density
+    Args:
+        odds: Of the entries that are not among the k largest, (..., n); tiny for the k largest.
+        lacking: Inverse odds of the k largest, (..., k).
+        kernel: Which.
+        steps: How many.
+    """
+    # The root for a wide gap, and for entries that are equal on either side of it, with the logistic kernel.
+    k, n = lacking.shape[-1], odds.shape[-1]
+    above, below = odds.sum(-1, keepdim=True), lacking.sum(-1, keepdim=True)
+    wide = (above / below).sqrt()
+    at = wide * (above / wide * (0.5 / k - 0.5 / (n - k))).asinh().exp()
+    for _ in range(steps):
+        excess, fall = kernel.total_and_slope(odds, at)
+        lack, rise = kernel.total_and_slope(lacking, 1 / at)
+        at = at * (excess / lack) ** (1 / (fall + rise))
+    return at
 
 
 class _Kernel(NamedTuple):
@@ -158,39 +166,38 @@ class _Kernel(NamedTuple):
 
     Attributes:
         distribution: Its distribution function.
-        sums: The sums of distribution function and density, (..., 1).
+        total_and_slope: The sum (..., 1) of the distribution function, and minus the slope of its logarithm in the
+            logarithm of the middle's odds.
         density: The density by the value of the distribution function.
     """
 
     distribution: Callable[[Tensor, Tensor], Tensor]
-    sums: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    total_and_slope: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
     density: Callable[[Tensor], Tensor]
 
 
+def _logistic(odds: Tensor, at: Tensor) -> Tensor:
+    return odds / (odds + at)
+
+
+def _logistic_total_and_slope(odds: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+    mask = odds / (odds + at)
+    total = mask.sum(-1, keepdim=True)
+    return total, 1 - torch.linalg.vector_norm(mask, dim=-1, keepdim=True).square() / total
+
+
+def _laplace(odds: Tensor, at: Tensor) -> Tensor:
+    return (odds.minimum(at) / at + (1 - at / odds.maximum(at))) / 2
+
+
+def _laplace_total_and_slope(odds: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+    ratio, inverse = odds / at, at / odds
+    density = ratio.minimum(inverse).sum(-1, keepdim=True) / 2
+    total = density + (1 - inverse).relu().sum(-1, keepdim=True)
+    return total, density / total
+
+
 _KINDS = {
-    "sigmoid": _Kernel(_logistic, _logistic_sums, lambda mask: mask * (1 - mask)),
-    "laplace": _Kernel(_laplace, _laplace_sums, lambda mask: mask.minimum(1 - mask)),
+    "sigmoid": _Kernel(_logistic, _logistic_total_and_slope, lambda mask: mask * (1 - mask)),
+    "laplace": _Kernel(_laplace, _laplace_total_and_slope, lambda mask: mask.minimum(1 - mask)),
 }
-
-
-def _solve(odds: Tensor, lacking: Tensor, kernel: _Kernel, steps: int) -> Tensor:
-    """Odds of the threshold (..., 1), by Newton's method on log A - log B.
-
-    Args:
-        odds: Of the entries that are not among the k largest, (..., n - k).
-        lacking: Inverse odds of the k largest, (..., k).
-        kernel: Which.
-        steps: How many.
-    """
-    least = torch.finfo(odds.dtype).eps ** 4  # where sums are below, the mask is right wherever the threshold lies
-    # The root for a wide gap, and for entries that are equal on either side of it, with the logistic kernel.
-    above, below = odds.sum(-1, keepdim=True) + least, lacking.sum(-1, keepdim=True) + least
-    k, n = lacking.shape[-1], odds.shape[-1]
-    wide = (above / below).sqrt()
-    at = wide * (above / wide * (0.5 / k - 0.5 / (n - k))).asinh().exp()
-    for _ in range(steps):
-        excess, fall = kernel.sums(odds, at)
-        lack, rise = kernel.sums(lacking, 1 / at)
-        excess, lack = excess + least, lack + least
-        at = at * (excess / lack) ** (1 / (fall / excess + rise / lack))
-    return at

@@ -553,8 +553,10 @@ def test_a_batch_that_is_not_finite_does_not_stay():
 
 
 def test_counts_stay_float32_in_a_network_of_half_precision():
+    torch.set_default_dtype(torch.bfloat16)  # as Lightning does in bf16-true while it builds a module
     loss = SoftFBetaLoss("multilabel", momentum=0.999, class_weight=[1, 2, 3, 0.1], num_classes=C).to(torch.bfloat16)
     assert loss.running.dtype == loss.class_weight.dtype == torch.float32
+    assert loss.class_weight[-1] == torch.tensor(0.1, dtype=torch.float32)
     assert loss.double().running.dtype == torch.float64
     logits, target = example("multilabel", dtype=torch.bfloat16)
     for _ in range(600):

@@ -155,10 +155,13 @@ class CountsLoss(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CountsLoss":
         """Converts the module, but no count to less than float32: half precision stands still at 256 or 2,048."""
-        super()._apply(fn, recurse)
-        for name, buffer in list(self.named_buffers(recurse=False)):
-            setattr(self, name, buffer.to(torch.promote_types(buffer.dtype, torch.float32)))
-        return self
+
+        def widely(tensor: Tensor) -> Tensor:
+            found = fn(tensor)
+            wanted = torch.promote_types(found.dtype, torch.float32)
+            return found if found.dtype == wanted else tensor.to(found.device, wanted)
+
+        return super()._apply(widely, recurse)
 
     def _tell_gaps(self, occurs: Tensor) -> None:
         if occurs.all():
@@ -188,10 +191,10 @@ class CountsLoss(nn.Module):
         if self.average == "samples":
             raise ValueError("momentum has no meaning for average='samples', which batches do not bias")
         if self.average == "micro" or self.task == "binary":
-            return torch.zeros(len(ConfusionCounts._fields))
+            return torch.zeros(len(ConfusionCounts._fields), dtype=torch.float32)
         if self.num_classes is None:
             raise ValueError(f"momentum={momentum} counts each class over batches: it needs num_classes")
-        return torch.zeros(len(ConfusionCounts._fields), self.num_classes)
+        return torch.zeros(len(ConfusionCounts._fields), self.num_classes, dtype=torch.float32)
 
 
 class SoftFBetaLoss(CountsLoss):
@@ -214,7 +217,8 @@ class SoftFBetaLoss(CountsLoss):
             with a warning when there is one. Of no class at all, loss and metric are 0.
         momentum: Adds the counts of earlier batches, multiplied by this once for each batch since, to those of the
             batch; in [0, 1), about batch / (1 - momentum) samples in all. They have no gradient, so that the gradient
-            becomes smaller by 1 - momentum. They are in the state dict. None: the batch's counts alone.
+            shrinks to about 1 - momentum of what it was. They are in the state dict, and each process has its own but
+            for ``sync_dist``. None: the batch's counts alone.
         sync_dist: Adds up the counts of all processes; with DistributedDataParallel, loss and gradients are those of
             one big batch. Each process has to come by as often as the others.
         ignore_index: Target of elements that do not count.

@@ -1,7 +1,8 @@
 """Smooth average precision and area under the ROC curve: ranks by sigmoids of differences of scores.
 
 Both compare each positive with all others: time and memory are n² for n elements of a class. Tau is in the unit of the
-scores, and has to go with their spread: pairs farther apart than a few tau have no gradient.
+scores, and has to go with their spread: pairs farther apart than a few tau have no gradient. Pairs are those of the
+batch of a process.
 """
 
 import torch

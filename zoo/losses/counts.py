@@ -127,7 +127,7 @@ def kappa(counts: ConfusionCounts, multiclass: bool = False) -> Tensor:
 
 
 def mcc(counts: ConfusionCounts, multiclass: bool = False) -> Tensor:
-    """Matthews' correlation of prediction and target, for several classes R_K (Gorodkin 2004, equation 8).
+    """Matthews' correlation of prediction and target, for several classes R_K (Gorodkin 2004).
 
     0 where target or prediction is constant. Arguments and shapes are those of :func:`balanced_accuracy`; in [-1, 1].
     """

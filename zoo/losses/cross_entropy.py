@@ -7,7 +7,7 @@ the logarithm taken of p and of 1 - p, it is that of
     L = -sum [t (1 - F/2) log p + (1 - t) (F/2) log(1 - p)] / D
 
 where F and D are numbers, not functions. The minimum of a weighted cross-entropy is known: p exceeds 1/2 where the
-probability of a positive exceeds F/2, which is the threshold that maximises F1 (Lipton et al. 2014, theorem 1).
+probability of a positive exceeds F/2, which is the threshold that maximises F1 (Lipton et al. 2014).
 
 Deviations: Su drops D, a constant for the one class there; here classes have each their own, without which the macro
 mean would not be that of F1. F-beta has 1 + beta² in place of 2. For the softmax, 1 - p is the sum of the others.

@@ -66,7 +66,7 @@ class RankingLoss(nn.Module):
 
 
 class SmoothAPLoss(RankingLoss):
-    """1 - average precision with smooth ranks (Brown et al. 2020, "Smooth-AP", equation 6).
+    """1 - average precision with smooth ranks (Brown et al. 2020, "Smooth-AP").
 
     The mean over positives i of their rank among positives over their rank among all, each 1 + sum_j sigmoid((s_j -
     s_i) / tau). In [0, 1], and 1 - AP as tau vanishes, if no scores tie. For retrieval, logits are the similarities of

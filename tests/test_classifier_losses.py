@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from datamodules import DigitsDataModule
-from zoo import EfficientNetClassifier, ViTClassifier
+from zoo import EfficientNetClassifier, ViTClassifier, weights
 from zoo.callbacks import EMA
 from zoo.common.classification_losses import classification_loss
 from zoo.common.label_weights import LabelWeights
@@ -306,6 +306,36 @@ def test_a_checkpoint_of_an_own_loss_says_to_pass_it(tmp_path):
         ViTClassifier.load_from_checkpoint(tmp_path / "own.ckpt")
     again = ViTClassifier.load_from_checkpoint(tmp_path / "own.ckpt", loss=MarginOfTheLabel())
     assert again.criterion.margin == module.criterion.margin != 1
+
+
+@pytest.mark.parametrize(
+    "evil",
+    [
+        {"loss": "evil_loss_module.Loss"},
+        {"loss": {"class_path": "evil_loss_module.Loss", "init_args": {}}},
+        {"loss": "soft_confusion", "loss_options": {"metric": "evil_loss_module.call"}},
+    ],
+)
+def test_a_checkpoint_imports_nothing_that_it_names(evil, tmp_path, monkeypatch):
+    (tmp_path / "evil_loss_module.py").write_text("raise SystemExit")
+    monkeypatch.syspath_prepend(tmp_path)
+    trainer = Trainer(**QUIET)
+    trainer.fit(make(), LabelledPixels())
+    trainer.save_checkpoint(tmp_path / "evil.ckpt")
+    content = torch.load(tmp_path / "evil.ckpt", weights_only=True)
+    content["hyper_parameters"] |= evil
+    torch.save(content, tmp_path / "evil.ckpt")
+    with pytest.raises(ValueError, match="unknown loss|evil_loss_module.call"):
+        ViTClassifier.load_from_checkpoint(tmp_path / "evil.ckpt")
+
+
+@pytest.mark.parametrize("kind", CLASSIFIERS)
+@pytest.mark.parametrize(("theirs", "ours"), [({}, "balanced"), ({"class_weight": "balanced"}, None)])
+def test_weights_of_a_run_with_other_weights_of_classes_start_another(kind, theirs, ours, tmp_path):
+    module = make(kind, **theirs)
+    weights.save(module, tmp_path / "start.safetensors")
+    again = make(kind, class_weight=ours, weights=str(tmp_path / "start.safetensors"))
+    assert all(map(torch.equal, again.parameters(), module.parameters()))
 
 
 # By name.

@@ -197,7 +197,7 @@ class Classifier(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, L
             ]
         return {"predictions": pictures.captioned(images, captions, right)}
 
-    def loss(self, logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
+    def batch_loss(self, logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
         """The mean loss of a batch, which training minimises.
 
         Args:
@@ -256,7 +256,7 @@ class Classifier(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, L
             if len(images) % 2:
                 raise ValueError(f"mixup pairs images: {_odd(self._trainer, len(images), batch_idx)}")
             images, labels = self.mix(images.clone(), labels)  # timm mixes in place, and the batch is its owner's
-        loss = self.loss(self(images), labels, self.hparams.label_smoothing)
+        loss = self.batch_loss(self(images), labels, self.hparams.label_smoothing)
         if self.step_log(self, {"train/loss": loss.detach()}, prog_bar=("train/loss",)):
             self.label_watch.tell(self.num_labels)
         return loss
@@ -287,7 +287,7 @@ class Classifier(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, L
         mean_loss = loaders.metric(self, f"{stage}_loss", dataloader_idx)
         metrics = loaders.metric(self, f"{stage}_metrics", dataloader_idx)
         found = {f"{stage}/loss": mean_loss, **metrics}
-        mean_loss.update(self.loss(logits, labels), weight=self._weight(labels))
+        mean_loss.update(self.batch_loss(logits, labels), weight=self._weight(labels))
         metrics.update(logits, labels.int() if self.hparams.multi_label else labels)
         if not self._is_plain:
             watched = loaders.metric(self, f"{stage}_watched", dataloader_idx)

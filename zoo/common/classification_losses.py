@@ -134,7 +134,7 @@ def create_criterion(loss: str | nn.Module, options: Mapping[str, Any] | None, h
         if hparams["multi_label"] and loss == "cross_entropy":
             raise ValueError("multi_label needs loss 'bce' or 'sigmoid': cross_entropy expects one label an image")
         return loss
-    if loss not in LOSSES:
+    if not isinstance(loss, str) or loss not in LOSSES:
         raise ValueError(
             f"unknown loss {loss!r}: expected one of {', '.join((*PLAIN, *LOSSES))}; a module of your own is passed as "
             "an object"

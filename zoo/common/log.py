@@ -15,6 +15,7 @@ from zoo._lightning import LightningModule
 
 WORDS = {"acc": "accuracy", "acc5": "top-5 accuracy", "f1": "macro F1", "ap": "average precision"}
 WORDS |= {"f1_micro": "micro F1", "f1_tuned": "macro F1 with tuned thresholds"}
+WORDS |= {"cross_entropy": "cross-entropy", "smooth": "smooth metric"}
 """Metrics that many techniques have, in words."""
 
 

@@ -22,8 +22,8 @@ def labels_of(samples: Any, owner: str) -> np.ndarray:
     found = getattr(samples, "labels", None)
     if found is None:
         raise ValueError(
-            f"{owner} cannot count or balance classes: its training samples have no labels. Expected a folder for each "
-            "class, or samples with an attribute labels; or set balance to 0, and weights of classes to numbers"
+            f"{owner} cannot count or balance classes, for its training samples have no labels: expected a folder for "
+            "each class, or samples with an attribute labels"
         )
     return np.asarray(found, dtype=np.int64)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from zoo._lightning import rank_zero_info
 from zoo.checkpoints import content_of, hyperparameters_of
-from zoo.common.protocols import CountsClasses, CountsLabels, HasCategories, HasClasses
+from zoo.common.protocols import CountsClasses, HasCategories, HasClasses
 
 
 def names_of(owner: Any) -> list[str] | None:
@@ -35,18 +35,6 @@ def count_of(data: Any) -> int | None:
         return data.num_classes if isinstance(data, CountsClasses) else None
     except AttributeError:  # of unlabelled data; some versions of Python look, and do not ask
         return None
-
-
-def label_counts(data: Any) -> tuple[list[int], int]:
-    """Number of training samples of each class of a data module, and of all; of several labels, positives of each.
-
-    Raises:
-        ValueError: If the data module does not count them, or its samples have no labels.
-    """
-    if not isinstance(data, CountsLabels):
-        name = "no data module" if data is None else type(data).__name__
-        raise ValueError(f"{name} counts no classes: expected one with class_counts() and sample_count(), or numbers")
-    return [int(count) for count in data.class_counts()], int(data.sample_count())
 
 
 def in_checkpoint(content: Mapping[str, Any]) -> tuple[list[str] | None, list[int] | None]:

@@ -1,0 +1,29 @@
+"""``zoo compare-losses``: what it is called, takes and trains. ``compare_losses.py`` does it."""
+
+from zoo.common.study import Page, Recipe, Study
+
+
+def _compare(recipe: Recipe, losses: list[str] | None) -> Page:
+    from zoo.vit import compare_losses
+
+    return compare_losses.compare(recipe, losses)
+
+
+COMMANDS = [
+    Study(
+        "compare-losses",
+        "train a ViTClassifier with losses made for F1, and with what they have to beat",
+        """\
+Trains the recipe's model with cross-entropy, with what is usually done against imbalance (weights of classes or of
+positives, a balanced order, tuned thresholds, asymmetric losses), and with smooth F1 and accuracy, all with the same
+budget, and compares macro F1, micro F1 or accuracy, and cross-entropy on the test data. Each seed is a split of its
+own, where the data has a split_seed, and losses are compared split by split. After each run it says how long the
+others will take.""",
+        does="trains a ViTClassifier",
+        recipes="a recipe of ViTClassifier, such as vit/digits_rare_labels",
+        seeds=5,
+        seeded=("seed", "split_seed"),
+        run=_compare,
+        options={"losses": {"metavar": "NAME", "nargs": "+", "help": "which (all that are for the recipe's labels)"}},
+    )
+]

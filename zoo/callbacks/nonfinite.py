@@ -129,8 +129,7 @@ class NonFiniteGuard(Callback):
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         self._look(trainer)
 
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        self._look(trainer)
+    on_train_epoch_end = on_validation_start
 
     def _look(self, trainer: Any) -> None:
         """Looks at the losses since the last look. All processes come here after the same batch."""

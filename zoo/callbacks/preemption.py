@@ -235,10 +235,7 @@ class PreemptionGuard(Callback):
     ) -> None:
         self._look(trainer)
 
-    def on_predict_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        self._look(trainer)
+    on_predict_batch_end = on_test_batch_end
 
     def _look(self, trainer: Any) -> None:
         """Raises what the handler raises: that does not get through where Python is in the middle of a destructor."""

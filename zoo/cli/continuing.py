@@ -7,7 +7,6 @@ are is asked of the checkpoints, which hold the configuration of the run that wr
 import os
 from collections.abc import Callable, Iterator, Mapping
 from difflib import get_close_matches
-from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from inspect import Parameter, signature
@@ -17,7 +16,7 @@ from typing import Any
 import yaml
 
 from zoo._lightning import Checkpoint, rank_zero_info
-from zoo.checkpoints import configuration, made_by, newest
+from zoo.checkpoints import made_by, newest
 from zoo.cli.mistakes import Mistake
 from zoo.common.protocols import Changeable
 
@@ -153,12 +152,8 @@ def find(
     now, others = yaml.safe_load(settings), dict[Path, list[str]]()
 
     def is_ours(path: Path) -> bool:
-        made = made_by(path)
-        then = yaml.safe_load(made.get("config") or "{}")
-        found = differences(now, then, made.get("cwd", ""), written) if then else ["it does not say of what it is"]
-        if found:
-            others[path] = found
-        return not found
+        others[path] = _differing(path, now, written)
+        return not others[path]
 
     first, everywhere = places(trainer), str(trainer.default_root_dir)
     path = newest(first, is_ours)
@@ -206,17 +201,20 @@ def in_folder(folder: Path, settings: str, written: Settings | None = None) -> P
         Mistake: If there is none.
     """
     now = yaml.safe_load(settings)
-    matches = partial(_is_same, now, written)
-    found = newest(folder, matches) or newest(folder)
+    found = newest(folder, lambda path: not _differing(path, now, written)) or newest(folder)
     if found is None:
         raise Mistake(f"there is no whole checkpoint in the folder {folder}: name a .ckpt file, or a run's folder")
     rank_zero_info(f"taking {found}")
     return found
 
 
-def _is_same(now: Settings, written: Settings | None, path: Path) -> bool:
-    then = yaml.safe_load(configuration(path) or "{}")
-    return bool(then) and not differences(now, then, made_by(path).get("cwd", ""), written)
+def _differing(path: Path, now: Settings, written: Settings | None) -> list[str]:
+    """The :func:`differences` of the run that wrote a checkpoint; one that does not say counts as another."""
+    made = made_by(path)
+    then = yaml.safe_load(config) if isinstance(config := made.get("config"), str) else None
+    if not isinstance(then, Mapping):
+        return ["it does not say of what it is"]
+    return differences(now, then, made.get("cwd", ""), written)
 
 
 def is_distributed(path: Path) -> bool:

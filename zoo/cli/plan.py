@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 
-from zoo.cli import imports, outputs, parser, recipes, settings
+from zoo.cli import imports, mistakes, outputs, parser, recipes, settings
 from zoo.cli.parser import Parser
 
 SHARED = ("seed_everything", "guards", "trainer", "model", "data")
@@ -115,6 +115,15 @@ class Plan:
         found = outputs.count(self.data(), written, file, known_later=source is not None and file is None)
         if found is not None:
             self.config.model.init_args.num_classes = found
+
+    def try_classes(self) -> str:
+        """:meth:`count_classes`, or, where the data cannot be asked, the number that stays and why."""
+        try:
+            self.count_classes()
+        except (OSError, ValueError) as error:
+            classes = self.config.model.init_args.num_classes
+            return f"num_classes {classes}, since the data does not say: {mistakes.root_cause(error)}"
+        return ""
 
     def resolved(self, *parts: str) -> str:
         """The resolved configuration as it is saved, or some of its parts.

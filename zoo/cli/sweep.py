@@ -137,10 +137,7 @@ def run_apart(
     """One run, from the start: a process, its log and its metrics."""
     shutil.rmtree(out / name, ignore_errors=True)
     command = [sys.executable, "-m", "zoo", "fit", *(arg for file in configs for arg in ("-c", file)), *options]
-    command += ["--trainer.logger=TensorBoardLogger", "--trainer.logger.default_hp_metric=false"]
-    place = {"save_dir": str(out), "name": "", "version": name}
-    command += [f"--trainer.logger.{key}={value}" for key, value in place.items()]
-    command += ["--trainer.enable_progress_bar", "false"]
+    command += [*logged_to(out, name), "--trainer.enable_progress_bar", "false"]
     log, start = out / f"{name}.log", time.perf_counter()
     if status := apart(command, log, env):
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
@@ -154,6 +151,12 @@ def run_apart(
     metrics["seconds"] = time.perf_counter() - start
     write_json(out / f"{name}.json", metrics)
     return metrics
+
+
+def logged_to(folder: Path, name: str) -> list[str]:
+    """Options of ``zoo fit`` for a run whose directory is ``folder/name``."""
+    place = {"save_dir": folder, "name": "", "version": name, "default_hp_metric": "false"}
+    return ["--trainer.logger=TensorBoardLogger", *(f"--trainer.logger.{key}={it}" for key, it in place.items())]
 
 
 def apart(command: Sequence[str], log: Path, env: Mapping[str, str] | None = None) -> int:

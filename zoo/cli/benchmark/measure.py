@@ -46,7 +46,12 @@ def measure(plan: Plan, mode: str, goal: Goal, peer: Any = None) -> dict[str, An
         goal: How much to measure.
         peer: A module in the place of the recipe's; for ``data``, a function that makes a loader of the data module.
     """
-    note = _ask_data(plan, needed=mode in ("data", "e2e"))
+    note = None
+    if mode in ("data", "e2e"):
+        plan.data().prepare_data()  # some know their classes only then
+        plan.count_classes()
+    elif told := plan.try_classes():
+        note = f"measured with {told}"
     if mode == "data":
         return _load(plan.data(), goal, peer) | {"note": note}
     torch.manual_seed(plan.config.get("seed_everything") or 0)
@@ -218,20 +223,6 @@ def limit_of(found: Mapping[str, Any]) -> str:
     if found.get("waiting", 0.0) >= WAITS:
         return "data"
     return "host" if found.get("issued_ms", 0.0) >= ISSUES * found["step_ms"]["median"] else "device"
-
-
-def _ask_data(plan: Plan, needed: bool) -> str | None:
-    """Takes the number of classes from the data; where it is not there and not needed, says so and goes on."""
-    if needed:
-        plan.data().prepare_data()  # some know their classes only then
-        plan.count_classes()
-        return None
-    try:
-        plan.count_classes()
-    except (OSError, ValueError) as error:
-        classes = plan.config.model.init_args.num_classes
-        return f"num_classes is {classes}, since the data does not say: {mistakes.root_cause(error)}"
-    return None
 
 
 def _batch_size(plan: Plan) -> int:

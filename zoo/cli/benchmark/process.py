@@ -16,7 +16,7 @@ from zoo.cli.benchmark import peers
 from zoo.cli.benchmark.clock import Goal
 from zoo.cli.benchmark.measure import measure
 from zoo.cli.plan import Plan, parse
-from zoo.cli.sweep import write_json
+from zoo.cli.sweep import logged_to, write_json
 
 
 class NoDeviceError(RuntimeError):
@@ -56,10 +56,7 @@ def status_of(cause: BaseException, said: str, peer: str | None) -> str:
 
 
 def _measured(setting: dict[str, Any], runs: Path, strict: bool) -> dict[str, Any]:
-    place = {"save_dir": str(runs), "name": "", "version": "run"}
-    logger = ["--trainer.logger=TensorBoardLogger", "--trainer.logger.default_hp_metric=false"]
-    logger += [f"--trainer.logger.{key}={value}" for key, value in place.items()]
-    options = [*setting["options"], *logger, "--trainer.default_root_dir", str(runs)]
+    options = [*setting["options"], *logged_to(runs, "run"), "--trainer.default_root_dir", str(runs)]
     plan = parse("fit", setting["configs"], options, strict)
     config = yaml.safe_load(plan.resolved())
     _check_devices(plan.config.trainer)

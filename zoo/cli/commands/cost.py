@@ -29,12 +29,8 @@ def _run(line: Line) -> int:
     from zoo.cli.outputs import input_shape
     from zoo.common.cost import count
 
-    try:
-        plan.count_classes()
-    except (OSError, ValueError) as error:
-        classes = plan.config.model.init_args.num_classes
-        told = f"counted with num_classes {classes}, since the data does not say: {mistakes.root_cause(error)}"
-        print(f"zoo: {told}", file=sys.stderr)
+    if told := plan.try_classes():
+        print(f"zoo: counted with {told}", file=sys.stderr)
     try:
         model = plan.model("meta")
         shape = input_shape(model)

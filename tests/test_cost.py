@@ -1,6 +1,7 @@
 """What a model costs: torch's forward count, three of them for training, and ``zoo cost`` for every technique."""
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from zoo._lightning import LightningModule
 from zoo.cli import main
 from zoo.cli.plan import parse
 from zoo.cli.recipes import recipes
-from zoo.common.cost import Cost, count
+from zoo.common.cost import Blueprint, Cost, count
 
 TINY_VIT = {"image_size": 16, "patch_size": 4, "in_channels": 1, "width": 24, "depth": 2, "heads": 2}
 TINY_DECODER = {"decoder_dim": 16, "decoder_depth": 2, "decoder_heads": 2}
@@ -134,11 +135,27 @@ def test_a_count_by_hand():
 @pytest.mark.parametrize("name", MODELS)
 def test_without_memory_and_with_it_the_count_is_the_same(name):
     module = MODELS[name]()
-    with torch.device("meta"):
-        blueprint = MODELS[name]()
-    assert all(parameter.is_meta for parameter in blueprint.parameters())
-    assert count(blueprint, blueprint.input_shape) == count(module, module.input_shape)
+    for context in (nullcontext(), Blueprint()):
+        with torch.device("meta"), context:
+            blueprint = MODELS[name]()
+        assert all(parameter.is_meta for parameter in blueprint.parameters())
+        assert count(blueprint, blueprint.input_shape) == count(module, module.input_shape)
     assert count(module, module.input_shape).parameters == sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_blueprints_context_leaves_values_on_other_devices_alone(name):
+    modules, images = [], torch.rand(2, 3, 8, 8)
+    for context in (nullcontext(), Blueprint()):
+        torch.manual_seed(1)
+        with context:
+            modules.append(MODELS[name]())
+    for ours, theirs in zip(*(module.state_dict().values() for module in modules), strict=True):
+        assert torch.equal(ours, theirs)
+    layer = nn.BatchNorm2d(3)
+    with Blueprint():
+        found = layer(images)
+    assert torch.equal(found, nn.BatchNorm2d(3)(images))
 
 
 def test_b0_and_vit_base():

@@ -9,6 +9,7 @@ from jsonargparse import Namespace
 
 from zoo.cli import imports, mistakes, outputs, parser, recipes, settings
 from zoo.cli.parser import Parser
+from zoo.common.cost import Blueprint
 
 SHARED = ("seed_everything", "guards", "trainer", "model", "data")
 """Parts of a configuration that every command understands."""
@@ -95,7 +96,7 @@ class Plan:
         planned = {name: config.init_args[name] for name in others if name in config.get("init_args", {})}
         for name in planned:
             config.init_args[name] = others[name]
-        with torch.device(device):
+        with torch.device(device), Blueprint():
             built = self.build(model=config).model
         built.hparams.update({name: value for name, value in planned.items() if name in built.hparams})
         return built.to(device)  # what came from elsewhere, such as a NumPy array

@@ -250,10 +250,10 @@ def _count(
 ) -> "Cost":
     import torch
 
-    from zoo.common.cost import count
+    from zoo.common.cost import Blueprint, count
     from zoo.efficientnet.networks import create_network
 
-    with torch.device("meta"):
+    with torch.device("meta"), Blueprint():
         network = create_network(family, depth, width, in_channels=in_channels, stem_stride=stem_stride)
         network = torch.nn.Sequential(network, torch.nn.Linear(network.num_features, num_classes))
     return count(network, (in_channels, image_size, image_size))

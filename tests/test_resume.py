@@ -184,7 +184,8 @@ def train(folder: Path, data: Any, seed: int, checkpoint: Path | None = None, **
     module = options.pop("module", Net)()
     seed_everything(seed, verbose=False)
     torch.rand(17)
-    callbacks = [Record(folder), *options.pop("callbacks", list)(), ExactResume(), SaveEverywhere(folder)]
+    callbacks = [Record(folder), *options.pop("callbacks", list)(), ExactResume()]
+    callbacks += [SaveEverywhere(folder)] if options.pop("saves", True) else []
     options = {
         "max_epochs": 2,
         "logger": DummyLogger(),

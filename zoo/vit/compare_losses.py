@@ -64,7 +64,7 @@ def compare(recipe: Recipe, losses: Sequence[str] | None = None) -> Page:
     Args:
         recipe: The model's. Its Trainer says how long all train, by ``max_epochs``, and its ModelCheckpoint which epoch
             is tested.
-        losses: Names out of :data:`SEVERAL` or :data:`ONE`. None: all. The first of them is trained in any case.
+        losses: Names out of :data:`SEVERAL` or :data:`ONE`. None: all. The first of them is always trained.
 
     Raises:
         ValueError: For a loss that is unknown, and a recipe without ``max_epochs`` of at least 2.
@@ -122,7 +122,7 @@ def _has(recipe: Recipe, name: str) -> bool:
 
 
 def _found(rows: Mapping[str, Row], results: Results, several: bool) -> list[Found]:
-    """What the table has: a row for each that was trained, and behind the first that with tuned thresholds."""
+    """Rows of the table, one for each that was trained, and behind the first that with tuned thresholds."""
     found = []
     for name, row in rows.items():
         metrics = results[name]
@@ -166,7 +166,7 @@ def _mean_text(values: Sequence[float]) -> str:
 
 
 def _budget(recipe: Recipe, first: int, in_phases: bool) -> str:
-    """What all rows have in common, and what the numbers of the table are."""
+    """Sentence on what all rows have in common, and what the numbers of the table are."""
     trainer = recipe.trainer
     epochs = trainer["max_epochs"]
     monitors = [each.get("init_args", {}).get("monitor") for each in trainer.get("callbacks") or []]

@@ -355,6 +355,14 @@ def test_classes_and_places_are_compared_by_what_they_are(tmp_path: Path) -> Non
     assert continuing.differences(moved, settings(), there="nowhere") != []
 
 
+@pytest.mark.parametrize("config", ["[1]", "lr", "", None, {"model": None}, 3])
+def test_a_checkpoint_with_no_configuration_in_it_is_of_another_run(config, tmp_path):
+    path = tmp_path / "a.ckpt"
+    torch.save({"provenance": {"config": config}, "state_dict": {}, "global_step": 1}, path)
+    assert continuing._differing(path, settings(), None) == ["it does not say of what it is"]
+    assert continuing.in_folder(tmp_path, "model: null") == path  # the newest of all
+
+
 def test_what_only_evaluation_reads_may_change() -> None:
     for name, options in {
         "FPNDetector": ("score_threshold", "nms_threshold", "max_detections"),

@@ -22,7 +22,7 @@ def at_least_float32(x: Tensor, name: str = "x") -> Tensor:
     """
     if not x.is_floating_point():
         raise TypeError(f"{name} is {x.dtype}: a smooth function takes floating point numbers")
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def check_positive(value: float, name: str = "tau") -> None:

@@ -155,9 +155,9 @@ def _solve(odds: Tensor, lacking: Tensor, kernel: "_Kernel", steps: int) -> Tens
     wide = (above / below).sqrt()
     at = wide * (above / wide * (0.5 / k - 0.5 / (n - k))).asinh().exp()
     for _ in range(steps):
-        excess, fall = kernel.total_and_slope(odds, at)
-        lack, rise = kernel.total_and_slope(lacking, 1 / at)
-        at = at * (excess / lack) ** (1 / (fall + rise))
+        excess, falls = kernel.total_and_slope(odds, at)
+        lack, rises = kernel.total_and_slope(lacking, 1 / at)
+        at = at * (excess / lack) ** (1 / (falls + rises))
     return at
 
 

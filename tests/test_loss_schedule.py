@@ -233,7 +233,7 @@ def test_a_run_continued_before_at_and_after_the_change_equals_the_uninterrupted
         return make(drop_path=0.1, class_weight="balanced")
 
     options = {"module": module, "callbacks": callbacks, "default_root_dir": tmp_path / "runs"}
-    assert assert_resumes(tmp_path, ThreeClasses, every=3, **options) >= 3
+    assert assert_resumes(tmp_path, ThreeClasses, every=3 if name == "to running counts" else 1, **options) >= 3
     first, *others = schedules
     assert [row["step"] for row in first.curves] == [5, 10]
     assert all(each.curves == first.curves for each in others if each.last_path)

@@ -616,7 +616,7 @@ def _installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(zoo.__file__).parents[1]))
 
 
-@pytest.mark.usefixtures("_installed")
+@pytest.mark.usefixtures("_installed", "_forked_programs")
 def test_what_cannot_be_measured_is_a_row_and_the_rest_is_measured(capsys):
     options = ["--accelerator", "cpu", *(["cuda"] if not torch.cuda.is_available() else [])]
     assert main(["benchmark", "vit/digits", *QUICK, *options, "--out", "found"]) == 0

@@ -99,6 +99,7 @@ def test_it_is_benchmarked_beside_its_peer(technique, tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_whole_benchmark_of_it(capsys):
+    """In interpreters of their own, as people have it: other tests of the benchmark fork what it starts."""
     assert main(["benchmark", RECIPE, "--peers", "--repeats", "1", "--steps", "2", "--seconds", "0", *CPU]) == 0
     assert "by-hand" in capsys.readouterr().out
 

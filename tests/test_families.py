@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from zoo import FPNDetector, MAEPretrainer, ViTClassifier
 from zoo.common.backbones import feature_width
-from zoo.common.cost import count
+from zoo.common.cost import Blueprint, count
 from zoo.vit import block_attentions, shows_attention
 
 FAMILIES = {
@@ -202,7 +202,7 @@ def test_a_name_with_the_tag_of_weights_is_refused(technique, name, backbone, we
 
 
 def on_meta(name, **options):
-    with torch.device("meta"):
+    with torch.device("meta"), Blueprint():
         return FPNDetector(name, num_classes=3, channels=8, head_depth=1, **options)
 
 

@@ -22,7 +22,7 @@ else:
 # Arguments of Trainer.fit, test and so on, which not all of them have.
 OF_ONE_COMMAND = ("ckpt_path", "weights_only", "verbose", "return_predictions")
 PARTS = {"model", "datamodule", "dataloaders", "train_dataloaders", "val_dataloaders"}  # those that are built
-MOST_NAMED = 50
+MOST_NAMED = 100
 """How many subclasses of a type the help names."""
 _BEHIND = "\x1f"  # between the word that was wrong and the line, in what the parser of a class tells the one around it
 

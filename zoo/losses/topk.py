@@ -8,9 +8,10 @@ sorting networks, whose masks are not monotone in x.
 How t is found deviates from the article, which bisects for one kernel and sorts for the other: sorting alone takes
 longer than everything here. Let A be the sum of the mask over all but the k largest entries, and B what the k largest
 lack of k. The equation is log A - log B = 0, and since F is log-concave, its left side falls in t / tau with a slope
-between -2 (where a gap parts the k largest from the others) and -1/2. So Newton's method needs no bracket: from the
-root for a wide gap on, four steps leave a sum that is right to float32's precision, whatever the entries are. Their
-number is fixed, so that nothing waits for the device.
+between -2 (where a gap parts the k largest from the others) and -1/2. So Newton's method needs no bracket: from a
+start that is exact for a wide gap and for equal entries on either side, three steps in float32, five in float64, left
+a relative error of the sum below 7e-6 and 1e-14 on mixtures of clusters from n = 2 to a million. Their number is fixed,
+so that nothing waits for the device.
 """
 
 from collections.abc import Callable

@@ -374,6 +374,12 @@ def test_errors_of_ours_get_a_line_and_others_their_traceback(capsys: pytest.Cap
         main(["fit", *TOY, *SHORT, "--model.weights", "gone"])
 
 
+def test_a_new_run_reads_no_checkpoint_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There may be thousands, on a file server; an error names the newest."""
+    monkeypatch.setattr("zoo.cli.run.newest", lambda *_: pytest.fail("looked for"))
+    assert main(["fit", *TOY, *SHORT]) == 0
+
+
 def test_debugging_shows_every_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZOO_DEBUG", "1")
     with pytest.raises(mistakes.Mistake, match="did you mean ToyClassifier"):

@@ -323,7 +323,7 @@ def test_a_recipe_replaces_the_default_callbacks_and_an_option_adds_to_them(caps
         (["fit", *TOY, "--model.lr", "high"], "lr of ToyClassifier: expected float, got 'high'"),
         (["fit", *TOY, "--trainer.max_epochs", "x"], "trainer.max_epochs: expected int or null, got 'x'"),
         (["fit", *TOY, "--trainer.accelerator", "gpuu"], "invalid accelerator name: `accelerator='gpuu'`"),
-        (["fit", *VIT, *DIGITS, "--model.loss", "bse"], "'bce' or 'sigmoid', got 'bse'; did you mean bce?"),
+        (["fit", *VIT, *DIGITS, "--model.loss", "bse"], "unknown loss 'bse': did you mean bce?"),
         (["fit", *VIT, *DIGITS, "--model.backbone", "vit_tinny_patch16_224"], "vit_tiny_patch16_224"),
         (["fit", *VIT, *DIGITS, "--model.image_size", "9"], "image_size 9x9 is not divisible by the patch size 4x4"),
         (["fit", *TOY, "--model.act.class_path", "torch.nn.Relu"], "module 'torch.nn' has no attribute 'Relu'"),

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -135,10 +136,10 @@ def create_criterion(loss: str | nn.Module, options: Mapping[str, Any] | None, h
             raise ValueError("multi_label needs loss 'bce' or 'sigmoid': cross_entropy expects one label an image")
         return loss
     if not isinstance(loss, str) or loss not in LOSSES:
-        raise ValueError(
-            f"unknown loss {loss!r}: expected one of {', '.join((*PLAIN, *LOSSES))}; a module of your own is passed as "
-            "an object"
-        )
+        known = (*PLAIN, *LOSSES)
+        near = get_close_matches(str(loss), known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known)}"
+        raise ValueError(f"unknown loss {loss!r}: {hint}; a module of your own is passed as an object")
     task: Task = "multilabel" if hparams["multi_label"] else "multiclass"
     criterion = create_loss(loss, task, hparams["num_classes"], **(options or {}))
     softens = [name for name in ("mixup", "cutmix", "label_smoothing") if hparams[name]]

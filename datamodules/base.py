@@ -62,8 +62,8 @@ class ImageDataModule(LightningDataModule):
             in every epoch, so that what is near the threshold falls on either side. The grey of a scan thus says which
             pixels a model should not be certain of.
         repeats: Repeated augmentation: how often a sample comes in a row (see :class:`BatchOrder`).
-        balance: In training, how far classes are to come alike in number, for data with one label an image. 0: as often
-            as there are samples of them; 1: each as often as the others; between: in proportion to the number of
+        balance: In training, how far classes (of several labels, sets of labels) are to come alike in number. 0: as
+            often as there are samples of them; 1: each as often as the others; between: in proportion to the number of
             samples to the power 1 - balance, 0.5 being square-root sampling (see :mod:`datamodules.loading.balance`).
             An epoch stays as long: samples of rare classes come several times in it, of frequent ones not in each.
     """

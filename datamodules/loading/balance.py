@@ -4,7 +4,8 @@ A class with n samples gets a share of the epoch proportional to ``n ** (1 - bal
 (instance-balanced sampling), 1 gives every class the same share (class-balanced), 0.5 is square-root sampling (Mahajan
 et al. 2018, "Exploring the Limits of Weakly Supervised Pretraining"); the exponent is q of Kang et al. 2020,
 "Decoupling Representation and Classifier for Long-Tailed Recognition", equation 1. Classes without samples are
-left out.
+left out. Where a sample has several labels, each set of labels that occurs is a class (the label powerset of Tsoumakas
+and Katakis 2007), and so is the empty set.
 
 Nothing is drawn with replacement. A class's share, seldom a whole number, is rounded down or up so that an epoch has as
 many samples as ever and, over epochs, neither way is favoured: systematic sampling with one starting point for all
@@ -23,13 +24,13 @@ class BalancedEpochs:
     """The samples of each epoch, classes more or less alike in number. Whoever asks shuffles them.
 
     Args:
-        labels: (N,) class of each sample, integers.
+        labels: (N,) class of each sample, integers; or (N, labels) 0 and 1, of several labels.
         balance: From 0, frequencies as in the data, to 1, all the same.
         size: Samples of an epoch.
         seed: Seed of the circles and of the rounding, from 0 to 2^64 - 1.
 
     Raises:
-        ValueError: If ``balance`` is out of range, or samples have several labels each or none.
+        ValueError: If ``balance`` is out of range, or samples have no labels.
     """
 
     def __init__(self, labels: np.ndarray | None, balance: float, size: int, seed: int) -> None:
@@ -37,13 +38,10 @@ class BalancedEpochs:
             raise ValueError(f"balance is {balance}: expected 0 (as in the data) to 1 (classes alike)")
         if labels is None:
             raise ValueError(f"balance is {balance}: expected 0 for samples without labels")
-        if labels.ndim != 1:
-            raise ValueError(
-                f"balance is {balance}: expected 0 where a sample has several labels, {labels.shape[1]} here; weigh "
-                "their positives in the loss instead (the classifiers' pos_weight)"
-            )
         self.size = size
-        _, classes, self.counts = np.unique(labels, return_inverse=True, return_counts=True)
+        axis = None if labels.ndim == 1 else 0  # of sets of labels
+        _, classes, self.counts = np.unique(labels, axis=axis, return_inverse=True, return_counts=True)
+        classes = classes.reshape(-1)  # which numpy 2.0 returns as a column for an axis
         circle = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).numpy()
         self._members = circle[np.argsort(classes[circle], kind="stable")]
         self._first = np.cumsum(self.counts) - self.counts  # where among the members each class begins

@@ -63,7 +63,7 @@ class BatchOrder(DistributedSampler[Any], SequentialSampler):
         groups: (size,) the group of each sample, for batches of samples alike (in shape, say). The shuffled order is
             cut into chunks of ``chunk`` batches; each is sorted by group, and its batches are shuffled. Within a chunk,
             only a batch where two groups meet is mixed. Without ``shuffle`` this changes nothing.
-        labels: (size,) the class of each sample, for ``balance``.
+        labels: (size,) the class of each sample, or (size, labels) of 0 and 1, for ``balance``.
         balance: How far classes are to come alike in number, from 0, as in the data, to 1, as often as each other: see
             :mod:`datamodules.loading.balance`. The epoch's length is unchanged; a sample that comes several times in it
             is another copy each time. Without ``shuffle`` this changes nothing.

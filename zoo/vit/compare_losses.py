@@ -27,6 +27,8 @@ class Row(NamedTuple):
 SEVERAL = {
     "bce": Row("BCE", is_baseline=True),
     "pos_weight": Row("BCE, pos_weight balanced", {"pos_weight": "balanced"}, is_baseline=True),
+    "class_weight": Row("BCE, class_weight balanced", {"class_weight": "balanced"}, is_baseline=True),
+    "balance": Row("BCE, balance 1", data={"balance": "1"}, is_baseline=True),
     "asymmetric": Row("asymmetric", {"loss": "asymmetric"}, is_baseline=True),
     "zlpr": Row("ZLPR", {"loss": "zlpr"}, is_baseline=True),
     "soft_f1": Row("soft F1", {"loss": "soft_fbeta"}),

@@ -111,7 +111,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize(("on_disk", "in_json"), itertools.product(("composed", "decomposed"), WAYS))
+@pytest.mark.parametrize(("on_disk", "in_json"), list(itertools.product(("composed", "decomposed"), WAYS)))
 def test_images_are_found_however_their_names_are_written(tmp_path, on_disk, in_json):
     for number, name in enumerate(NAMES):
         path = picture(tmp_path / "train" / WAYS[on_disk](name), 60, 40)

@@ -836,7 +836,7 @@ def test_neither_timm_nor_lightning_is_imported_for_our_own_losses():
     assert not {"timm", "lightning", "torchmetrics", "torchvision"} & {name.partition(".")[0] for name in modules}
 
 
-@pytest.mark.parametrize("cls", {type(loss) for task in TASKS for loss in every_loss(task)})
+@pytest.mark.parametrize("cls", dict.fromkeys(type(loss) for task in TASKS for loss in every_loss(task)))
 def test_every_argument_is_in_the_description(cls):
     described = "".join(inspect.getdoc(each) or "" for each in (cls, SoftFBetaLoss, SmoothAPLoss))
     assert not [name for name in inspect.signature(cls).parameters if f"{name}:" not in described]

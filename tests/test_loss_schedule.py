@@ -256,7 +256,9 @@ def test_a_checkpoint_is_one_of_the_module_alone(tmp_path):
     trainer = Trainer(callbacks=[schedule], **QUIET, max_epochs=1, default_root_dir=tmp_path)
     trainer.fit(make(), ThreeClasses())
     trainer.save_checkpoint(tmp_path / "one.ckpt")
-    ViTClassifier.load_from_checkpoint(tmp_path / "one.ckpt", weights_only=True)
+    loaded = ViTClassifier.load_from_checkpoint(tmp_path / "one.ckpt", weights_only=True)
+    assert loaded.hparams.loss == "cross_entropy"
+    assert loaded.state_dict().keys() == make().state_dict().keys()
 
 
 # Whose modules.

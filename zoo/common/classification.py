@@ -202,7 +202,7 @@ class Classifier(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, L
 
         Args:
             logits: (B, classes).
-            targets: Of :func:`zoo.common.classification_classification_loss`.
+            targets: As :func:`zoo.common.classification_losses.classification_loss` takes them.
             smoothing: Label smoothing.
         """
         criterion = self.criterion if self.exchanged is None else self.exchanged.loss

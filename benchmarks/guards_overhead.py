@@ -36,6 +36,7 @@ from zoo import ViTClassifier
 from zoo.callbacks import (
     ExactResume,
     FailTogether,
+    KeepPreprocessing,
     NonFiniteGuard,
     OptimizerSettings,
     PreemptionGuard,
@@ -46,7 +47,16 @@ from zoo.common.log import StepLog
 from zoo.guards import guard
 
 DIGITS = Path(__file__).parents[1] / "configs" / "vit" / "digits.yaml"
-EACH = (OptimizerSettings, NonFiniteGuard, Provenance, FailTogether, ExactResume, PreemptionGuard, ResumePoint)
+EACH = (
+    OptimizerSettings,
+    NonFiniteGuard,
+    Provenance,
+    KeepPreprocessing,
+    FailTogether,
+    ExactResume,
+    PreemptionGuard,
+    ResumePoint,
+)
 WITHOUT, AGAIN, WITH = "without", "without, again", "with all guards"
 Add = Callable[[Any], Any]
 

@@ -30,6 +30,7 @@ from zoo.callbacks import (
     EMA,
     ExactResume,
     FailTogether,
+    KeepPreprocessing,
     NonFiniteGuard,
     OptimizerSettings,
     PreemptionGuard,
@@ -46,7 +47,14 @@ def kinds(trainer: Trainer) -> list[str]:
 def test_they_stand_behind_what_changes_weights_and_before_what_saves():
     trainer = guard(Trainer(callbacks=[ModelCheckpoint(), EMA()], logger=False, **QUIET))
     guards = ["NonFiniteGuard", "Provenance", "FailTogether", "ExactResume", "PreemptionGuard"]
-    assert kinds(trainer) == ["OptimizerSettings", "EMA", *guards, "ModelCheckpoint", "ResumePoint"]
+    assert kinds(trainer) == [
+        "KeepPreprocessing",
+        "OptimizerSettings",
+        "EMA",
+        *guards,
+        "ModelCheckpoint",
+        "ResumePoint",
+    ]
     assert type(trainer.strategy.checkpoint_io) is AtomicCheckpointIO
 
 
@@ -72,7 +80,7 @@ def test_torchrun_is_such_a_launcher():
 
 def test_what_is_there_stays():
     own = [PreemptionGuard(every_n_steps=7), ExactResume(), NonFiniteGuard(3), FailTogether(), Provenance("mine")]
-    own += [OptimizerSettings()]
+    own += [KeepPreprocessing(), OptimizerSettings()]
     trainer = guard(Trainer(callbacks=own, logger=False, enable_checkpointing=False, **QUIET))
     assert trainer.callbacks == own
     assert kinds(guard(trainer)) == kinds(trainer)

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from zoo import EfficientNetClassifier, FPNDetector, GaussianVAE, GumbelVAE, MAEPretrainer, ViTClassifier
-from zoo.common import protocols
+from zoo.common import data_protocols, protocols
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(path for package in ("zoo", "datamodules") for path in (ROOT / package).rglob("*.py"))
 PROTOCOLS = {
     name: each
     for name, each in vars(protocols).items()
-    if inspect.isclass(each) and each.__module__ == protocols.__name__
+    if inspect.isclass(each) and each.__module__ in (protocols.__name__, data_protocols.__name__)
 }
 
 # What may be looked for by name, since it belongs to others and may truly be missing; by whose it is.
@@ -81,13 +81,11 @@ def own_members(protocol: type) -> set[str]:
 def test_each_protocol_is_asked_for_and_says_what_it_is(name):
     protocol = PROTOCOLS[name]
     assert protocol.__doc__
-    uses = [
-        path for path in SOURCES if path.name != "protocols.py" and f", {name})" in path.read_text(encoding="utf-8")
-    ]
-    assert uses, "nobody asks for it"
+    texts = [path.read_text(encoding="utf-8") for path in SOURCES if not path.name.endswith("protocols.py")]
+    assert any(f", {name})" in text for text in texts), "nobody asks for it"
     members = own_members(protocol)
     assert members
-    text = "\n".join(path.read_text(encoding="utf-8") for path in SOURCES if path.name != "protocols.py")
+    text = "\n".join(texts)
     for member in members - {"layer_norm_eps"}:  # which says all by being there
         assert f".{member}" in text
 

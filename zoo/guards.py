@@ -14,6 +14,7 @@ from zoo._lightning import Checkpoint
 from zoo.callbacks import (
     ExactResume,
     FailTogether,
+    KeepPreprocessing,
     NonFiniteGuard,
     OptimizerSettings,
     PreemptionGuard,
@@ -30,6 +31,7 @@ def guard(trainer: Any, config: str | None = None, weights_only: bool | None = N
 
     - :class:`zoo.callbacks.NonFiniteGuard`: stops at a loss that is NaN or infinite, with the batch on disk.
     - :class:`zoo.callbacks.Provenance`: configuration, versions and revision in every checkpoint.
+    - :class:`zoo.callbacks.KeepPreprocessing`: class and preprocessing in every checkpoint, for a prediction from it.
     - :class:`zoo.callbacks.FailTogether`: one process fails, the others end. Not under torchrun, whose agent ends them,
       unless a callback saves when there is an exception: there, the one that failed would wait for the others.
     - :class:`zoo.callbacks.ExactResume`: a continued run equals the uninterrupted one.
@@ -63,6 +65,7 @@ def guard(trainer: Any, config: str | None = None, weights_only: bool | None = N
     if savers:  # else nobody wants checkpoints
         trainer.callbacks += [one for one in missing if isinstance(one, Checkpoint)]
     keep_optimizer_settings(trainer)
+    keep_preprocessing(trainer)
     trainer.callbacks.sort(key=lambda callback: isinstance(callback, ResumePoint))  # it looks at what others have saved
     strategy = trainer.strategy
     if type(strategy.checkpoint_io) is TorchCheckpointIO:
@@ -76,3 +79,9 @@ def keep_optimizer_settings(trainer: Any) -> None:
     """Adds :class:`zoo.callbacks.OptimizerSettings`, if it is not there."""
     if not any(isinstance(there, OptimizerSettings) for there in trainer.callbacks):
         trainer.callbacks.insert(0, OptimizerSettings())  # before what replaces schedulers or adds groups at the start
+
+
+def keep_preprocessing(trainer: Any) -> None:
+    """Adds :class:`zoo.callbacks.KeepPreprocessing`, if it is not there."""
+    if not any(isinstance(there, KeepPreprocessing) for there in trainer.callbacks):
+        trainer.callbacks.insert(0, KeepPreprocessing())

@@ -17,6 +17,7 @@ from zoo.callbacks.optimizer_settings import OptimizerSettings
 from zoo.callbacks.pictures import SavePictures
 from zoo.callbacks.predictions import WritePredictions
 from zoo.callbacks.preemption import Preempted, PreemptionGuard
+from zoo.callbacks.preprocessing import KeepPreprocessing
 from zoo.callbacks.progress import ProgressBar
 from zoo.callbacks.progressive import ProgressiveLearning
 from zoo.callbacks.provenance import Provenance
@@ -32,6 +33,7 @@ __all__ = [
     "ExportBackbone",
     "FailTogether",
     "GradientNorm",
+    "KeepPreprocessing",
     "LogInterval",
     "LossSchedule",
     "NonFiniteGuard",

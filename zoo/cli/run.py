@@ -22,7 +22,7 @@ from zoo.cli.plan import Plan, parse
 from zoo.cli.profiler import unprofiled
 from zoo.cli.sweep import write_json
 from zoo.common.protocols import HasSamples, NamesPredictionWriter
-from zoo.guards import guard, keep_optimizer_settings
+from zoo.guards import guard, keep_optimizer_settings, keep_preprocessing
 from zoo.weights import reported
 
 if TYPE_CHECKING or NAMESPACE == "lightning":
@@ -210,6 +210,7 @@ class Run(LightningCLI):
         if self.config.guards:
             return guard(trainer, self.plan.resolved(), self.config.weights_only)
         keep_optimizer_settings(trainer)  # an option wins over a checkpoint, guards or not
+        keep_preprocessing(trainer)  # for a prediction from the checkpoint alone
         return trainer
 
     def start(self) -> None:

@@ -12,8 +12,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from test_resume import QUIET, Images, Net
 
 from zoo.callbacks import ResumePoint, resume_point
-from zoo.callbacks.remember_best import best_path, mended
-from zoo.checkpoints import damage, give_name, newest
+from zoo.callbacks.remember_best import mended
+from zoo.checkpoints import best_path, damage, give_name, newest
 from zoo.guards import guard
 
 SCORES = (0.2, 0.9, 0.5, 0.4, 0.3)

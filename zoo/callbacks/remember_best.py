@@ -1,11 +1,11 @@
 """The best checkpoints of a run that is continued, in another folder or after a move."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoo._lightning import NAMESPACE, rank_zero_warn
+from zoo.checkpoints import moved
 
 if TYPE_CHECKING or NAMESPACE == "lightning":
     from lightning.pytorch.callbacks import ModelCheckpoint
@@ -44,7 +44,7 @@ def mended(state: State, saver: Any, continued: Path, there: str = "") -> State:
         continued: The checkpoint it was in, where it lies now.
         there: The working directory it was saved from.
     """
-    places = {path: _place(path, state.get("dirpath"), continued, there) for path in _paths(state)}
+    places = {path: moved(path, state.get("dirpath"), continued, there) for path in _paths(state)}
     scores = {str(places[path]): score for path, score in state["best_k_models"].items() if places[path] is not None}
     best = places.get(state["best_model_path"])
     new = state | {"dirpath": saver.dirpath, "best_model_path": "" if best is None else str(best)}
@@ -66,20 +66,6 @@ def mended(state: State, saver: Any, continued: Path, there: str = "") -> State:
     return new
 
 
-def best_path(checkpoint: Mapping[str, Any], path: Path) -> Path | None:
-    """The best checkpoint of the run that wrote this one, by its first ModelCheckpoint with a ``monitor``.
-
-    Args:
-        checkpoint: Its content.
-        path: Where it lies.
-    """
-    there = checkpoint.get("provenance", {}).get("cwd", "")
-    for key, state in checkpoint.get("callbacks", {}).items():
-        if "ModelCheckpoint" in key and state.get("monitor") and state["best_model_path"]:
-            return _place(state["best_model_path"], state.get("dirpath"), path, there)
-    return None
-
-
 def _extreme(scores: Mapping[str, Any], mode: str) -> str:
     return (max if mode == "max" else min)(scores, key=lambda path: float(scores[path]))
 
@@ -96,14 +82,3 @@ def _state_of(saver: Any, states: Mapping[str, State]) -> State | None:
 
 def _paths(state: State) -> set[str]:
     return {path for path in (state["best_model_path"], *state["best_k_models"]) if path}
-
-
-def _place(path: str, dirpath: Any, continued: Path, there: str) -> Path | None:
-    """The path of a checkpoint of a run that may have moved: beside the one it is continued from, or where it was."""
-    if "://" in path:
-        return Path(path)
-    places = [Path(there, path), Path(path)]
-    if dirpath is not None and "://" not in str(dirpath):
-        places.insert(0, Path(os.path.normpath(continued.parent / os.path.relpath(path, dirpath))))
-    found = next((place for place in places if place.exists()), None)
-    return None if found is None else Path(os.path.relpath(found)) if not Path(path).is_absolute() else found

@@ -7,14 +7,18 @@ checkpoint may hold (``plain.py``). What made a checkpoint is put into it by :cl
 """
 
 from zoo.checkpoints.files import claim, give_name, sweep
-from zoo.checkpoints.io import AtomicCheckpointIO, SafeLoading, TorchCheckpointIO
+from zoo.checkpoints.io import AtomicCheckpointIO, SafeLoading, TorchCheckpointIO, read
 from zoo.checkpoints.looking import (
+    best_in,
+    best_path,
     configuration,
     content_of,
     damage,
     free_path,
     hyperparameters_of,
+    is_distributed,
     made_by,
+    moved,
     newest,
     saved_at,
 )
@@ -24,6 +28,8 @@ __all__ = [
     "AtomicCheckpointIO",
     "SafeLoading",
     "TorchCheckpointIO",
+    "best_in",
+    "best_path",
     "claim",
     "configuration",
     "content_of",
@@ -31,9 +37,12 @@ __all__ = [
     "free_path",
     "give_name",
     "hyperparameters_of",
+    "is_distributed",
     "made_by",
+    "moved",
     "newest",
     "objects",
+    "read",
     "saved_at",
     "sweep",
 ]

@@ -136,6 +136,24 @@ class SafeLoading:
             return load(file, map_location, hparams_file, strict, weights_only=safe, **kwargs)
 
 
+def read(path: str | Path) -> dict[str, Any]:
+    """Content of a checkpoint file, on the CPU, without running code; a damaged one is not read.
+
+    Raises:
+        ValueError: If the file is damaged, holds Python objects, or anything but a mapping.
+    """
+    path = Path(path)
+    if reason := damage(path):
+        raise ValueError(f"{path} is damaged, {reason}{_beside(path)}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path} holds Python objects, which can run code, and is not read") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is no checkpoint: it holds a {type(content).__name__}")
+    return content
+
+
 def _unsaved(target: Path, cause: OSError) -> OSError:
     error = OSError(f"{target} was not saved: {cause.strerror or cause}; the checkpoints before it are whole")
     error.errno = cause.errno

@@ -1,8 +1,9 @@
 """Looking at checkpoints that lie on the disk, without running code."""
 
+import os
 import pickle
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -152,3 +153,48 @@ def free_path(folder: str | Path, name: str, replaceable: Callable[[Path], bool]
         if "://" in path or not Path(path).exists() or replaceable(Path(path)):
             return path
     raise AssertionError("there is no end of numbers")
+
+
+def is_distributed(path: Path) -> bool:
+    """True if a folder is one checkpoint, of several processes' parts."""
+    return (path / ".metadata").exists() or (path / "meta.pt").exists()
+
+
+def best_in(folder: str | Path) -> Path | None:
+    """The best checkpoint of the newest run in a folder, by its ModelCheckpoint, or else its newest; None without one.
+
+    Only whole ones count: a best one that is damaged is passed over with a warning.
+    """
+    last = newest(folder)
+    best = None if last is None else best_path(content_of(last), last)
+    if last is None or best is None or not best.exists():
+        return last
+    if reason := damage(best):
+        rank_zero_warn(f"{best}, the best checkpoint, is damaged, {reason}: taking {last}")
+        return last
+    return best
+
+
+def best_path(checkpoint: Mapping[str, Any], path: Path) -> Path | None:
+    """The best checkpoint of the run that wrote this one, by its first ModelCheckpoint with a ``monitor``.
+
+    Args:
+        checkpoint: Its content.
+        path: Where it lies.
+    """
+    there = checkpoint.get("provenance", {}).get("cwd", "")
+    for key, state in checkpoint.get("callbacks", {}).items():
+        if "ModelCheckpoint" in key and state.get("monitor") and state["best_model_path"]:
+            return moved(state["best_model_path"], state.get("dirpath"), path, there)
+    return None
+
+
+def moved(path: str, dirpath: Any, continued: Path, there: str) -> Path | None:
+    """The path of a checkpoint of a run that may have moved: beside the one it is continued from, or where it was."""
+    if "://" in path:
+        return Path(path)
+    places = [Path(there, path), Path(path)]
+    if dirpath is not None and "://" not in str(dirpath):
+        places.insert(0, Path(os.path.normpath(continued.parent / os.path.relpath(path, dirpath))))
+    found = next((place for place in places if place.exists()), None)
+    return None if found is None else Path(os.path.relpath(found)) if not Path(path).is_absolute() else found

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from zoo._lightning import Checkpoint, rank_zero_info
-from zoo.checkpoints import made_by, newest
+from zoo.checkpoints import best_path, content_of, made_by, newest
 from zoo.cli.mistakes import Mistake
 from zoo.common.protocols import Changeable
 
@@ -183,12 +183,7 @@ def best_of(path: Path) -> Path:
     Raises:
         Mistake: If it has none that is still there.
     """
-    import torch
-
-    from zoo.callbacks.remember_best import best_path
-
-    content = torch.load(path, map_location="meta", weights_only=True, mmap=True)
-    found = best_path(content, path)
+    found = best_path(content_of(path), path)
     if found is None:
         raise Mistake(f"the run of {path} has no best checkpoint: a ModelCheckpoint with a monitor keeps one")
     return found
@@ -215,11 +210,6 @@ def _differing(path: Path, now: Settings, written: Settings | None) -> list[str]
     if not isinstance(then, Mapping):
         return ["it does not say of what it is"]
     return differences(now, then, made.get("cwd", ""), written)
-
-
-def is_distributed(path: Path) -> bool:
-    """True if a folder is one checkpoint, of several processes' parts."""
-    return (path / ".metadata").exists() or (path / "meta.pt").exists()
 
 
 def check(asked: str, default_root_dir: str | None, hint: Hint) -> None:

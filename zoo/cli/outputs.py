@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from zoo.checkpoints import hyperparameters_of
+from zoo.checkpoints import hyperparameters_of, is_distributed
 from zoo.cli import continuing
 from zoo.cli.mistakes import Mistake
 from zoo.common.classes import classes_of, count_of, names_of
@@ -16,7 +16,7 @@ def on_disk(path: str | None) -> str | None:
     """A path of a checkpoint or of weights if it leads to a file here; None for a word, a URL or a name of timm's."""
     if path is None or "://" in path:
         return None
-    return path if Path(path).is_file() or continuing.is_distributed(Path(path)) else None
+    return path if Path(path).is_file() or is_distributed(Path(path)) else None
 
 
 def followed(class_path: str, path: str) -> dict[str, Any]:

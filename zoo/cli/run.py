@@ -14,7 +14,7 @@ from jsonargparse import Namespace
 from zoo._lightning import NAMESPACE, LightningDataModule, LightningModule
 from zoo.callbacks import LogInterval, RunDirectory, TimeEstimate, WritePredictions
 from zoo.callbacks.run_directory import run_directory
-from zoo.checkpoints import newest
+from zoo.checkpoints import is_distributed, newest
 from zoo.cli import continuing, mistakes, outcome, outputs, settings
 from zoo.cli.mistakes import Failure, Mistake
 from zoo.cli.parser import OF_ONE_COMMAND
@@ -196,7 +196,7 @@ class Run(LightningCLI):
             path = continuing.find(self.trainer, self.plan.resolved(), written, hint, required)
             path = continuing.best_of(path) if path is not None and asked == "best" else path
             return None if path is None else str(path)
-        if asked is not None and Path(asked).is_dir() and not continuing.is_distributed(Path(asked)):
+        if asked is not None and Path(asked).is_dir() and not is_distributed(Path(asked)):
             return str(continuing.in_folder(Path(asked), self.plan.resolved(), written))
         return asked
 

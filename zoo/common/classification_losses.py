@@ -18,6 +18,7 @@ from zoo.losses.inputs import Task
 from zoo.losses.names import TIMM
 
 Loss = Literal["cross_entropy", "bce", "sigmoid"]
+"""They come first in the type of an argument: else jsonargparse looks each up among all subclasses of nn.Module."""
 PLAIN: tuple[str, ...] = get_args(Loss)
 """The losses of :func:`classification_loss`, which weights of classes are for."""
 

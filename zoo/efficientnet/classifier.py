@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from zoo._lightning import rank_zero_info
 from zoo.common import optim
 from zoo.common.classification import Classifier
-from zoo.common.classification_losses import given_modules
+from zoo.common.classification_losses import Loss, given_modules
 from zoo.common.label_weights import Balanced
 from zoo.common.ranges import check_ranges
 from zoo.efficientnet.networks import V2, create_network, recompute_blocks
@@ -119,7 +119,7 @@ class EfficientNetClassifier(Classifier):
         channels_last: bool = True,
         grad_checkpointing: bool = False,
         multi_label: bool = False,
-        loss: nn.Module | str = "cross_entropy",
+        loss: Loss | nn.Module | str = "cross_entropy",
         loss_options: dict[str, Any] | None = None,
         class_weight: Balanced | list[float] | None = None,
         pos_weight: Balanced | float | list[float] | None = None,

@@ -13,7 +13,7 @@ from zoo.common import batch as batches
 from zoo.common import pictures
 from zoo.common.backbones import create_backbone, feature_width, name_of, own_image_shape, recompute_activations
 from zoo.common.classification import Classifier
-from zoo.common.classification_losses import given_modules
+from zoo.common.classification_losses import Loss, given_modules
 from zoo.common.label_weights import Balanced
 from zoo.common.norms import restore_layer_norm_eps, set_layer_norm_eps
 from zoo.common.ranges import check_ranges
@@ -114,7 +114,7 @@ class ViTClassifier(Classifier):
         grad_checkpointing: bool = False,
         linear_probe: bool = False,
         multi_label: bool = False,
-        loss: nn.Module | str = "cross_entropy",
+        loss: Loss | nn.Module | str = "cross_entropy",
         loss_options: dict[str, Any] | None = None,
         class_weight: Balanced | list[float] | None = None,
         pos_weight: Balanced | float | list[float] | None = None,

@@ -96,11 +96,11 @@ VAE = {"latents": 2, "image_size": 8, "hidden": (8,)}
 MODULES = {
     ViTClassifier: (
         lambda: ViTClassifier(num_classes=3, **VIT),
-        "SetsLayerNorm Mixes HasPeers HasClasses ExchangesLoss",
+        "SetsLayerNorm Mixes HasPeers HasClasses ExchangesLoss Exports",
     ),
     EfficientNetClassifier: (
         lambda: EfficientNetClassifier(phi=-6, num_classes=3, image_size=32),
-        "FollowsWeights Mixes HasPeers HasClasses ExchangesLoss",
+        "FollowsWeights Mixes HasPeers HasClasses ExchangesLoss Exports",
     ),
     MAEPretrainer: (
         lambda: MAEPretrainer(**VIT, decoder_dim=8, decoder_depth=1, decoder_heads=2),

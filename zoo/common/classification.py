@@ -1,7 +1,7 @@
 """Losses, metrics, pictures and steps of a classifier, between a network and a Trainer."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from timm.data import Mixup
@@ -123,6 +123,7 @@ class Classifier(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, L
     backbone: Any  # modules; Any, because what they have beyond torch's is timm's
     head: Any
     hparams: Any  # Lightning calls it a mapping, and makes its keys attributes
+    exports: ClassVar = {"probabilities": "exported_probabilities"}
 
     def make_metrics(self, loss: str | nn.Module | None = None) -> None:
         """Checks the choices about labels, and creates loss, metrics, mixup and logs.
@@ -174,8 +175,12 @@ class Classifier(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, L
 
     def probabilities(self, images: Tensor) -> Tensor:
         """Class probabilities (B, classes), float32: softmax, or a sigmoid for each of several labels."""
+        return self.exported_probabilities(images)["probabilities"]
+
+    def exported_probabilities(self, images: Tensor) -> dict[str, Tensor]:
+        """Float32 ``logits`` and ``probabilities`` (B, classes) of images (B, C, H, W)."""
         logits = self(images).float()
-        return logits.sigmoid() if self.hparams.multi_label else logits.softmax(1)
+        return {"logits": logits, "probabilities": logits.sigmoid() if self.hparams.multi_label else logits.softmax(1)}
 
     @torch.no_grad()
     def pictures(self, batch: Any) -> dict[str, Tensor]:

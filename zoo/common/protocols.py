@@ -136,6 +136,18 @@ class ExchangesLoss(Protocol):
         """
 
 
+@runtime_checkable
+class Exports(Protocol):
+    """A module whose predictions are a graph of tensors alone, for ``zoo export`` and :mod:`zoo.common.exporting`."""
+
+    exports: Mapping[str, str]
+    """Methods by name of the variant, the default one first.
+
+    Each is from images (B, C, H, W), normalised floats, to a dict of tensors, and does what ``torch.export`` follows,
+    for every B. One with a parameter ``sizes`` gets (B, 2) int64, height and width of each image before padding, too.
+    """
+
+
 # Modules: arguments, weights and checkpoints.
 
 

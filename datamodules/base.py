@@ -275,10 +275,8 @@ class ImageDataModule(LightningDataModule):
         if training and (self.degrees or self.translate or self.zoom or self.shear):
             scale = (1 - self.zoom, 1 + self.zoom)
             images = transforms.affine(images, self.degrees, self.translate, scale, self.shear, generator)
-        if self.binarize:  # what the loader has drawn already stays as it is
-            jitter = self.jitter if training else 0.0
-            images = transforms.binarize(images, self.binarize == "draw", generator, jitter)
-        images = transforms.normalize(images, self.mean, self.std)
+        jitter = self.jitter if training else 0.0  # what the loader has drawn already stays as it is
+        images = transforms.finish(images, self.mean, self.std, self.binarize, generator, jitter)
         return transforms.erase(images, self.erase, generator) if training and self.erase else images
 
     def _device_generator(self, device: torch.device) -> torch.Generator:

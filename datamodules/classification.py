@@ -8,6 +8,7 @@ from datamodules import transforms
 from datamodules.base import ImageDataModule
 from datamodules.loading.options import IMAGE_OPTIONS, ImageOptions, part, with_defaults
 from datamodules.loading.seeding import Samples, with_transform
+from datamodules.preprocessing import Crop
 from datamodules.reading import decoders
 from datamodules.reading.cache import Cache
 
@@ -105,16 +106,34 @@ class ClassificationDataModule(ImageDataModule):
         self.image_size, self.channels, self.predict_root = image_size, channels, options["predict_root"]
         self.val_fraction, self.test_fraction = options["val_fraction"], options["test_fraction"]
         self.split_seed, self.decoder = options["split_seed"], options["decoder"]
+        self.crop_ratio, self.interpolation = options["crop_ratio"], options["interpolation"]
         chosen = {name: value for name, value in options.items() if name in transforms.TRAIN_OPTIONS}
         self.train_options: dict[str, Any] = {"image_size": image_size, "fill": fill, **chosen}
         self.train_transform = transforms.train_transform(**self.train_options)
-        crop_ratio, interpolation = options["crop_ratio"], options["interpolation"]
-        self.eval_transform = transforms.eval_transform(image_size, crop_ratio, interpolation)
+        self.eval_transform = self._evaluated().transform
         self.cached: Cache | None = None
         if options["cache"] is not None:
-            self.cached = Cache(options["cache"], options["cache_size"], interpolation, self.decoder, channels)
+            self.cached = Cache(options["cache"], options["cache_size"], self.interpolation, self.decoder, channels)
             self.cached.check(image_size)
-            self._evaluates_copies = self.cached.serves(transforms.covered_by_evaluation(image_size, crop_ratio))
+            covered = transforms.covered_by_evaluation(image_size, self.crop_ratio)
+            self._evaluates_copies = self.cached.serves(covered)
+
+    def _evaluated(self) -> Crop:
+        return Crop(
+            channels=self.channels,
+            image_size=self.image_size,
+            crop_ratio=self.crop_ratio,
+            interpolation=self.interpolation,
+            mean=self.mean,
+            std=self.std,
+            binarize=self.binarize,
+            seed=self.seed,
+            decoder=self.decoder,
+        )
+
+    def preprocessing(self) -> dict[str, Any]:
+        """Plain data on what evaluation and prediction do to an image: see :mod:`datamodules.preprocessing`."""
+        return self._evaluated().stated()
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datamodules import transforms
 from datamodules.base import IMAGENET_MEAN, IMAGENET_STD, ImageDataModule
 from datamodules.loading.options import LoaderOptions, part, with_defaults
-from datamodules.loading.padding import ExactTargets, pad_batch, with_exact_targets
+from datamodules.loading.padding import ExactTargets, check_sizes, normalize_padded, with_exact_targets
 from datamodules.loading.seeding import Samples
+from datamodules.preprocessing import Fit
 from datamodules.reading.listing import Split
-from datamodules.transforms.detection import DetectionTransform, Target
+from datamodules.transforms.detection import DetectionTransform, Target, complete
 
 
 class RawSamples(Protocol):
@@ -56,13 +56,7 @@ class DetectionSamples:
         if sample is None:
             return None
         image, target = sample if isinstance(sample, tuple) else (sample, {})
-        target = {"image_id": index, "orig_size": (image.shape[-2], image.shape[-1]), **target}
-        if "boxes" in target:
-            boxes = target["boxes"]
-            target.setdefault("iscrowd", torch.zeros(len(boxes), dtype=torch.bool))
-            target.setdefault("area", (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]))
-        image, target = self.transform(image, target)
-        return image, {**target, "size": (image.shape[-2], image.shape[-1])}
+        return complete(image, target, index, self.transform)
 
     def in_batch(self, seed: int) -> "DetectionSamples":
         """The samples at the short side that a batch has in multi-scale training."""
@@ -180,9 +174,23 @@ class DetectionDataModule(ImageDataModule):
             "max_size": max_size,
         }
         self.train_transform = self._training(self.train_options)
-        self.eval_transform = DetectionTransform(image_size=image_size, max_size=max_size)
         self.pad_multiple, self.group_by_aspect = options["pad_multiple"], options["group_by_aspect"]
+        self.eval_transform = self._evaluated().transform
         self._samples: dict[Split, DetectionSamples | None] = {}
+
+    def _evaluated(self) -> Fit:
+        return Fit(
+            image_size=self.train_options["image_size"],
+            max_size=self.train_options["max_size"],
+            pad_multiple=self.pad_multiple,
+            size_buckets=self.sizes or None,
+            mean=self.mean,
+            std=self.std,
+        )
+
+    def preprocessing(self) -> dict[str, Any]:
+        """Plain data on what evaluation and prediction do to an image: see :mod:`datamodules.preprocessing`."""
+        return self._evaluated().stated()
 
     def raw_samples(self, split: Split) -> RawSamples | None:
         """The samples of one split as they are, or None if there is no such split. Subclasses define it."""
@@ -200,12 +208,7 @@ class DetectionDataModule(ImageDataModule):
         return partial(_transformed, transform=transform)
 
     def _training(self, options: dict[str, Any]) -> DetectionTransform:
-        longest = options["max_size"]
-        if self.sizes and (longest is None or not any(min(size) >= longest for size in self.sizes)):
-            raise ValueError(
-                f"max_size is {longest} and size_buckets are {self.sizes}: expected a max_size, and one bucket that "
-                "holds it in both directions, since a batch may have wide and tall images"
-            )
+        check_sizes(self.sizes, options["max_size"])
         return DetectionTransform(training=True, **options)
 
     def groups(self, samples: Samples) -> np.ndarray | None:
@@ -217,7 +220,7 @@ class DetectionDataModule(ImageDataModule):
         return sizes[:, 1] > sizes[:, 0]
 
     def collate(self) -> Callable[[list[Any]], Any]:
-        collate = partial(pad_batch, multiple=self.pad_multiple, sizes=self.sizes)
+        collate = self._evaluated().collate
         probe = torch.zeros((), dtype=torch.float32)
         if self.trainer is None or self.trainer.precision_plugin.convert_input(probe).dtype == torch.float32:
             return collate
@@ -236,12 +239,7 @@ class DetectionDataModule(ImageDataModule):
             batch = images, targets
         if images.dtype != torch.uint8:
             return batch
-        images = transforms.normalize(transforms.to_float(images), self.mean, self.std)
-        for image, target in zip(images, targets, strict=True):  # sizes are Python's, so that nothing waits for them
-            height, width = target["size"]
-            image[:, height:] = 0
-            image[:, :height, width:] = 0
-        return self.in_precision(images), targets
+        return self.in_precision(normalize_padded(images, targets, self.mean, self.std)), targets
 
     # What a checkpoint keeps: which label is which class.
 

@@ -24,12 +24,12 @@ from sklearn.model_selection import train_test_split
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.svm import SVC
 from torch import Tensor
-from torchvision.transforms.v2 import functional as F
 
 from datamodules import transforms
 from datamodules.base import ImageDataModule
 from datamodules.loading.options import IMAGE_OPTIONS, ImageOptions, with_defaults
 from datamodules.loading.seeding import Samples
+from datamodules.preprocessing import Resize
 from datamodules.reading.files import ImageFiles
 from datamodules.reading.listing import Split
 
@@ -132,6 +132,21 @@ class DigitsDataModule(ImageDataModule):
         self.labels, self.classes = labels, _class_names(labels)
         self.noise, self.noise_seed, self.float_images = noise, noise_seed, noise > 0
 
+    def _evaluated(self) -> Resize:
+        return Resize(
+            channels=1,
+            image_size=self.image_size,
+            interpolation="bicubic",
+            mean=self.mean,
+            std=self.std,
+            binarize=self.binarize,
+            seed=self.seed,
+        )
+
+    def preprocessing(self) -> dict[str, Any]:
+        """Plain data on what evaluation and prediction do to an image: see :mod:`datamodules.preprocessing`."""
+        return self._evaluated().stated()
+
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the images in its batches."""
@@ -140,7 +155,7 @@ class DigitsDataModule(ImageDataModule):
     def samples(self, split: Split) -> Samples | None:
         if split == "predict":
             return (
-                ImageFiles.under(self.predict_root, partial(_resize, size=self.image_size), channels=1)
+                ImageFiles.under(self.predict_root, self._evaluated().transform, channels=1)
                 if self.predict_root
                 else None
             )
@@ -234,7 +249,7 @@ class DigitsDataModule(ImageDataModule):
         return self._arrays_at(self.image_size)
 
     def _arrays_at(self, size: int) -> tuple[Tensor, Tensor]:
-        return _resize(self._scans(), size), torch.from_numpy(load_digits().target)
+        return transforms.plain_resize(self._scans(), (size, size)), torch.from_numpy(load_digits().target)
 
     def _scans(self) -> Tensor:
         """All digits as scanned, (1797, 1, 8, 8): uint8, or with noise float32 in which white is 1."""
@@ -243,11 +258,6 @@ class DigitsDataModule(ImageDataModule):
             return (counts * (255 / 16)).round().to(torch.uint8)
         noise = np.random.default_rng(self.noise_seed).standard_normal(counts.shape)
         return (counts / 16 + self.noise * torch.from_numpy(noise)).float()
-
-
-def _resize(images: Any, size: int) -> Tensor:
-    images = images if isinstance(images, Tensor) else F.pil_to_tensor(images)
-    return F.resize(images, [size, size], F.InterpolationMode.BICUBIC, antialias=True)
 
 
 def _check_side(size: Any) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from datamodules import transforms
 from datamodules.transforms.detection import Target
 
 
@@ -36,6 +37,31 @@ def pad_batch(
     for row, image in zip(batch, images, strict=True):
         row[:, : image.shape[-2], : image.shape[-1]] = image
     return batch, list(targets)
+
+
+def check_sizes(sizes: Sequence[tuple[int, int]], longest: int | None) -> None:
+    """Raises ValueError for sizes to pad to of which none holds images of the longest side, be they wide or tall."""
+    if sizes and (longest is None or not any(min(size) >= longest for size in sizes)):
+        raise ValueError(
+            f"max_size is {longest} and size_buckets are {list(sizes)}: expected a max_size, and one bucket that "
+            "holds it in both directions, since a batch may have wide and tall images"
+        )
+
+
+def normalize_padded(images: Tensor, targets: Sequence[Target], mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """uint8 images (B, C, H, W) of :func:`pad_batch` as normalised float32, 0 where they are padded.
+
+    Args:
+        images: A batch, on its device.
+        targets: The images' targets; ``size`` is their height and width without the padding.
+        mean, std: See :func:`datamodules.transforms.normalize`.
+    """
+    images = transforms.normalize(transforms.to_float(images), mean, std)
+    for image, target in zip(images, targets, strict=True):  # sizes are Python's, so that nothing waits for them
+        height, width = target["size"]
+        image[:, height:] = 0
+        image[:, :height, width:] = 0
+    return images
 
 
 class ExactTargets:

@@ -120,16 +120,8 @@ class SeededBatches(Dataset[list[Any]]):
             number = index if attempt == 0 else seed % len(self)
             sample = samples[number]
             if sample is not None:
-                return self._draw(sample, number) if self.drawn else sample
+                return drawn(sample, self.seed, number) if self.drawn else sample
         return None
-
-    def _draw(self, sample: Any, number: int) -> Any:
-        generator = torch.Generator().manual_seed(mix(self.seed, number))
-
-        def draw(image: Tensor) -> Tensor:
-            return transforms.binarize(transforms.to_float(image), draw=True, generator=generator).to(torch.uint8) * 255
-
-        return map_images(sample, draw, dimensions=3)
 
     def name(self, index: int) -> str:
         """Name of a sample: its file, or its number."""
@@ -147,6 +139,19 @@ class SeededBatches(Dataset[list[Any]]):
         """
         unreadable = getattr(self.samples, "unreadable", None)
         return [(i, self.name(i)) for i in indices if unreadable is None or not unreadable[i]]
+
+
+def drawn(sample: Any, seed: int, number: int) -> Any:
+    """A sample's uint8 images (C, H, W) drawn to 0 or 255, each value 255 with its intensity as probability.
+
+    That is by a data module's seed and the sample's number in its split alone.
+    """
+    generator = torch.Generator().manual_seed(mix(seed, number))
+
+    def draw(image: Tensor) -> Tensor:
+        return transforms.binarize(transforms.to_float(image), draw=True, generator=generator).to(torch.uint8) * 255
+
+    return map_images(sample, draw, dimensions=3)
 
 
 def with_transform(samples: Any, transform: Callable[[Any], Tensor]) -> Samples:

@@ -50,11 +50,19 @@ def decode(path: str | os.PathLike[str], channels: int = 3) -> Image.Image:
         # An open file, not a path: Pillow 13 maps a path into memory, and scrambles an uncompressed TIFF that way
         # if its orientation swaps the sides.
         with open(path, "rb") as file, Image.open(file, formats=_known_formats()) as image:
-            _check_size(image)
-            image.load()
-            return convert(_upright(image), channels)
+            return loaded(image, channels)
     except Exception as error:  # on broken files Pillow's readers raise nearly anything
-        raise UnreadableImageError(f"{os.fspath(path)} cannot be read: {_reason(path, error)}") from error
+        raise UnreadableImageError(f"{os.fspath(path)} cannot be read: {reason(path, error)}") from error
+
+
+def loaded(image: Image.Image, channels: int) -> Image.Image:
+    """An opened image, read now, as 8-bit grey (``channels=1``) or RGB (``channels=3``), upright; always a copy.
+
+    It raises whatever Pillow does where that fails.
+    """
+    _check_size(image)
+    image.load()
+    return convert(_upright(image), channels)
 
 
 def _check_size(image: Image.Image) -> None:
@@ -73,15 +81,15 @@ def convert(image: Image.Image, channels: int) -> Image.Image:
     if channels not in (1, 3):
         raise ValueError(f"channels is {channels}: expected 1 (grey) or 3 (RGB)")
     if image.mode.startswith(("I", "F")):
-        image = Image.fromarray(_to_8_bit(np.asarray(image)))
+        image = Image.fromarray(to_8_bit(np.asarray(image)))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("L" if channels == 1 else "RGB")
 
 
-def _to_8_bit(pixels: np.ndarray) -> np.ndarray:
-    """Grey levels of 16-bit integers, or of floats in [0, 1], as uint8."""
+def to_8_bit(pixels: np.ndarray) -> np.ndarray:
+    """Levels of 16-bit integers, or of floats in [0, 1], as uint8. Raises ValueError for others."""
     white = 1 if pixels.dtype.kind == "f" else 65535
     low, high = pixels.min(), pixels.max()
     if not (low >= 0 and high <= white):  # so that NaN is out of range as well
@@ -107,7 +115,8 @@ def is_turned(path: str | os.PathLike[str]) -> bool:
         return False
 
 
-def _reason(path: str | os.PathLike[str], error: Exception) -> str:
+def reason(path: str | os.PathLike[str], error: Exception) -> str:
+    """Reason for which an image could not be read, without its path."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
     if isinstance(error, Image.DecompressionBombError):

@@ -23,6 +23,23 @@ def to_float(images: Tensor) -> Tensor:
     return images.to(torch.float32) / 255
 
 
+def finish(
+    images: Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    binarized: Binarization | None = None,
+    generator: Generator | None = None,
+    jitter: float = 0.0,
+) -> Tensor:
+    """Binarises float images (B, C, H, W) in [0, 1], if they are to be, and normalises them.
+
+    This is the last that evaluation and training alike do to them. With ``draw_once`` they were drawn before.
+    """
+    if binarized:
+        images = binarize(images, binarized == "draw", generator, jitter)
+    return normalize(images, mean, std)
+
+
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Normalises float images (B, C, H, W): (images - mean) / std, with a value for each channel or one for all."""
     channels = images.shape[-3]
@@ -32,6 +49,12 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
                 f"{name} has {len(values)} values, but images have {channels} channel(s): expected one each, or one"
             )
     return (images - _per_channel(tuple(mean), images)) / _per_channel(tuple(std), images)
+
+
+def denormalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Undoes :func:`normalize`: float32 images (B, C, H, W) in [0, 1], clipped to that range."""
+    images = images.float()
+    return (images * _per_channel(tuple(std), images) + _per_channel(tuple(mean), images)).clamp(0, 1)
 
 
 def _per_channel(values: tuple[float, ...], images: Tensor) -> Tensor:

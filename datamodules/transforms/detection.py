@@ -128,6 +128,24 @@ class DetectionTransform:
         return v2.RandomCrop((min(height, most[0]), min(width, most[1])))(image, target)
 
 
+def complete(image: Tensor, target: Target, number: int, transform: DetectionTransform) -> tuple[Tensor, Target]:
+    """Transforms an image and its target, to which all that a target may say is added.
+
+    Args:
+        image: uint8 (3, h, w).
+        target: Its boxes and so on; empty for an image to predict.
+        number: Its number in the data set, which is its ``image_id`` where the target has none.
+        transform: The transform of both.
+    """
+    target = {"image_id": number, "orig_size": _height_and_width(image), **target}
+    if "boxes" in target:
+        boxes = target["boxes"]
+        target.setdefault("iscrowd", torch.zeros(len(boxes), dtype=torch.bool))
+        target.setdefault("area", (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]))
+    image, target = transform(image, target)
+    return image, {**target, "size": _height_and_width(image)}
+
+
 def resized(height: int, width: int, short: int, longest: int | None = None) -> tuple[int, int]:
     """(height, width) of an image whose short side becomes ``short``, less if the other exceeded ``longest``.
 

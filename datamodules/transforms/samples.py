@@ -10,9 +10,20 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from PIL import Image
+from torch import Tensor
 from torchvision.transforms import v2
 
-from datamodules.reading.pixels import Pixels, ToTensor, as_image, covering, height_and_width, planes, resize, size_of
+from datamodules.reading.pixels import (
+    Pixels,
+    ToTensor,
+    as_image,
+    as_tensor,
+    covering,
+    height_and_width,
+    planes,
+    resize,
+    size_of,
+)
 from datamodules.transforms.policies import policy
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
@@ -96,6 +107,26 @@ def eval_transform(
         raise ValueError(f"crop_ratio is {crop_ratio}: expected a number in (0, 1]")
     resized = covered_by_evaluation(image_size, crop_ratio)
     return v2.Compose([Cover(resized, _interpolation(interpolation)), v2.CenterCrop(size), planes])
+
+
+def crops_of_evaluation(
+    image_size: int | tuple[int, int], crop_ratio: float = 0.875, interpolation: str = "bicubic"
+) -> Callable[[Pixels], list[Tensor]]:
+    """Transform of an image to five crops: four corners and the centre of what :func:`eval_transform` resizes it to.
+
+    The centre, the last one, is what that transform makes. Arguments: see there.
+    """
+    size = list(height_and_width(image_size))
+    cover = Cover(covered_by_evaluation(image_size, crop_ratio), _interpolation(interpolation))
+    return lambda image: [planes(crop) for crop in v2.functional.five_crop(cover(image), size)]
+
+
+def plain_resize(images: Pixels, size: tuple[int, int], interpolation: str = "bicubic") -> Tensor:
+    """Resizes an image, or images (..., H, W) of uint8 or floats, to a height and width, whatever their aspect was.
+
+    That is by torch, which has no lanczos.
+    """
+    return v2.functional.resize(as_tensor(images), list(size), _interpolation(interpolation), antialias=True)
 
 
 def covered_by_evaluation(image_size: int | tuple[int, int], crop_ratio: float) -> tuple[int, int]:

@@ -96,16 +96,16 @@ VAE = {"latents": 2, "image_size": 8, "hidden": (8,)}
 MODULES = {
     ViTClassifier: (
         lambda: ViTClassifier(num_classes=3, **VIT),
-        "SetsLayerNorm Mixes HasPeers HasClasses ExchangesLoss Exports",
+        "SetsLayerNorm Mixes HasPeers HasClasses ExchangesLoss Exports GivesProbabilities UsesThresholds",
     ),
     EfficientNetClassifier: (
         lambda: EfficientNetClassifier(phi=-6, num_classes=3, image_size=32),
-        "FollowsWeights Mixes HasPeers HasClasses ExchangesLoss Exports",
+        "FollowsWeights Mixes HasPeers HasClasses ExchangesLoss Exports GivesProbabilities UsesThresholds",
     ),
     MAEPretrainer: (
         lambda: MAEPretrainer(**VIT, decoder_dim=8, decoder_depth=1, decoder_heads=2),
         "SetsLayerNorm Changeable Unpredicted ForeignWeights HasPeers TrainsOtherwise PredictsRows WordsMetrics "
-        "Watched",
+        "Watched Reconstructs",
     ),
     FPNDetector: (
         lambda: FPNDetector("test_resnet", num_classes=3, channels=8, head_depth=1),
@@ -113,11 +113,11 @@ MODULES = {
     ),
     GumbelVAE: (
         lambda: GumbelVAE(categories=2, **VAE),
-        "Changeable Unpredicted TrainsOtherwise PredictsRows WordsMetrics HasPeers",
+        "Changeable Unpredicted TrainsOtherwise PredictsRows WordsMetrics HasPeers Reconstructs",
     ),
     GaussianVAE: (
         lambda: GaussianVAE(**VAE),
-        "Changeable Unpredicted TrainsOtherwise PredictsRows WordsMetrics",
+        "Changeable Unpredicted TrainsOtherwise PredictsRows WordsMetrics Reconstructs",
     ),
 }
 
@@ -128,4 +128,11 @@ def test_what_a_technique_can_be_asked_for(technique):
     with torch.device("meta"):
         module = make()
     found = {name for name, each in PROTOCOLS.items() if isinstance(module, each)} - {"HasCategories"}
-    assert found == {"HasInputShape", "ChecksImages", "DrawsPictures", "KeepsArguments", *beside.split()}
+    assert found == {
+        "HasInputShape",
+        "ChecksImages",
+        "DrawsPictures",
+        "KeepsArguments",
+        "NamesResults",
+        *beside.split(),
+    }

@@ -12,10 +12,19 @@ if TYPE_CHECKING:
     from zoo.efficientnet import EfficientNetClassifier
     from zoo.gumbel_vae import GaussianVAE, GumbelVAE
     from zoo.mae import MAEPretrainer
+    from zoo.serving.loading import load
     from zoo.vit import ViTClassifier
 
 __version__ = "0.1.0"
-__all__ = ["EfficientNetClassifier", "FPNDetector", "GaussianVAE", "GumbelVAE", "MAEPretrainer", "ViTClassifier"]
+__all__ = [
+    "EfficientNetClassifier",
+    "FPNDetector",
+    "GaussianVAE",
+    "GumbelVAE",
+    "MAEPretrainer",
+    "ViTClassifier",
+    "load",
+]
 
 # The registry: exported name -> submodule. `zoo list` prints it, `zoo.cli` imports it.
 _EXPORTS = {
@@ -26,16 +35,19 @@ _EXPORTS = {
     "MAEPretrainer": "mae",
     "ViTClassifier": "vit",
 }
+_FUNCTIONS = {"load": "serving.loading"}
+"""What is made from a checkpoint alone: exported name -> submodule."""
 _PARTS = ("callbacks", "checkpoints", "guards", "losses", "sharding", "weights")
 
 
 def __getattr__(name: str) -> Any:
     if name in _PARTS:
         return import_module(f"zoo.{name}")
-    if name not in _EXPORTS:
+    where = _EXPORTS.get(name) or _FUNCTIONS.get(name)
+    if where is None:
         raise AttributeError(f"module 'zoo' has no attribute {name!r}")
-    return getattr(import_module(f"zoo.{_EXPORTS[name]}"), name)
+    return getattr(import_module(f"zoo.{where}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted(["__version__", *_EXPORTS, *_PARTS])
+    return sorted(["__version__", *_EXPORTS, *_FUNCTIONS, *_PARTS])

@@ -72,10 +72,7 @@ class ImageFiles(Cached):
             return cls(path.parent, [path.name], transform, channels, on_error=on_error, decoder=decoder)
         if not path.is_dir():
             raise FileNotFoundError(f"{path}: no such folder or image")
-        names = sorted(listing.images_in(path))
-        if not names:
-            raise ValueError(f"{path} holds no images ({listing.endings()}) at any depth; {listing.seen(path)}")
-        return cls(path, names, transform, channels, on_error=on_error, decoder=decoder)
+        return cls(path, listing.images_under(path), transform, channels, on_error=on_error, decoder=decoder)
 
     def __len__(self) -> int:
         return len(self.names)

@@ -113,6 +113,18 @@ def images_in(folder: Path, start: str = "", above: frozenset[tuple[int, int]] =
             yield start + entry.name
 
 
+def images_under(folder: Path) -> list[str]:
+    """The images under a folder at all depths, relative to it and sorted.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    names = sorted(images_in(folder))
+    if not names:
+        raise ValueError(f"{folder} holds no images ({endings()}) at any depth; {seen(folder)}")
+    return names
+
+
 def is_image(name: str) -> bool:
     """True for a file name with an image's ending."""
     return name.lower().endswith(EXTENSIONS)

@@ -42,6 +42,7 @@ from zoo.common.log import StepLog
 from zoo.common.precision import MeanMetric, Metrics
 from zoo.common.protocols import HasSmoothMetric
 from zoo.common.ranges import check_ranges, check_training
+from zoo.common.results import NamedProbabilities
 from zoo.common.seeding import differ_between_ranks
 from zoo.sharding import Shardable
 
@@ -109,7 +110,7 @@ def check_labels(labels: Tensor, num_classes: int, batch_idx: int, multi_label: 
         check_range(int(labels.min()), int(labels.max()), num_classes)
 
 
-class Classifier(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, LightningModule):
+class Classifier(SafeLoading, Compilable, Evaluation, Shardable, NamedProbabilities, NamedClasses, LightningModule):
     """The steps of an image classifier. It has no constructor: a technique builds ``backbone`` and ``head`` itself.
 
     Several loaders of an evaluation are counted apart, as :mod:`zoo.common.loaders` says.

@@ -68,6 +68,38 @@ class PredictsRows(Protocol):
 
 
 @runtime_checkable
+class NamesResults(Protocol):
+    """A module that says what it has predicted as plain data, for :func:`zoo.load`."""
+
+    def named_results(self, outputs: Any, top: int = 5) -> Sequence[dict[str, Any]]:
+        """Results of each image of what ``predict_step`` returned, by name; a classifier names its ``top`` classes."""
+
+
+@runtime_checkable
+class Reconstructs(Protocol):
+    """A module that makes images of what it has understood of images, for :func:`zoo.load`."""
+
+    def reconstructions(self, images: Tensor) -> Tensor:
+        """Reconstructions (B, C, H, W) of images of this shape, normalised as these are."""
+
+
+@runtime_checkable
+class GivesProbabilities(Protocol):
+    """A module whose predictions of several views of an image may be averaged: class probabilities."""
+
+    def probabilities(self, images: Tensor) -> Tensor:
+        """Probabilities (B, classes) of images (B, C, H, W)."""
+
+
+@runtime_checkable
+class UsesThresholds(Protocol):
+    """A module that chooses among several labels by thresholds of their probabilities."""
+
+    def use_thresholds(self, thresholds: float | Mapping[str, float]) -> None:
+        """Sets them: one for all labels, or by name. It raises ValueError for what is no label or no probability."""
+
+
+@runtime_checkable
 class NamesPredictionWriter(Protocol):
     """A module whose predictions are no table of rows, for ``zoo predict``."""
 

@@ -20,6 +20,7 @@ from zoo.common.evaluation import Evaluation
 from zoo.common.labels import LabelWatch, is_remote
 from zoo.common.log import StepLog
 from zoo.common.protocols import HasSizeRanges
+from zoo.common.results import named_detections
 from zoo.common.seeding import differ_between_ranks
 from zoo.detection.losses import LossSums
 from zoo.detection.metrics import TotalLosses, in_words
@@ -180,6 +181,10 @@ class Detector(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, Lig
             if (image_id := _own_id(about)) is not None:  # a number, or a text
                 detection["image_id"] = image_id
         return found
+
+    def named_results(self, outputs: Sequence[Mapping[str, Any]], top: int = 5) -> list[dict[str, Any]]:
+        """Results of detections, all of each image: see :func:`zoo.common.results.named_detections`."""
+        return [named_detections(found, self.classes, self.category_ids) for found in outputs]
 
     def configure_optimizers(self) -> Any:
         hp = self.hparams

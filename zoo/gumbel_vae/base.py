@@ -191,6 +191,8 @@ class VAE(Latents, SafeLoading, Compilable, Evaluation, Shardable, LightningModu
         """Reconstructions (B, C, H, W) in [0, 1]: the likelihood's mean at the most likely z."""
         return self._shown(self.codes(self._posterior(images)))
 
+    reconstructions = reconstruct  # whose images are in [0, 1] before as well
+
     @torch.no_grad()
     def interpolate(self, first: Tensor, second: Tensor, steps: int = 8) -> Tensor:
         """Interpolation: images (B, steps, C, H, W) in [0, 1] from one image to another, both (B, C, H, W).

@@ -152,6 +152,10 @@ class GaussianVAE(VAE):
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         return self.codes(self._posterior(batches.images(batch)))[..., 0]
 
+    def named_results(self, outputs: Tensor, top: int = 5) -> list[dict[str, Any]]:
+        """Results of predictions: the means (N,) of each image."""
+        return [{"features": row} for row in outputs]
+
     def prediction_rows(self, outputs: Tensor) -> list[dict[str, Any]]:
         """Rows of :class:`zoo.callbacks.WritePredictions`: the means of each image, one column each."""
         return [{f"mean{i}": f"{value:.6g}" for i, value in enumerate(row)} for row in outputs.float().tolist()]

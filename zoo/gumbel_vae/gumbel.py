@@ -284,6 +284,10 @@ class GumbelVAE(VAE):
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         return self.tokens(batches.images(batch))
 
+    def named_results(self, outputs: Tensor, top: int = 5) -> list[dict[str, Any]]:
+        """Results of predictions: the codes (N,) of each image."""
+        return [{"codes": row} for row in outputs]
+
     def prediction_rows(self, outputs: Tensor) -> list[dict[str, Any]]:
         """Rows of :class:`zoo.callbacks.WritePredictions`: the codes of each image, one column each."""
         return [{f"code{i}": code for i, code in enumerate(codes)} for codes in outputs.tolist()]

@@ -325,6 +325,14 @@ class MAEPretrainer(SafeLoading, Compilable, Evaluation, Shardable, LightningMod
         """Rows of :class:`zoo.callbacks.WritePredictions`: the features of each image, one column each."""
         return [{f"feature{i}": f"{value:.6g}" for i, value in enumerate(row)} for row in outputs.float().tolist()]
 
+    def named_results(self, outputs: Tensor, top: int = 5) -> list[dict[str, Any]]:
+        """Results of predictions: the features (D,) of each image."""
+        return [{"features": row} for row in outputs]
+
+    def reconstructions(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) with the removed patches as predicted; the same are removed of all."""
+        return self.reconstruct(images, self._fixed_noise(images[:1], 0).expand(len(images), -1)).paste
+
     def configure_optimizers(self) -> Any:
         hp = self.hparams
         optimizer = optim.create_optimizer(self, hp.optimizer, hp.lr, hp.weight_decay, betas=hp.betas)

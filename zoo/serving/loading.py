@@ -1,17 +1,73 @@
 """Modules out of checkpoints, without a recipe: found, read without running code, built and filled."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
+import datamodules.preprocessing
 import zoo
 from zoo._lightning import LightningModule
+from zoo.callbacks.preprocessing import preprocessing_of
 from zoo.checkpoints import best_in, is_distributed, read
+from zoo.common.classes import in_checkpoint
+from zoo.common.protocols import HasClasses, KeepsArguments
+from zoo.serving.predictor import BATCH_SIZE, Predictor
 
 MISSING = "module= is missing"
+
+
+def load(
+    source: str | Path,
+    *,
+    module: Any = None,
+    preprocessing: Any = None,
+    classes: Sequence[str] | None = None,
+    thresholds: float | Mapping[str, float] | str | Path | None = None,
+    tta: str | None = None,
+    device: str | torch.device = "cpu",
+    batch_size: int = BATCH_SIZE,
+    num_workers: int | None = None,
+) -> Predictor:
+    """Loads a predictor from a checkpoint alone: ``zoo.load("last.ckpt")("cat.jpg")["label"]``.
+
+    Preprocessing, names of classes and category ids are in the checkpoint: the command writes them, and so does
+    :func:`zoo.guards.guard` (:class:`zoo.callbacks.KeepPreprocessing`), where the data module says them.
+
+    Args:
+        source, module: See :func:`zoo.serving.loading.restored`.
+        preprocessing: In place of the checkpoint's: a dictionary such as ``datamodules``' data modules state
+            (:class:`zoo.common.protocols.StatesPreprocessing`), or such a data module.
+        classes: In place of the checkpoint's names, one for each output.
+        thresholds: For several labels, see :class:`zoo.serving.predictor.Predictor`; or the path of the file that
+            :class:`zoo.callbacks.TunedThresholds` writes.
+        tta, device, batch_size, num_workers: See :class:`zoo.serving.predictor.Predictor`.
+
+    Raises:
+        FileNotFoundError: If there is no such checkpoint or file of thresholds.
+        ValueError: See :func:`zoo.serving.loading.restored` and :class:`zoo.serving.predictor.Predictor`; also for a
+            checkpoint without preprocessing, or whose names of classes are of another number than its outputs, where
+            they are not given.
+    """
+    path = checkpoint_at(source)
+    content = read(path)
+    made = module_of(content, path, module)
+    names, ids = classes_of(content, path, made, classes)
+    return Predictor(
+        made,
+        datamodules.preprocessing.create(preprocessing_in(content, path, preprocessing)),
+        names,
+        ids,
+        thresholds=_thresholds(thresholds),
+        tta=tta,
+        device=device,
+        batch_size=batch_size,
+        num_workers=num_workers,
+    )
 
 
 def restored(source: str | Path, module: Any = None) -> Any:
@@ -73,6 +129,58 @@ def module_of(content: Mapping[str, Any], path: Path, module: Any = None) -> Any
         said = [line.strip() for line in str(error).splitlines()]
         raise ValueError(f"{path} is not one of this {type(made).__name__}: {' '.join(said[1:])[:160]} ...") from error
     return made.eval().requires_grad_(False)
+
+
+def preprocessing_in(content: Mapping[str, Any], path: Path, given: Any = None) -> Mapping[str, Any]:
+    """The preprocessing in a checkpoint's content, or what was given in its place: a dictionary or a data module."""
+    if isinstance(given, Mapping):
+        return given
+    if given is not None:
+        if (stated := preprocessing_of(given)) is None:
+            raise ValueError(f"preprocessing is {given!r:.80}: expected a dictionary, or a data module that states one")
+        return stated
+    found = content.get("preprocessing")
+    if not isinstance(found, Mapping):
+        raise ValueError(
+            f"{path} does not say how its images were preprocessed: preprocessing= is missing, a dictionary or a data "
+            "module that states it"
+        )
+    return found
+
+
+def classes_of(
+    content: Mapping[str, Any], path: Path, module: Any, given: Sequence[str] | None = None
+) -> tuple[list[str] | None, list[int] | None]:
+    """Names of a module's outputs and their category ids, by label: a checkpoint's, or the names that were given."""
+    if given is not None and (isinstance(given, str) or not all(isinstance(name, str) for name in given)):
+        raise ValueError(f"classes is {given!r:.80}: expected a list of names")
+    names, ids = in_checkpoint(content)
+    count = module.hparams.get("num_classes") if isinstance(module, KeepsArguments) else None
+    if not isinstance(module, HasClasses) or (names is None and given is None):
+        return None, None
+    chosen = names if given is None else list(given)
+    if chosen is not None and count not in (None, len(chosen)):
+        source = path if given is None else "classes"
+        raise ValueError(
+            f"{source} names {len(chosen)} classes, and the {type(module).__name__} of {path} has {count} outputs: "
+            f"classes= is missing, a list of {count} names"
+        )
+    return chosen, ids if ids is not None and chosen is not None and len(ids) == len(chosen) else None
+
+
+def _thresholds(given: float | Mapping[str, float] | str | Path | None) -> float | Mapping[str, float] | None:
+    """Thresholds as a predictor takes them, out of a file where a path was given."""
+    if not isinstance(given, str | Path):
+        return given
+    if not Path(given).is_file():
+        raise FileNotFoundError(f"there is no file of thresholds {given}")
+    try:
+        found = json.loads(Path(given).read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"{given} holds no thresholds: expected what TunedThresholds writes, numbers by label")
+    return found
 
 
 def _class_of(content: Mapping[str, Any], path: Path) -> type:

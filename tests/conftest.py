@@ -83,10 +83,10 @@ def _forked_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "Popen", forked.Starting)
 
 
-def longest(item: pytest.Item) -> float:
-    """Seconds that a test may take, if it says so itself."""
+def longest(item: pytest.Item) -> tuple[bool, float]:
+    """What a test says of its time itself: whether it is slow, and the seconds it may take."""
     marker = item.get_closest_marker("timeout")
-    return float(marker.args[0]) if marker else 0.0
+    return item.get_closest_marker("slow") is not None, float(marker.args[0]) if marker else 0.0
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

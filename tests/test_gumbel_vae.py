@@ -862,6 +862,7 @@ def test_cost_counts_the_network():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)  # thousands of steps
 @pytest.mark.parametrize(("recipe", "goal"), [("gumbel_vae/digits", 19.0), ("gaussian_vae/digits", 18.1)])
 def test_a_quarter_of_a_recipe_beats_independent_pixels_by_far(recipe, goal, capfd):
     """The published bounds of a sketch of both, after 7,800 steps; here there are 4,500."""

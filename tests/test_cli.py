@@ -545,9 +545,12 @@ def test_a_checkpoint_says_what_made_it_and_guards_can_be_left_out() -> None:
     assert hparams.items() >= {"num_classes": 4, "lr": 0.1}.items()
     assert torch.__version__.startswith(made["versions"]["torch"])
     assert "exact_resume" in checkpoint
+    assert checkpoint["module"].endswith(".ToyClassifier")
+    assert "preprocessing" not in checkpoint  # the data states none
     assert main(["fit", *TOY, *SHORT, "--guards", "false"]) == 0
     checkpoint = torch.load(only("runs/*/version_1/checkpoints/epoch*.ckpt"), weights_only=True)
     assert not {"exact_resume", "provenance"} & checkpoint.keys()
+    assert checkpoint["module"].endswith(".ToyClassifier")
 
 
 @pytest.mark.parametrize("last", [[], ["--ckpt_path", "last"]])

@@ -57,6 +57,9 @@ class Images(LightningDataModule):
         self.items = list(zip(images, targets))
         self.collate = (lambda batch: (torch.stack([x for x, _ in batch]), [y for _, y in batch])) if boxes else None
 
+    def preprocessing(self):
+        return {"kind": "somebody's own"}
+
     def train_dataloader(self):
         return DataLoader(self.items, 4, collate_fn=self.collate)
 
@@ -157,6 +160,9 @@ def test_a_checkpoint_of_split_weights_is_whole_and_anyone_goes_on_from_it():
     assert found("plain")[2] == pytest.approx(tested)
     assert damage("plain/step=4.ckpt") is None
     assert Path("plain/step=4.ckpt").is_dir()
+    for content in (saved, ddp, torch.load("plain/step=4.ckpt/meta.pt", weights_only=True)):
+        assert content["module"] == "MAEPretrainer"  # torch has put a class of its own before it
+        assert content["preprocessing"] == {"kind": "somebody's own"}
 
 
 class Net(Shardable, LightningModule):

@@ -49,11 +49,18 @@ def pixels(image: Given, channels: int = 3, decoder: str = "pil") -> Pixels:
 
 
 def _opened(image: Image.Image, channels: int) -> Image.Image:
-    name = vars(image).get("filename") or "the PIL image"
+    """A PIL image's pixels, which Pillow may have to read now."""
+    path = vars(image).get("filename")
     try:
+        if path:  # without it, Pillow 13 does not map the file into memory: see images.py
+            image.filename = ""  # type: ignore[attr-defined]
         return loaded(image, channels)
-    except Exception as error:  # as for files, which Pillow reads only now
-        raise UnreadableImageError(f"{os.fspath(name)} cannot be read: {reason(name, error)}") from error
+    except Exception as error:  # as for files
+        name = os.fspath(path) if path else "a PIL image"
+        raise UnreadableImageError(f"{name} cannot be read: {reason(name, error)}") from error
+    finally:
+        if path:
+            image.filename = path  # type: ignore[attr-defined]
 
 
 def _of_tensor(image: Tensor) -> np.ndarray:

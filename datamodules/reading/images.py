@@ -85,7 +85,9 @@ def convert(image: Image.Image, channels: int) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("L" if channels == 1 else "RGB")
+    converted = image.convert("L" if channels == 1 else "RGB")
+    converted.info.clear()  # of the pixels as they were: who reads it would turn them once more
+    return converted
 
 
 def to_8_bit(pixels: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Class and preprocessing of a module in its checkpoints, so that it can be had from them alone."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch.distributed.fsdp import FSDPModule
@@ -12,35 +12,50 @@ from zoo.common.protocols import StatesPreprocessing
 
 
 class KeepPreprocessing(Callback):
-    """Puts the module's class and what evaluation does to an image into every checkpoint, "module" and "preprocessing".
+    """Puts the module's class, and what evaluation does to an image, into every checkpoint: "module", "preprocessing".
 
-    The class is by its name in ``zoo``, or for another one by its dotted path. The preprocessing is what the Trainer's
-    data module states (:class:`zoo.common.protocols.StatesPreprocessing`) when the checkpoint is saved; of data that
-    states none, there is none. Both are plain data, which loads with ``weights_only=True``.
+    The class is called as ``zoo`` exports it, another one by its dotted path. The preprocessing is what the Trainer's
+    data module states when the checkpoint is saved (:class:`zoo.common.protocols.StatesPreprocessing`); where the data
+    states none, there is none. Both are plain data, which loads with ``weights_only=True``, and are in checkpoints of
+    weights alone as well.
     """
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        # Callbacks are not asked when only weights are saved.
+        if not isinstance(trainer.strategy.save_checkpoint, _Saving):
+            trainer.strategy.save_checkpoint = _Saving(trainer, trainer.strategy.save_checkpoint)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         checkpoint["module"] = class_path(pl_module)
-        stated = preprocessing_of(trainer.datamodule)
-        if stated is not None:
+        if (stated := preprocessing_of(trainer.datamodule)) is not None:
             checkpoint["preprocessing"] = stated
+
+
+class _Saving:
+    """A strategy's ``save_checkpoint`` that puts both into checkpoints without callbacks, too."""
+
+    def __init__(self, trainer: Any, given: Callable[..., None]) -> None:
+        self.trainer, self.given = trainer, given
+
+    def __call__(self, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        if "callbacks" not in checkpoint:
+            KeepPreprocessing().on_save_checkpoint(self.trainer, self.trainer.lightning_module, checkpoint)
+        self.given(checkpoint, *args, **kwargs)
 
 
 def class_path(module: Any) -> str:
     """Name of a module's class: as ``zoo`` exports it, else its dotted path."""
     kind = type(module)
-    if isinstance(module, FSDPModule):  # which torch has put in front of the module's own class
+    if isinstance(module, FSDPModule):  # torch has put a class before the module's own
         kind = next(base for base in kind.__bases__ if base is not FSDPModule)
     name = kind.__qualname__
-    ours = name in zoo._EXPORTS and getattr(zoo, name) is kind
-    return name if ours else f"{kind.__module__}.{name}"
+    return name if name in zoo._EXPORTS and getattr(zoo, name) is kind else f"{kind.__module__}.{name}"
 
 
 def preprocessing_of(data: Any) -> dict[str, Any] | None:
     """Preprocessing that a data module states; None where it states none, or calls something else by that name."""
-    if not isinstance(data, StatesPreprocessing) or not inspect.ismethod(data.preprocessing):
+    method = data.preprocessing if isinstance(data, StatesPreprocessing) else None
+    if not inspect.ismethod(method) or inspect.signature(method).parameters:
         return None
-    if inspect.signature(data.preprocessing).parameters:
-        return None
-    stated = data.preprocessing()
-    return dict(stated) if isinstance(stated, Mapping) else None
+    stated = method()
+    return dict(stated) if isinstance(stated, Mapping) and "kind" in stated else None

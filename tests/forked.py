@@ -1,8 +1,9 @@
 """Python programs as processes of their own, without the seconds that torch and Lightning take to import.
 
 ``run`` and ``Popen`` take the commands that those of subprocess take: ``[sys.executable, "-m", "zoo", ...]``, ``"-c"``
-and a source, or a script. A server that has imported what programs import, and has done nothing else, forks a process
-for each; there the program runs as the interpreter's own, with its folder, environment, streams, signals and status.
+and a source, or a script. A server that has imported what programs import and has made one parser, which reads sources
+and docstrings once for all, but has done nothing else, forks a process for each; there the program runs as the
+interpreter's own, with its folder, environment, streams, signals and status.
 
 Whatever is about the start of an interpreter needs subprocess: what is imported when, and variables that are read then.
 """
@@ -35,6 +36,7 @@ import numpy
 PRELOADED = (
     *("torchvision", "timm", "sklearn.datasets", "sklearn.neighbors", "sklearn.svm", "tensorboard.summary", "fsspec"),
     *("lightning.pytorch.cli", "torch.utils.tensorboard", "torchmetrics.classification", "rich.progress"),
+    *("attrs", "rich.emoji", "PIL.BmpImagePlugin", "PIL.GifImagePlugin", "PIL.JpegImagePlugin"),
 )
 """Besides all modules of ours."""
 
@@ -332,11 +334,14 @@ def _end(what: str, arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    gc.disable()  # what is imported stays
     for name in PRELOADED:
         importlib.import_module(name)
     for package in map(importlib.import_module, ("zoo", "datamodules")):
         for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
             if not module.name.endswith("__main__"):
                 importlib.import_module(module.name)
+    importlib.import_module("zoo.cli.parser").create("fit", data_required=True)
     gc.freeze()  # else each process would copy what it only looks at
+    gc.enable()
     _end(*_serve(socket.socket(fileno=int(sys.argv[1]))))

@@ -213,9 +213,8 @@ def test_a_file_appears_complete_or_not_at_all():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("_forked_programs")
 def test_a_run_without_what_it_was_for_is_a_failure():
-    """At the first one, not in the table when all are done."""
+    """At the first one, not in the table when all are done; it is started as people have it, and not forked."""
     option = "--trainer.check_val_every_n_epoch=5"
     told = "^run ended without val/acc, only train/loss, .*test/acc.*; all that it said is in runs/run.log$"
     config = recipe(model="EfficientNetClassifier", data="DigitsDataModule")
@@ -314,6 +313,7 @@ def test_a_mistaken_sweep_gets_one_line_before_anything_runs(args, expected, cap
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)  # four processes
+@pytest.mark.usefixtures("_forked_programs")
 def test_a_sweep_of_a_foreign_model_over_two_options_end_to_end(capsys, monkeypatch):
     """Its data has no seed to set, and with two options there is no plot."""
     tests = Path(__file__).parent

@@ -410,6 +410,9 @@ EARLY: dict[str, list[str]] = {
     "--model.image_size or --data.image_size": ["benchmark", "vit/digits", "--img_size", "1"],
     "did you mean --data.batch_size?": ["cost", "vit/digits", "--model.bs", "1"],
     "starts a new one from its weights": ["fit", "-c", "vit/digits", "--checkpoint", "last.ckpt"],
+    "there is no checkpoint a.ckpt": ["predict", "a.ckpt", "a.png"],
+    "with a recipe it is --ckpt_path a.ckpt": ["predict", "vit/digits", "a.ckpt"],
+    "zoo predict CHECKPOINT IMAGE ... --tta flip": ["predict", "vit/digits", "--tta", "flip"],
     "EfficientNetClassifier has no option 'foo'": ["scaling-search", "efficientnet/digits_scaling", "--model.foo", "1"],
 }
 

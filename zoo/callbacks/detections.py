@@ -43,10 +43,13 @@ class WriteDetections(WritePredictions):
     def __init__(self, filename: str = "detections.json") -> None:
         super().__init__(filename)
 
-    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
-        self._categories = category_ids(pl_module, trainer.datamodule)
+    def _begin(self, module: Any, data: Any, whole: Path, rank: int = 0) -> None:
+        self._categories = category_ids(module, data)
         self._names: dict[tuple[int, str], str] = {}  # by loader and image_id, what the image is called
         self._named: dict[int, bool] = {}  # by loader, whether images have an image_id of their own
+        super()._begin(module, data, whole, rank)
+
+    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
         super().on_predict_start(trainer, pl_module)
         assert self.last_path is not None
         if len(trainer.num_predict_batches) > 1:

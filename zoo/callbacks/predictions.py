@@ -8,7 +8,7 @@ import os
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -23,6 +23,8 @@ from zoo.common.classes import names_of
 from zoo.common.pictures import class_name
 from zoo.common.protocols import KnownOrder, KnownSamples, PredictsRows
 
+Sample = tuple[int, str | None, bool]
+"""Number and name of a sample, and whether it could be read."""
 FEW_CLASSES = 100
 """So many columns a table may have without being asked for them."""
 
@@ -68,10 +70,8 @@ class WritePredictions(Callback):
     def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
         folder = run_directory(trainer)  # all ranks have to ask
         run = trainer.strategy.broadcast(uuid.uuid4().hex[:12])  # another one may predict into the same folder
-        self.last_path, self._whole = folder / self.filename, folder / f".{self.filename}.{run}"
-        self._part = self._part_of(trainer.global_rank)
-        self._file = create_file(self._part)
-        self._columns, self._count, self._before = None, 0, 0
+        self.last_path = folder / self.filename
+        self._begin(pl_module, trainer.datamodule, folder / f".{self.filename}.{run}", trainer.global_rank)
 
     def on_predict_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -81,15 +81,53 @@ class WritePredictions(Callback):
             self._before = self._count  # in other loaders
         samples = self._samples(trainer, batch_idx, dataloader_idx, len(predicted))
         self._count += len(predicted)
+        # What stands in for a batch that could not be read is nobody's.
+        self._add(predicted if any(present for _, _, present in samples) else [], samples, dataloader_idx)
+
+    def write_file(self, path: Path, module: Any, predicted: Iterable[tuple[Sequence[Sample], Any]]) -> None:
+        """Writes predictions that no Trainer makes, as they come. The file appears when all are there.
+
+        Args:
+            path: The file.
+            module: Whose predictions they are.
+            predicted: The samples of a batch, numbered from 0, and what ``predict_step`` returned for those of them
+                that could be read; None where there are none.
+
+        Raises:
+            ValueError: As under a Trainer.
+        """
+        whole = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
+        self._begin(module, None, whole)
+        part = self._part_of(0)
+        assert self._file is not None
+        try:
+            with self._file:
+                for samples, outputs in predicted:
+                    self._add([] if outputs is None else self._entries(module, outputs, None), samples, 0)
+            self._merge([part], whole, 0)
+            os.replace(whole, path)
+        finally:
+            _remove(whole)
+            _remove(part)
+        self.last_path = path
+
+    def _begin(self, module: Any, data: Any, whole: Path, rank: int = 0) -> None:
+        """Begins a file: opens the part of a process."""
+        self._whole = whole
+        self._part = self._part_of(rank)
+        self._file = create_file(self._part)
+        self._columns, self._count, self._before = None, 0, 0
+
+    def _add(self, predicted: Sequence[Any], samples: Sequence[Sample], loader: int) -> None:
+        """Writes the entries of those samples of a batch that could be read, and that the others could not be."""
         read = sum(present for _, _, present in samples)
-        predicted = predicted if read else []  # of what stands in for a batch that could not be read
         if read != len(predicted):
             raise ValueError(f"{len(predicted)} predictions for {read} images: expected one entry for each image")
         entries = iter(predicted)
         for index, name, present in samples:
             entry = next(entries) if present else None
             if name is not None:
-                self._write(dataloader_idx, index, name, entry)
+                self._write(loader, index, name, entry)
 
     def _entries(self, module: Any, outputs: Any, data: Any) -> Sequence[Any]:
         """The entries of each image: here its rows, as dictionaries of columns."""
@@ -104,10 +142,8 @@ class WritePredictions(Callback):
         for row in [{}] if entry is None else entry:
             writer.writerow([loader, index, name, *(row.get(column, "") for column in self._columns or [])])
 
-    def _samples(
-        self, trainer: Any, batch_idx: int, dataloader_idx: int, count: int
-    ) -> list[tuple[int, str | None, bool]]:
-        """(index, name, whether it could be read) of a batch's samples; no name where one only fills a rank up."""
+    def _samples(self, trainer: Any, batch_idx: int, dataloader_idx: int, count: int) -> list[Sample]:
+        """A batch's samples; no name where one only fills a rank up."""
         loader = loaders.nth(trainer.predict_dataloaders, dataloader_idx)
         sampler: Any
         dataset: Any

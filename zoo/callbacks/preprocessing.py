@@ -1,14 +1,13 @@
 """Class and preprocessing of a module in its checkpoints, so that it can be had from them alone."""
 
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from torch.distributed.fsdp import FSDPModule
 
 import zoo
 from zoo._lightning import Callback
-from zoo.common.protocols import StatesPreprocessing
+from zoo.common.preprocessing import preprocessing_of
 
 
 class KeepPreprocessing(Callback):
@@ -50,12 +49,3 @@ def class_path(module: Any) -> str:
         kind = next(base for base in kind.__bases__ if base is not FSDPModule)
     name = kind.__qualname__
     return name if name in zoo._EXPORTS and getattr(zoo, name) is kind else f"{kind.__module__}.{name}"
-
-
-def preprocessing_of(data: Any) -> dict[str, Any] | None:
-    """Preprocessing that a data module states; None where it states none, or calls something else by that name."""
-    method = data.preprocessing if isinstance(data, StatesPreprocessing) else None
-    if not inspect.ismethod(method) or inspect.signature(method).parameters:
-        return None
-    stated = method()
-    return dict(stated) if isinstance(stated, Mapping) and "kind" in stated else None

@@ -84,6 +84,7 @@ ANSWERS = {
     **dict.fromkeys(("pretrained", "finetune", "init_from"), "--model.weights FILE starts from weights"),
     **dict.fromkeys(("grad_clip", "clip_grad"), "it is --trainer.gradient_clip_val, of the norm unless told otherwise"),
     "no_guards": "it is --guards false",
+    "tta": "test-time augmentation goes with a checkpoint alone, zoo predict CHECKPOINT IMAGE ... --tta flip",
     "strict_imports": "it is --strict-imports",
     "b": "--data.batch_size N is the batch, --model.backbone NAME the network",
     "e": "it is --trainer.max_epochs N",

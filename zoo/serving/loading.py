@@ -12,9 +12,9 @@ import yaml
 import datamodules.preprocessing
 import zoo
 from zoo._lightning import LightningModule
-from zoo.callbacks.preprocessing import preprocessing_of
 from zoo.checkpoints import best_in, is_distributed, read
 from zoo.common.classes import in_checkpoint
+from zoo.common.preprocessing import preprocessing_of
 from zoo.common.protocols import HasClasses, KeepsArguments
 from zoo.serving.predictor import BATCH_SIZE, Predictor
 

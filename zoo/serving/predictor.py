@@ -211,7 +211,7 @@ class Predictor:
                     return file, said
                 raise type(error)(said) from error
 
-        items: Iterable[tuple[Given, str | None]] = _listed(images)
+        items: Iterable[tuple[Given, str | None]] = listed(images)
         sizes: Iterable[int] = itertools.repeat(self.batch_size)
         if not isinstance(images, Iterator):  # batches as prediction has them, all of nearly one size
             items = list(items)
@@ -259,7 +259,7 @@ def _is_one(images: Any) -> bool:
     return isinstance(images, Image.Image) or (isinstance(images, np.ndarray | Tensor) and images.ndim < 4)
 
 
-def _listed(images: Any) -> Iterator[tuple[Given, str | None]]:
+def listed(images: Any) -> Iterator[tuple[Given, str | None]]:
     """Single images, and the path of each that is a file: those of folders sorted."""
     for image in [images] if _is_one(images) or isinstance(images, str | PathLike) else images:
         if not isinstance(image, str | PathLike):

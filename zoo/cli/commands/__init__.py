@@ -1,12 +1,12 @@
 """The commands, a file each: name, summary, arguments, and what it does, inside of which alone torch is imported."""
 
 from zoo.cli.arguments import Command
-from zoo.cli.commands import benchmark, cost, listing, sweep, train
+from zoo.cli.commands import benchmark, cost, listing, predict, sweep, train
 
 COMMANDS: dict[str, Command] = {
     command.name: command
     for command in (
-        *train.COMMANDS,
+        *(train.COMMAND_OF | {"predict": predict.COMMAND}).values(),
         *benchmark.COMMANDS,
         cost.COMMAND,
         sweep.command_of(sweep.SWEEP),

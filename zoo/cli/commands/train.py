@@ -9,7 +9,7 @@ SUMMARIES = {
     "fit": "train, then test",
     "validate": "measure a checkpoint on the validation data",
     "test": "measure a checkpoint on the test data",
-    "predict": "write predictions, of the test data or of a folder",
+    "predict": "predict images by a checkpoint, or write predictions of a recipe's data",
 }
 OPTIONS = (
     RECIPE,
@@ -29,8 +29,11 @@ OPTIONS = (
 )
 
 
+USAGE = "[RECIPE ...] [--option VALUE ...]"
+
+
 def _arguments(name: str) -> Arguments:
-    return Arguments(name, "[RECIPE ...] [--option VALUE ...]", f"{SUMMARIES[name].capitalize()}.")
+    return Arguments(name, USAGE, f"{SUMMARIES[name].capitalize()}.")
 
 
 def _run(line: Line) -> int:
@@ -42,4 +45,4 @@ def _run(line: Line) -> int:
     return 0
 
 
-COMMANDS = [Command(name, line, partial(_arguments, name), _run, OPTIONS) for name, line in SUMMARIES.items()]
+COMMAND_OF = {name: Command(name, line, partial(_arguments, name), _run, OPTIONS) for name, line in SUMMARIES.items()}

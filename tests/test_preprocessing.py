@@ -734,8 +734,8 @@ def test_loaders_alone_state_nothing() -> None:
     assert kept("a.ckpt")["module"] == "test_preprocessing.KeptClassifier"
 
 
-class ViTClassifier(LightningModule):
-    """A class of somebody else, called as one of ours."""
+class ViTClassifier(torch.nn.Module):
+    """A class of somebody else, called as one of ours; the command line must not take it for a choice of ``--model``."""
 
 
 class OurChild(zoo.EfficientNetClassifier):

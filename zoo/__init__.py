@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from zoo.efficientnet import EfficientNetClassifier
     from zoo.gumbel_vae import GaussianVAE, GumbelVAE
     from zoo.mae import MAEPretrainer
+    from zoo.serving.export import export
     from zoo.serving.loading import load
     from zoo.vit import ViTClassifier
 
@@ -23,6 +24,7 @@ __all__ = [
     "GumbelVAE",
     "MAEPretrainer",
     "ViTClassifier",
+    "export",
     "load",
 ]
 
@@ -35,7 +37,7 @@ _EXPORTS = {
     "MAEPretrainer": "mae",
     "ViTClassifier": "vit",
 }
-_FUNCTIONS = {"load": "serving.loading"}
+_FUNCTIONS = {"export": "serving.export", "load": "serving.loading"}
 """What is made from a checkpoint alone: exported name -> submodule."""
 _PARTS = ("callbacks", "checkpoints", "guards", "losses", "sharding", "weights")
 

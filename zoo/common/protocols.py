@@ -180,6 +180,14 @@ class Exports(Protocol):
     """
 
 
+@runtime_checkable
+class MeasuresDetections(Protocol):
+    """A detector that has a metric for its detections, which another program's may be measured by as well."""
+
+    def detection_metric(self, data: Any) -> Any:
+        """A new ``CocoAveragePrecision`` of :mod:`zoo.metrics`, for the classes and sizes that a data module names."""
+
+
 # Modules: arguments, weights and checkpoints.
 
 

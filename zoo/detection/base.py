@@ -117,13 +117,16 @@ class Detector(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, Lig
 
     def _new_metric(self) -> CocoAveragePrecision:
         """The metric of an evaluation's detections, by the sizes and classes that the data names."""
-        data = getattr(self._trainer, "datamodule", None)
+        metric = self.detection_metric(getattr(self._trainer, "datamodule", None))
+        return metric.to(self.device)  # where Lightning gathers what is logged
+
+    def detection_metric(self, data: Any) -> CocoAveragePrecision:
+        """A metric of this detector's detections, by the sizes and classes that a data module names."""
         counted = (1, 10, 100, max(100, self.hparams.max_detections))  # COCO's, and all that may be detected
         classes = self.classes or names_of(data)
         if classes is not None:  # there may be outputs without a name
             classes = [*classes, *(f"label {i}" for i in range(len(classes), self.hparams.num_classes))]
-        metric = CocoAveragePrecision(data.size_ranges if isinstance(data, HasSizeRanges) else None, classes, counted)
-        return metric.to(self.device)  # where Lightning gathers what is logged
+        return CocoAveragePrecision(data.size_ranges if isinstance(data, HasSizeRanges) else None, classes, counted)
 
     def evaluation_step(self, batch: Any, batch_idx: int, dataloader_idx: int, stage: str) -> None:
         images, targets = self._checked(batch, 0)  # the metric looks at all values, too

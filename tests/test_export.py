@@ -1,0 +1,264 @@
+"""Exported files: they compute what their module does, say what is needed to use them, or are not there."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+
+import zoo
+from datamodules import DigitsDataModule
+from zoo.guards import guard
+from zoo.serving.export import Report
+from zoo.serving.export.exporting import KINDS
+from zoo.serving.export.proof import difference, difference_of_rows, relative
+from zoo.serving.loading import restored
+
+for package in ("onnx", "onnxscript", "onnxruntime"):
+    pytest.importorskip(package)
+
+VIT: dict[str, Any] = {"backbone": "vit_tiny_patch16_224", "width": 12, "depth": 1, "heads": 2, "patch_size": 4}
+TRAINER: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+QUICK: dict[str, Any] = {"compiled": False}
+
+
+def saved(net: Any, path: Path, data: Any) -> Path:
+    """A checkpoint of a module as a guarded Trainer writes it after a fit to some data."""
+    net.classes = getattr(data, "classes", None)
+    trainer = guard(Trainer(**TRAINER), config="model:\n  class_path: somewhere\n")
+    trainer.strategy.connect(net)
+    trainer._data_connector.attach_datamodule(net, data)
+    trainer.state.fn = "fit"
+    for callback in trainer.callbacks:
+        if type(callback).__name__ == "Provenance":
+            callback.setup(trainer, net, "fit")
+    trainer.save_checkpoint(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def digits() -> DigitsDataModule:
+    return DigitsDataModule(batch_size=64)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, digits) -> Path:
+    torch.manual_seed(0)
+    net = zoo.ViTClassifier(num_classes=10, in_channels=1, image_size=8, head_std=0.5, **VIT)
+    return saved(net, tmp_path_factory.mktemp("export") / "vit.ckpt", digits)
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoint, digits) -> dict[str, Report]:
+    """Files of one classifier in both formats, proved on the validation split."""
+    return {
+        name: zoo.export(checkpoint, checkpoint.with_suffix(kind.SUFFIX), name, data=digits, **QUICK)
+        for name, kind in KINDS.items()
+    }
+
+
+@pytest.mark.parametrize("format", KINDS)
+def test_a_file_computes_what_its_module_does_in_batches_of_every_size(exported, checkpoint, digits, format):
+    run, net = KINDS[format].Program(exported[format].path), restored(checkpoint)
+    for count in (1, 3, 7):
+        images = torch.randint(0, 256, (count, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        expected = net.exported_probabilities(digits.on_after_batch_transfer([images], 0)[0])
+        found = run(images)
+        assert list(found) == ["logits", "probabilities"]
+        assert difference(found, expected) <= KINDS[format].TOLERANCE
+
+
+@pytest.mark.parametrize("format", KINDS)
+def test_the_report_holds_the_proof(exported, format):
+    report = exported[format]
+    assert list(report.differences) == ["1 x 1x8x8", "2 x 1x8x8", "5 x 1x8x8"]
+    assert max(report.differences.values()) <= report.tolerance == {"pt2": 0.0, "onnx": 5e-6}[format]
+    found = report.validation
+    assert found is not None
+    assert (found["images"], found["differing"], found["metric"]) == (180, 0, "accuracy")
+    assert found["file"] == found["checkpoint"] == round(found["file"] * 180) / 180
+    assert found["difference"] <= report.tolerance
+    assert set(report.seconds) == {"eager", "file"}
+    assert report.size < report.path.stat().st_size  # which holds the proof as well
+    assert "validation: 180 of 180 images predicted alike" in str(report)
+
+
+@pytest.mark.parametrize("format", KINDS)
+def test_a_file_says_all_that_is_needed_to_use_it(exported, checkpoint, digits, format):
+    said = KINDS[format].read_metadata(exported[format].path)
+    assert said["module"] == "ViTClassifier"
+    assert said["classes"] == [str(digit) for digit in range(10)]
+    assert said["preprocessing"] == digits.preprocessing()
+    assert said["preprocessing_inside"] is True
+    assert said["variant"] == "probabilities"
+    assert said["inputs"] == [{"name": "images", "dtype": "uint8", "shape": ["batch", 1, 8, 8]}]
+    assert [each["name"] for each in said["outputs"]] == ["logits", "probabilities"]
+    assert said["hyperparameters"]["depth"] == 1
+    assert said["configuration"].startswith("model:")
+    assert {"torch", "vision-zoo"} <= set(said["versions"]) & set(said["provenance"]["versions"])
+    assert said["proof"] == json.loads(json.dumps(exported[format].proof()))
+
+
+def test_other_programs_find_names_types_and_metadata_in_the_files(exported):
+    onnxruntime: Any = pytest.importorskip("onnxruntime")
+    session = onnxruntime.InferenceSession(str(exported["onnx"].path), providers=["CPUExecutionProvider"])
+    (images,) = session.get_inputs()
+    assert (images.name, images.shape, images.type) == ("images", ["batch", 1, 8, 8], "tensor(uint8)")
+    outputs = [(each.name, each.shape) for each in session.get_outputs()]
+    assert outputs == [("logits", ["batch", 10]), ("probabilities", ["batch", 10])]
+    assert json.loads(session.get_modelmeta().custom_metadata_map["zoo"])["classes"][9] == "9"
+    extra = {"zoo.json": ""}
+    torch.export.load(exported["pt2"].path, extra_files=extra)
+    assert json.loads(extra["zoo.json"])["classes"][9] == "9"
+
+
+def test_without_preprocessing_a_graph_takes_normalised_floats(checkpoint, digits, tmp_path):
+    report = zoo.export(checkpoint, tmp_path / "raw.pt2", "pt2", preprocessing=False, data=digits, **QUICK)
+    assert report.validation is not None
+    assert (report.validation["images"], report.validation["differing"]) == (180, 0)
+    said = KINDS["pt2"].read_metadata(report.path)
+    assert said["preprocessing_inside"] is False
+    assert said["inputs"][0]["dtype"] == "float32"
+    assert said["preprocessing"] == digits.preprocessing()  # for whoever prepares the images
+
+
+# What is wrong.
+
+
+class AnotherInGraphs(LightningModule):
+    """A module whose network computes something else where it is exported."""
+
+    exports: ClassVar = {"values": "exported"}
+    input_shape = (1, 8, 8)
+
+    def __init__(self, slip: float) -> None:
+        super().__init__()
+        self.slip = slip
+
+    def exported(self, images: Tensor) -> dict[str, Tensor]:
+        found = images.mean((2, 3))
+        return {"values": found if torch.compiler.is_compiling() else found + self.slip}
+
+
+def test_a_file_that_does_not_agree_is_not_written(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"net.pt2 was not written: it computes something else than AnotherInGraphs, .*"
+    ):
+        zoo.export(AnotherInGraphs(1e-3), tmp_path / "net.pt2", "pt2", preprocessing=False, **QUICK)
+    assert not list(tmp_path.iterdir())
+    report = zoo.export(AnotherInGraphs(1e-3), tmp_path / "net.pt2", "pt2", preprocessing=False, tolerance=0.1, **QUICK)
+    assert 0 < max(report.differences.values()) <= 0.1
+    assert "not compared on validation images: there are none" in str(report)
+    assert [each.name for each in tmp_path.iterdir()] == ["net.pt2"]
+
+
+def test_what_is_there_is_replaced_only_when_told(exported, checkpoint, tmp_path):
+    file = shutil.copy(exported["pt2"].path, tmp_path / "there.pt2")
+    before = Path(file).read_bytes()
+    with pytest.raises(FileExistsError, match=r"there.pt2 exists: name another, or overwrite it"):
+        zoo.export(checkpoint, file, "pt2", **QUICK)
+    with pytest.raises(ValueError, match="was not written"):
+        zoo.export(AnotherInGraphs(1.0), file, "pt2", preprocessing=False, overwrite=True, **QUICK)
+    assert Path(file).read_bytes() == before
+    zoo.export(AnotherInGraphs(0.0), file, "pt2", preprocessing=False, overwrite=True, **QUICK)
+    assert Path(file).read_bytes() != before
+
+
+class DependsOnValues(nn.Module):
+    """A network whose way depends on its images."""
+
+    num_features = 1
+
+    def forward(self, images: Tensor) -> Tensor:
+        found = images.mean((2, 3))
+        if found.sum() > 0:
+            found = found + 1
+        return found
+
+
+class KnowsItsBatch(nn.Module):
+    """A network that goes through its batch image by image."""
+
+    num_features = 1
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.stack([image.mean((1, 2)) for image in images])
+
+
+@pytest.mark.parametrize(
+    ("network", "said"),
+    [
+        (DependsOnValues, r"data-dependent expression .* \(test_export.py, line \d+: if found.sum\(\) > 0:\)"),
+        (KnowsItsBatch, r"specialized it to be a constant \(2\)"),
+    ],
+)
+def test_what_prevents_an_export_is_named(network, said, tmp_path, capfd):
+    net = zoo.ViTClassifier(network(), num_classes=2, image_size=8, in_channels=1)
+    with pytest.raises(ValueError, match=rf"ViTClassifier cannot be exported: .*{said}$"):
+        zoo.export(net, tmp_path / "net.pt2", "pt2", preprocessing=False, **QUICK)
+    assert not list(tmp_path.iterdir())
+    assert capfd.readouterr() == ("", "")
+
+
+def test_what_cannot_be_asked_for_is_said_at_once(checkpoint, tmp_path, monkeypatch):
+    def wrong(error: type[Exception], said: str, *args: Any, **options: Any) -> None:
+        with pytest.raises(error, match=said):
+            zoo.export(*args, **options)
+
+    out = tmp_path / "net.onnx"
+    wrong(ValueError, r"unknown format 'onx': did you mean onnx\?", checkpoint, out, "onx")
+    wrong(ValueError, r"unknown format 'tflite': expected one of onnx, ", checkpoint, out, "tflite")
+    wrong(ValueError, r"net.onnx is not the name of a file of pt2: expected .pt2", checkpoint, out, "pt2")
+    wrong(ValueError, r"there is no folder .*nowhere", checkpoint, tmp_path / "nowhere" / "net.onnx")
+    wrong(ValueError, r"has no variant 'maps': expected one of probabilities", checkpoint, out, variant="maps")
+    wrong(FileNotFoundError, r"there is no checkpoint", tmp_path / "none.ckpt", out)
+    content = torch.load(checkpoint, weights_only=True)
+    torch.save({**content, "preprocessing": None}, tmp_path / "old.ckpt")
+    wrong(ValueError, r"old.ckpt says nothing of preprocessing, .*: give the data", tmp_path / "old.ckpt", out)
+    torch.save({**content, "module": "somebody.Net"}, tmp_path / "foreign.ckpt")
+    wrong(ValueError, r"foreign.ckpt is of somebody.Net, which is not one of", tmp_path / "foreign.ckpt", out)
+    monkeypatch.setattr("zoo.serving.export.onnx.find_spec", lambda name: None if name == "onnxscript" else name)
+    wrong(ValueError, r"needs onnxscript: pip install 'vision-zoo\[export\]'$", checkpoint, out)
+    assert not out.exists()
+
+
+# How differences are measured.
+
+
+def test_differences_are_relative_to_the_largest_value_and_integers_are_equal():
+    ten = torch.tensor([1.0, -10.0])
+    assert relative(ten + torch.tensor([0.0, 0.01]), ten) == pytest.approx(1e-3, rel=1e-4)
+    assert relative(ten, ten) == 0
+    assert relative(torch.tensor([1, 2]), torch.tensor([1, 3])) == float("inf")
+    assert relative(ten * float("nan"), ten) == float("inf")
+    assert relative(ten[:1], ten) == relative(ten.double(), ten) == float("inf")
+    assert difference({"a": ten}, {"b": ten}) == float("inf")
+    assert difference({"a": ten, "b": ten}, {"a": ten, "b": ten * 1.5}) == pytest.approx(1 / 3)
+
+
+def rows(*each: tuple[float, int, float]) -> dict[str, Tensor]:
+    """Detections of (left side, label, score)."""
+    return {
+        "boxes": torch.tensor([[x, 0.0, x + 10, 10.0] for x, _, _ in each]).reshape(-1, 4),
+        "labels": torch.tensor([label for _, label, _ in each], dtype=torch.int64),
+        "scores": torch.tensor([score for _, _, score in each]),
+    }
+
+
+def test_detections_are_compared_as_a_set_whose_end_is_a_matter_of_rounding():
+    found = rows((0, 1, 0.9), (50, 2, 0.8), (90, 1, 0.3))
+    swapped = rows((50, 2, 0.8 + 1e-6), (0, 1, 0.9), (90, 1, 0.3))
+    assert difference_of_rows(found, found, 100, 0.05) == 0
+    assert difference_of_rows(swapped, found, 100, 0.05) == pytest.approx(1e-6, rel=0.1)
+    fewer = rows((0, 1, 0.9), (50, 2, 0.8))
+    assert difference_of_rows(fewer, found, 100, 0.05) == difference_of_rows(found, fewer, 100, 0.05) == float("inf")
+    assert difference_of_rows(fewer, found, 100, 0.3) == 0  # as many as pass the threshold, but for rounding
+    last = rows((0, 1, 0.9), (50, 2, 0.8), (70, 0, 0.3))
+    assert difference_of_rows(last, found, 100, 0.05) == float("inf")
+    assert difference_of_rows(last, found, 3, 0.05) == 0  # the three best, of which two are as good
+    assert difference_of_rows(rows((0, 2, 0.9)), rows((0, 1, 0.9)), 100, 0.05) == float("inf")
+    assert difference_of_rows(rows(), rows((0, 1, 0.9)), 100, 0.05) == float("inf")

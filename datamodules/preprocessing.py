@@ -8,12 +8,10 @@ is bit for bit what a data module with these settings gives a module's ``predict
 state it of themselves, and use the same transforms, collation and normalisation.
 """
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from functools import cached_property, partial
-from numbers import Integral
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,8 +22,9 @@ from datamodules.loading.seeding import drawn
 from datamodules.reading import decoders, given
 from datamodules.reading.given import Given
 from datamodules.reading.pixels import ToTensor, as_tensor, height_and_width
-from datamodules.transforms import INTERPOLATIONS, Binarization
+from datamodules.transforms import Binarization
 from datamodules.transforms.detection import DetectionTransform, Target, complete
+from datamodules.transforms.settings import check, plain
 
 
 class Preprocessing:
@@ -65,6 +64,7 @@ class Preprocessing:
 
         Raises:
             UnreadableImageError: If it cannot be read; the message has the path and the reason.
+            TypeError: For something else than these.
             ValueError: For an array or a tensor of another shape, dtype or range.
         """
         raise NotImplementedError
@@ -74,7 +74,11 @@ class Preprocessing:
         raise NotImplementedError
 
     def to_float(self, batch: Any) -> Any:
-        """Converts a batch, on whatever device, to what ``predict_step`` gets: normalised, in the default dtype."""
+        """Converts a batch, on whatever device, to what ``predict_step`` gets: normalised, in the default dtype.
+
+        Raises:
+            ValueError: For images that are not uint8.
+        """
         raise NotImplementedError
 
     def views(self, image: Given, number: int = 0, tta: str | None = None) -> list[Any]:
@@ -111,7 +115,7 @@ class Preprocessing:
 
     def stated(self) -> dict[str, Any]:
         """Settings as plain data, of which :func:`create` makes the same."""
-        own = {field.name: _plain(getattr(self, field.name)) for field in fields(self)}  # type: ignore[arg-type]
+        own = {field.name: plain(getattr(self, field.name)) for field in fields(self)}  # type: ignore[arg-type]
         return {"kind": self.kind, **own, **self.constants}
 
 
@@ -152,7 +156,7 @@ class _OneSize(Preprocessing):
 
     def to_float(self, batch: Tensor) -> Tensor:
         threshold: Binarization | None = "threshold" if self.binarize else None  # what is drawn is 0 or 1 already
-        images = transforms.finish(transforms.to_float(batch), self.mean, self.std, threshold)
+        images = transforms.finish(transforms.to_float(_of_bytes(batch)), self.mean, self.std, threshold)
         return images.to(torch.get_default_dtype())
 
 
@@ -215,7 +219,7 @@ class Fit(Preprocessing):
     def check(self) -> None:
         super().check()
         check_sizes(self._sizes, self.max_size)
-        assert self.transform  # which looks at both sides
+        _ = self.transform  # which looks at both sides
 
     @property
     def input_shape(self) -> tuple[int, int, int] | None:
@@ -237,7 +241,7 @@ class Fit(Preprocessing):
 
     def to_float(self, batch: tuple[Tensor, Sequence[Target]]) -> tuple[Tensor, Sequence[Target]]:
         images, targets = batch
-        return normalize_padded(images, targets, self.mean, self.std).to(torch.get_default_dtype()), targets
+        return normalize_padded(_of_bytes(images), targets, self.mean, self.std).to(torch.get_default_dtype()), targets
 
 
 KINDS: dict[str, type[Preprocessing]] = {kind.kind: kind for kind in (Crop, Resize, Fit)}
@@ -267,15 +271,9 @@ def create(stated: Mapping[str, Any]) -> Preprocessing:
     if unknown := [key for key in settings if key not in required and key not in kind.constants]:
         known = ", ".join([*required, *kind.constants])
         raise ValueError(f"preprocessing of kind {name} has the unknown key {unknown[0]!r}: expected {known}")
-    for key, value in settings.items():
-        if key in kind.constants:
-            accepted, expected = value in _forms(kind.constants[key]), str(kind.constants[key])
-        else:
-            accepts, expected = _ACCEPTED.get(f"{name}: {key}") or _ACCEPTED[key]
-            accepted = accepts(value)
-        if not accepted:
-            raise ValueError(f"preprocessing of kind {name}: {key} is {value!r}, expected {expected}")
     try:
+        for key, value in settings.items():
+            check(name, key, value, kind.constants.get(key))
         made = kind(**{key: value for key, value in settings.items() if key in required})
         made.check()
     except ValueError as error:
@@ -283,57 +281,7 @@ def create(stated: Mapping[str, Any]) -> Preprocessing:
     return made
 
 
-def _is_side(value: Any) -> bool:
-    return type(value) is int and value >= 1
-
-
-def _is_size(value: Any) -> bool:
-    return isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_side, value))
-
-
-def _are_numbers(value: Any, above: float = -math.inf) -> bool:
-    return (
-        isinstance(value, list | tuple)
-        and len(value) > 0
-        and all(type(one) in (int, float) and above < one < math.inf for one in value)
-    )
-
-
-_BY_TORCH = tuple(name for name in INTERPOLATIONS if name != "lanczos")
-_ACCEPTED: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "channels": (lambda value: _is_side(value) and value in (1, 3), "1 (grey) or 3 (RGB)"),
-    "image_size": (lambda value: _is_side(value) or _is_size(value), "a side in pixels, or height and width"),
-    "fit: image_size": (lambda value: value is None or _is_side(value), "a short side in pixels, or null"),
-    "max_size": (lambda value: value is None or _is_side(value), "a long side in pixels, or null"),
-    "pad_multiple": (_is_side, "at least 1"),
-    "size_buckets": (
-        lambda value: value is None or (isinstance(value, list | tuple) and all(map(_is_size, value))),
-        "a list of heights and widths, or null",
-    ),
-    "crop_ratio": (lambda value: type(value) in (int, float) and 0 < value <= 1, "a number in (0, 1]"),
-    "interpolation": (lambda value: value in INTERPOLATIONS, " or ".join(INTERPOLATIONS)),
-    "resize: interpolation": (lambda value: value in _BY_TORCH, " or ".join(_BY_TORCH)),
-    "mean": (_are_numbers, "a list of numbers"),
-    "std": (lambda value: _are_numbers(value, above=0), "a list of positive numbers"),
-    "binarize": (
-        lambda value: value is None or value in get_args(Binarization),
-        f"{', '.join(get_args(Binarization))}, or null",
-    ),
-    "seed": (lambda value: type(value) is int and -(2**63) <= value < 2**63, "a whole number of 64 bits"),
-    "decoder": (lambda value: value in get_args(decoders.Decoder), " or ".join(get_args(decoders.Decoder))),
-}
-"""By setting, of one kind or of all that have it: what is taken for it, and how that is called."""
-
-
-def _forms(constant: Any) -> list[Any]:
-    """A constant, and where it is a list the same as a tuple."""
-    return [constant, tuple(constant)] if isinstance(constant, list) else [constant]
-
-
-def _plain(value: Any) -> Any:
-    """A setting as checkpoints and JSON keep it: Python's own numbers, and lists."""
-    if value is None or isinstance(value, str):
-        return value
-    if isinstance(value, Sequence):
-        return [_plain(part) for part in value]
-    return int(value) if isinstance(value, Integral) else float(value)
+def _of_bytes(images: Tensor) -> Tensor:
+    if images.dtype != torch.uint8:
+        raise ValueError(f"images are {images.dtype}: expected uint8 from 0 to 255, as read and collate make them")
+    return images

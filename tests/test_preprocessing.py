@@ -452,6 +452,17 @@ def test_floats_are_of_the_default_dtype() -> None:
 
 # Mistakes.
 
+
+def test_only_bytes_become_floats() -> None:
+    targets = [{"size": (8, 8)}]
+    for preprocessing, batch in (
+        (created(DigitsDataModule()), torch.zeros(1, 1, 8, 8)),
+        (created(CocoDetectionDataModule(predict_root="none")), (torch.zeros(1, 3, 8, 8), targets)),
+    ):
+        with pytest.raises(ValueError, match="images are torch.float32: expected uint8 from 0 to 255, as read and"):
+            preprocessing.to_float(batch)
+
+
 BAD_IMAGES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "missing file": (lambda: "none.png", UnreadableImageError, "none.png cannot be read: no such file or directory"),
     "folder": (lambda: Path("."), UnreadableImageError, "cannot be read: is a directory"),

@@ -1,6 +1,7 @@
 """Preprocessing of evaluation and prediction: what data modules state, what is made of it, what checkpoints keep."""
 
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -367,6 +368,8 @@ def test_each_data_module_states_what_makes_the_same_again(name: str) -> None:
     data = predicting(name, Path("none"))
     assert isinstance(data, StatesPreprocessing)
     assert created(data).stated() == data.preprocessing()
+    for sent in (created(data), data.collate(), created(data).transform):  # to workers that are not forked
+        assert type(pickle.loads(pickle.dumps(sent))) is type(sent)
     assert created(data).input_shape in (None, getattr(data, "image_shape", None), (3, 48, 48))
 
 

@@ -13,7 +13,7 @@ import zoo
 from zoo._lightning import LightningModule
 from zoo.cli.parser import MOST_NAMED, create
 
-MODULES = zoo.__all__
+MODULES = sorted(zoo._EXPORTS)
 
 
 def shown(name: str, capsys: pytest.CaptureFixture[str]) -> dict[str, str]:

@@ -749,7 +749,7 @@ def test_loaders_alone_state_nothing() -> None:
 
 
 class ViTClassifier(torch.nn.Module):
-    """A class of somebody else, called as one of ours; the command line must not take it for a choice of ``--model``."""
+    """A class of somebody else, called as one of ours, but no choice of ``--model``."""
 
 
 class OurChild(zoo.EfficientNetClassifier):

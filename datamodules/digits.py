@@ -14,7 +14,7 @@ There are three splits; tests hold the checksums of the first two.
 """
 
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from typing import Any, Literal, Unpack, get_args
 
 import numpy as np
@@ -181,20 +181,10 @@ class DigitsDataModule(ImageDataModule):
 
     def indices(self, split: Split) -> np.ndarray:
         """Indices of a split among the 1,797 digits, ascending."""
-        labels = self._arrays[1].numpy()
-        if self.split == "stratified":
-            rest, test = train_test_split(
-                np.arange(len(labels)), test_size=self.test_size, stratify=labels, random_state=self.split_seed
-            )
-            train, val = train_test_split(
-                rest, test_size=self.val_size, stratify=labels[rest], random_state=self.split_seed
-            )
-        else:
-            ends = [1097, 1397] if self.split == "random" else [1297, 1497]
-            train, val, test = np.split(np.random.RandomState(self.split_seed).permutation(len(labels)), ends)
+        train, val, test = _split(self.split, self.split_seed, self.val_size, self.test_size)
         if split == "train" and self.labels_per_class is not None:
             generator = np.random.default_rng(self.labels_seed)
-            of_each = [train[labels[train] == digit] for digit in range(10)]
+            of_each = [train[_digits()[1][train] == digit] for digit in range(10)]
             train = np.concatenate([generator.permutation(some)[: self.labels_per_class] for some in of_each])
         return np.sort({"train": train, "val": val, "test": test}[split])
 
@@ -205,7 +195,7 @@ class DigitsDataModule(ImageDataModule):
         images are labelled, the nearest of them. With several labels an image, there is a machine for each, and their
         accuracies are averaged.
         """
-        counts = load_digits().data
+        counts = _digits()[0].reshape(-1, 64)
         gamma = 0.001 * counts.var() / (counts.var() + (16 * self.noise) ** 2)
         if self.noise:
             counts = 16 * self._scans().flatten(1).numpy()
@@ -249,15 +239,35 @@ class DigitsDataModule(ImageDataModule):
         return self._arrays_at(self.image_size)
 
     def _arrays_at(self, size: int) -> tuple[Tensor, Tensor]:
-        return transforms.plain_resize(self._scans(), (size, size)), torch.from_numpy(load_digits().target)
+        return transforms.plain_resize(self._scans(), (size, size)), torch.tensor(_digits()[1])
 
     def _scans(self) -> Tensor:
         """All digits as scanned, (1797, 1, 8, 8): uint8, or with noise float32 in which white is 1."""
-        counts = torch.from_numpy(load_digits().images)[:, None]
+        counts = torch.tensor(_digits()[0])[:, None]
         if not self.noise:
             return (counts * (255 / 16)).round().to(torch.uint8)
         noise = np.random.default_rng(self.noise_seed).standard_normal(counts.shape)
         return (counts / 16 + self.noise * torch.from_numpy(noise)).float()
+
+
+@cache
+def _digits() -> tuple[np.ndarray, np.ndarray]:
+    """Counts of ink (1797, 8, 8) in [0, 16] and the digits (1797,), which are not to be written to."""
+    found = load_digits()  # parses a text each time
+    return found.images, found.target
+
+
+@cache
+def _split(kind: str, seed: int, val_size: int, test_size: int) -> tuple[np.ndarray, ...]:
+    """Indices for training, validation and test, which are not to be written to."""
+    _, labels = _digits()
+    if kind != "stratified":
+        ends = [1097, 1397] if kind == "random" else [1297, 1497]
+        return tuple(np.split(np.random.RandomState(seed).permutation(len(labels)), ends))
+    every = np.arange(len(labels))
+    rest, test = train_test_split(every, test_size=test_size, stratify=labels, random_state=seed)
+    train, val = train_test_split(rest, test_size=val_size, stratify=labels[rest], random_state=seed)
+    return train, val, test
 
 
 def _check_side(size: Any) -> None:

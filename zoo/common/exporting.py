@@ -3,9 +3,7 @@
 import inspect
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
 
 from zoo.common.protocols import Exports
 
@@ -47,25 +45,3 @@ class Variant(nn.Module):
         """
         compute = getattr(self.module, self.method)
         return compute(images) if sizes is None else compute(images, sizes)
-
-
-@torch.no_grad()
-def trace(
-    network: nn.Module, images: Tensor, sizes: Tensor | None = None, other_sizes: bool = False
-) -> ExportedProgram:
-    """Program of a network, for batches of every size.
-
-    Args:
-        network: A :class:`Variant`, or another that takes the same.
-        images, sizes: Inputs to trace it with.
-        other_sizes: Leave height and width of the images free, too.
-
-    Raises:
-        ValueError: For a network that has no such graph, with what in it prevents that.
-    """
-    given = (images,) if sizes is None else (images, sizes)
-    # The size 1 would be taken for a constant.
-    inputs = tuple(each.repeat(2, *[1] * (each.ndim - 1)) if each.shape[0] == 1 else each for each in given)
-    batch: dict[int, Any] = {0: Dim("batch")}
-    shapes = (batch | ({2: Dim.DYNAMIC, 3: Dim.DYNAMIC} if other_sizes else {}), batch)
-    return torch.export.export(network, inputs, dynamic_shapes=shapes[: len(inputs)])

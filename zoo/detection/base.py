@@ -25,7 +25,7 @@ from zoo.common.seeding import differ_between_ranks
 from zoo.detection.losses import LossSums
 from zoo.detection.metrics import TotalLosses, in_words
 from zoo.detection.peers import random_targets
-from zoo.detection.postprocessing import to_original
+from zoo.detection.postprocessing import fixed_nms, to_original
 from zoo.metrics.average_precision import CocoAveragePrecision
 from zoo.sharding import Shardable
 
@@ -39,6 +39,7 @@ class Detector(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, Lig
     Attributes:
         loss: Losses of a batch by name, float32 scalars, of predictions and targets; training descends their sum.
         loss_sums: The same before they are divided, summed over each image.
+        candidates: Boxes (B, n, 4), scores (B, n) and labels (B, n) of predictions, before NMS.
         detect: Detections of predictions and (height, width) of each image, padded and original, best first.
     """
 
@@ -46,8 +47,10 @@ class Detector(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, Lig
     hparams: Any  # Lightning calls it a mapping, and makes its keys attributes
     prediction_writer: ClassVar = WriteDetections
     metric_text = staticmethod(in_words)
+    exports: ClassVar = {"detections": "exported_detections", "maps": "exported_maps"}
     loss: Callable[..., dict[str, Tensor]]
     loss_sums: Callable[..., LossSums]
+    candidates: Callable[..., tuple[Tensor, Tensor, Tensor]]
     detect: Callable[..., list[dict[str, Tensor]]]
 
     def make_metrics(self) -> None:
@@ -176,6 +179,18 @@ class Detector(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, Lig
         if self.label_table is None:
             return targets
         return [target | {"labels": self.own_labels(target["labels"])} for target in targets]
+
+    def exported_maps(self, images: Tensor) -> dict[str, Tensor]:
+        """Raw predictions: ``logits`` (B, N, K), ``boxes`` (B, N, 4), and ``centerness`` (B, N) where there is one."""
+        maps = self(images)
+        found = {"logits": maps.logits, "boxes": maps.boxes, "centerness": maps.centerness}
+        return {name: each for name, each in found.items() if each is not None}
+
+    def exported_detections(self, images: Tensor, sizes: Tensor) -> dict[str, Tensor]:
+        """Detections of ``detect`` in tensors of fixed shapes, see :func:`zoo.detection.postprocessing.fixed_nms`."""
+        hp = self.hparams
+        candidates = self.candidates(self(images))
+        return fixed_nms(*candidates, sizes, hp.score_threshold, hp.nms_threshold, hp.max_detections)
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         images, sizes, originals = _images_and_sizes(batch)

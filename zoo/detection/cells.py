@@ -37,7 +37,7 @@ class Cells(NamedTuple):
     @property
     def counts(self) -> tuple[int, ...]:
         """Numbers of anchors by level. Sizes of tensors: a compiled loss takes them as sizes, not as constants."""
-        return tuple(len(level) for level in self.levels)
+        return tuple(level.shape[0] for level in self.levels)  # len() would fix them for an export
 
     @property
     def centers(self) -> Tensor:
@@ -79,15 +79,15 @@ def make_cells(
     placed, ranges, counts = [], [], []
     for level, ((rows, columns), stride) in enumerate(zip(shapes, strides, strict=True)):
         base = _base_anchors(head, stride, anchors)
-        step_y, step_x, offset = float(stride), float(stride), 0.5
+        step_y, step_x, offset = stride, stride, 0.5
         if anchors == "torchvision":
-            step_y, step_x, offset = float(image_size[0] // rows), float(image_size[1] // columns), 0.0
+            step_y, step_x, offset = image_size[0] // rows, image_size[1] // columns, 0.0
         y = (torch.arange(rows, dtype=torch.float32) + offset) * step_y
         x = (torch.arange(columns, dtype=torch.float32) + offset) * step_x
         y, x = torch.meshgrid(y, x, indexing="ij")
         corners = torch.stack([x, y, x, y], dim=-1).view(-1, 1, 4)
         placed.append((corners + base).view(-1, 4))
-        counts.append(len(placed[-1]))
+        counts.append(placed[-1].shape[0])
         low = 0.0 if level == 0 else 4.0 * stride
         high = 8.0 * stride if level < len(shapes) - 1 else math.inf
         ranges.append(torch.tensor([[low, high]], dtype=torch.float32).expand(counts[-1], 2))

@@ -300,15 +300,22 @@ class FPNDetector(Detector):
     def cells(self, maps: DenseMaps) -> Cells:
         """The cells that raw predictions are for."""
         key = (maps.shapes, maps.image_size, maps.logits.device)
+        if torch.compiler.is_exporting():  # where sizes may be symbols, and tensors have no values to be kept
+            return self._make_cells(*key)
         if key not in self._cells:
             if len(self._cells) >= 32:  # images of many sizes: each set of cells is a few MB
                 self._cells.clear()
-            hp = self.hparams
             with torch.inference_mode(False):  # what an evaluation makes, training uses
-                self._cells[key] = make_cells(
-                    hp.head, maps.shapes, self.strides, maps.image_size, hp.anchors, maps.logits.device
-                )
+                self._cells[key] = self._make_cells(*key)
         return self._cells[key]
+
+    def _make_cells(self, shapes: tuple[tuple[int, int], ...], image_size: tuple[int, int], device: Any) -> Cells:
+        return make_cells(self.hparams.head, shapes, self.strides, image_size, self.hparams.anchors, device)
+
+    def candidates(self, maps: DenseMaps) -> tuple[Tensor, Tensor, Tensor]:
+        """The candidates of :func:`zoo.detection.postprocessing.pre_nms_top_k`."""
+        outputs = (maps.logits, maps.boxes, maps.centerness)
+        return pre_nms_top_k(self.hparams.head, *outputs, self.cells(maps), self.hparams.top_candidates)
 
     @torch.no_grad()
     def detect(
@@ -331,13 +338,11 @@ class FPNDetector(Detector):
         maps = self(images) if isinstance(images, Tensor) else images
         hp = self.hparams
         sizes = [maps.image_size] * len(maps.logits) if sizes is None else sizes
-        outputs = (maps.logits, maps.boxes, maps.centerness)
-        candidates = pre_nms_top_k(hp.head, *outputs, self.cells(maps), hp.top_candidates)
         found = [
             non_maximum_suppression(
                 boxes, scores, labels, size, hp.score_threshold, hp.nms_threshold, hp.max_detections
             )
-            for boxes, scores, labels, size in zip(*candidates, sizes, strict=True)
+            for boxes, scores, labels, size in zip(*self.candidates(maps), sizes, strict=True)
         ]
         if original_sizes is not None:
             for detection, size, original in zip(found, sizes, original_sizes, strict=True):

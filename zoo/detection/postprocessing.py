@@ -3,6 +3,9 @@
 All of it is float32. In bfloat16 boxes of different classes, which are kept apart by shifting them, would meet.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torchvision.ops import batched_nms, clip_boxes_to_image
@@ -33,7 +36,8 @@ def pre_nms_top_k(
         scores = logits[:, level].float().sigmoid()
         if centerness is not None:
             scores = (scores * centerness[:, level, None].float().sigmoid()).sqrt()
-        best, index = scores.flatten(1).topk(min(count, scores[0].numel()))
+        scores = scores.flatten(1)
+        best, index = scores.topk(torch.sym_min(count, scores.shape[1]))  # min() would choose for an export
         cell = index // logits.shape[2]
         coded = boxes[:, level].float().gather(1, cell[..., None].expand(-1, -1, 4))
         found.append((decode(head, coded, cells.anchors[level][cell]), best, index % logits.shape[2]))
@@ -65,6 +69,92 @@ def non_maximum_suppression(
     boxes, scores, labels = boxes[above], scores[above], labels[above]
     kept = batched_nms(boxes, scores, labels, nms_threshold)[:max_detections]
     return {"boxes": boxes[kept], "scores": scores[kept], "labels": labels[kept]}
+
+
+def fixed_nms(
+    boxes: Tensor,
+    scores: Tensor,
+    labels: Tensor,
+    sizes: Tensor,
+    score_threshold: float,
+    nms_threshold: float,
+    max_detections: int,
+) -> dict[str, Tensor]:
+    """Detections of :func:`non_maximum_suppression` for a batch, in tensors of fixed shapes, as a graph has them.
+
+    It is the same greedy NMS, one object after the other: the best candidate is kept, and those of its class that
+    overlap it are dropped, until none is left or there are enough.
+
+    Args:
+        boxes, scores, labels: Of :func:`pre_nms_top_k`.
+        sizes: (B, 2) height and width that boxes end at.
+        score_threshold, nms_threshold, max_detections: See :class:`zoo.FPNDetector`.
+
+    Returns:
+        ``boxes`` (B, max_detections, 4), ``scores`` and ``labels`` (B, max_detections), best first, and ``count`` (B,),
+        how many there are; behind them boxes and scores are 0, labels -1.
+    """
+    ends = sizes.flip(1).repeat(1, 2)[:, None].to(boxes.dtype)
+    boxes = boxes.clamp(min=0).minimum(ends)
+    above = (scores > score_threshold) & (boxes[..., 2:] > boxes[..., :2]).all(dim=2)
+    placed = boxes + _class_offsets(boxes, labels, above)
+    areas = (placed[..., 2:] - placed[..., :2]).prod(2)
+    threshold = _at_most(nms_threshold)
+
+    def keep_best(number: Tensor, remaining: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        score, best = remaining.max(1, keepdim=True)
+        box = placed.gather(1, best[..., None].expand(-1, -1, 4))
+        sides = placed[..., 2:].minimum(box[..., 2:]) - placed[..., :2].maximum(box[..., :2])
+        shared = sides.clamp(min=0).prod(2)
+        overlaps = shared / (areas.gather(1, best) + areas - shared) > threshold
+        dropped = (overlaps & (labels == labels.gather(1, best))).scatter(1, best, True)
+        place = torch.arange(max_detections, device=kept.device) == number
+        return number + 1, remaining.masked_fill(dropped, 0), kept.where(~(place & (score > 0)), best)
+
+    def goes_on(number: Tensor, remaining: Tensor, kept: Tensor) -> Tensor:
+        return (number < max_detections) & (remaining > 0).any()
+
+    state = (
+        torch.zeros((), dtype=torch.int64, device=boxes.device),
+        scores.where(above, 0),
+        labels.new_full((scores.shape[0], max_detections), -1),
+    )
+    _, _, kept = _repeat(goes_on, keep_best, state)
+    found = kept >= 0
+    index = kept.clamp(min=0)
+    return {
+        "boxes": boxes.gather(1, index[..., None].expand(-1, -1, 4)) * found[..., None],
+        "scores": scores.gather(1, index) * found,
+        "labels": labels.gather(1, index).where(found, -1),
+        "count": found.sum(1),
+    }
+
+
+def _class_offsets(boxes: Tensor, labels: Tensor, above: Tensor) -> Tensor:
+    """Shifts (B, n, 1) by which torchvision's ``batched_nms`` keeps classes apart where boxes are few, else 0.
+
+    They round the boxes, and so decide whether two of them overlap by a little more than the threshold.
+    """
+    few = above.sum(1) * 4 <= (4000 if boxes.device.type == "cpu" else 100_000)
+    beyond = boxes.masked_fill(~above[..., None], 0).amax((1, 2)) + 1
+    return (labels * beyond.where(few, 0)[:, None])[..., None]
+
+
+def _at_most(threshold: float) -> float:
+    """The greatest float32 that is not above a threshold: torchvision compares float32 with float64."""
+    nearest = torch.tensor(threshold, dtype=torch.float32)
+    return (nearest if nearest.item() <= threshold else nearest.nextafter(torch.tensor(-1.0))).item()
+
+
+def _repeat(
+    condition: Callable[..., Tensor], step: Callable[..., Any], state: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """State after steps for as long as a condition holds; as one node where a graph is made."""
+    if torch.compiler.is_compiling():
+        return torch.while_loop(condition, step, state)
+    while condition(*state):
+        state = step(*state)
+    return state
 
 
 def to_original(boxes: Tensor, size: tuple[int, int], original: tuple[int, int]) -> Tensor:

@@ -28,10 +28,7 @@ from zoo.sharding import Shardable
 from zoo.weights import load as load_weights
 
 VALUES_AT_A_TIME = 2**23
-"""Values of the largest tensor where there are many samples, an image's parameters say: a few hundred megabytes in all.
-
-One image may have more.
-"""
+"""Values of the largest tensor, one image's apart, where there are many samples: a few hundred megabytes in all."""
 VALUES = (0.0, 1.0)
 """Of black and of white in every image: of the data, and of what a model makes of it."""
 VARIED = 16
@@ -193,6 +190,10 @@ class VAE(Latents, SafeLoading, Compilable, Evaluation, Shardable, LightningModu
 
     reconstructions = reconstruct  # whose images are in [0, 1] before as well
 
+    def exported_reconstruction(self, images: Tensor) -> dict[str, Tensor]:
+        """``reconstruction`` (B, C, H, W) as of :meth:`reconstruct`, all at once and with no look at values."""
+        return {"reconstruction": self.likelihood.mean(self.decode(self.codes(self._posterior(images, values=False))))}
+
     @torch.no_grad()
     def interpolate(self, first: Tensor, second: Tensor, steps: int = 8) -> Tensor:
         """Interpolation: images (B, steps, C, H, W) in [0, 1] from one image to another, both (B, C, H, W).
@@ -234,8 +235,8 @@ class VAE(Latents, SafeLoading, Compilable, Evaluation, Shardable, LightningModu
         """Images (B, C, H, W) in [0, 1] of z (B, N, D), the likelihood's means, few at a time."""
         return torch.cat([self.likelihood.mean(self.decode(some)) for some in z.split(self.images_at_a_time())])
 
-    def _posterior(self, images: Tensor) -> Tensor:
-        self._check(images)
+    def _posterior(self, images: Tensor, values: bool = True) -> Tensor:
+        self._check(images, values)
         return self.encode(images)
 
     def _check(self, images: Tensor, values: bool = True) -> None:

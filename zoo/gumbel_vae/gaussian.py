@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -55,6 +55,8 @@ class GaussianVAE(VAE):
     Raises:
         ValueError: As there.
     """
+
+    exports: ClassVar = {"features": "exported_features", "reconstruction": "exported_reconstruction"}
 
     def __init__(
         self,
@@ -116,6 +118,10 @@ class GaussianVAE(VAE):
 
     def codes(self, posterior: Tensor) -> Tensor:
         return full_precision(posterior[..., :1])
+
+    def exported_features(self, images: Tensor) -> dict[str, Tensor]:
+        """``features`` (B, N): means of the posterior, with no look at values."""
+        return {"features": self.codes(self._posterior(images, values=False))[..., 0]}
 
     def between(self, first: Tensor, second: Tensor, steps: int) -> Tensor:
         """Spherical interpolation: a straight line would lead through lengths that the prior hardly has."""

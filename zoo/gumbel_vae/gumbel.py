@@ -87,6 +87,7 @@ class GumbelVAE(VAE):
     """
 
     peers: ClassVar = PEERS
+    exports: ClassVar = {"codes": "exported_codes", "reconstruction": "exported_reconstruction"}
 
     def __init__(
         self,
@@ -204,6 +205,10 @@ class GumbelVAE(VAE):
         return F.one_hot(first, self.categories).to(z.dtype)
 
     # A tokeniser of images.
+
+    def exported_codes(self, images: Tensor) -> dict[str, Tensor]:
+        """``codes`` (B, N) int64 as of :meth:`tokens`, with no look at values."""
+        return {"codes": self._posterior(images, values=False).argmax(-1)}
 
     @torch.no_grad()
     def tokens(self, images: Tensor) -> Tensor:

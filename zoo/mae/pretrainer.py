@@ -100,6 +100,7 @@ class MAEPretrainer(SafeLoading, Compilable, Evaluation, Shardable, LightningMod
     changeable: ClassVar = ("predict_ratio",)  # while a run goes on: they say how it is evaluated
     unpredicted: ClassVar = ("decoder",)  # parts that no prediction needs
     compiled: ClassVar = ("masked_loss",)
+    exports: ClassVar = {"features": "exported_features"}
     foreign_weights: ClassVar = MAELayout()
     peers: ClassVar = PEERS
     watched: ClassVar = ("val/acc_knn",)
@@ -224,6 +225,10 @@ class MAEPretrainer(SafeLoading, Compilable, Evaluation, Shardable, LightningMod
         """Embeddings (B, D), nothing masked: the class token, or without one the mean over patches."""
         tokens = self.encode(images)
         return tokens[:, self.backbone.num_prefix_tokens :].mean(1) if self.backbone.cls_token is None else tokens[:, 0]
+
+    def exported_features(self, images: Tensor) -> dict[str, Tensor]:
+        """The ``features`` (B, D) of :meth:`features`."""
+        return {"features": self.features(images)}
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, noise: Tensor | None = None) -> Reconstruction:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import zoo
 from datamodules import DigitsDataModule
+from zoo.cli import main
 from zoo.guards import guard
 from zoo.serving.export import Report
 from zoo.serving.export.exporting import KINDS
@@ -23,13 +24,17 @@ for package in ("onnx", "onnxscript", "onnxruntime"):
 
 VIT: dict[str, Any] = {"backbone": "vit_tiny_patch16_224", "width": 12, "depth": 1, "heads": 2, "patch_size": 4}
 TRAINER: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+CONFIG = """\
+model: {class_path: zoo.ViTClassifier}
+data: {class_path: datamodules.DigitsDataModule, init_args: {batch_size: 64}}
+"""
 QUICK: dict[str, Any] = {"compiled": False}
 
 
 def saved(net: Any, path: Path, data: Any) -> Path:
     """A checkpoint of a module as a guarded Trainer writes it after a fit to some data."""
     net.classes = getattr(data, "classes", None)
-    trainer = guard(Trainer(**TRAINER), config="model:\n  class_path: somewhere\n")
+    trainer = guard(Trainer(**TRAINER), config=CONFIG)
     trainer.strategy.connect(net)
     trainer._data_connector.attach_datamodule(net, data)
     trainer.state.fn = "fit"
@@ -98,7 +103,7 @@ def test_a_file_says_all_that_is_needed_to_use_it(exported, checkpoint, digits, 
     assert said["inputs"] == [{"name": "images", "dtype": "uint8", "shape": ["batch", 1, 8, 8]}]
     assert [each["name"] for each in said["outputs"]] == ["logits", "probabilities"]
     assert said["hyperparameters"]["depth"] == 1
-    assert said["configuration"].startswith("model:")
+    assert said["configuration"] == CONFIG
     assert {"torch", "vision-zoo"} <= set(said["versions"]) & set(said["provenance"]["versions"])
     assert said["proof"] == json.loads(json.dumps(exported[format].proof()))
 
@@ -224,6 +229,48 @@ def test_what_cannot_be_asked_for_is_said_at_once(checkpoint, tmp_path, monkeypa
     monkeypatch.setattr("zoo.serving.export.onnx.find_spec", lambda name: None if name == "onnxscript" else name)
     wrong(ValueError, r"needs onnxscript: pip install 'vision-zoo\[export\]'$", checkpoint, out)
     assert not out.exists()
+
+
+# The command.
+
+
+def test_the_command_finds_the_validation_data_in_the_checkpoint(checkpoint, tmp_path, capsys):
+    out = tmp_path / "net.pt2"
+    args = ["export", str(checkpoint), "--format", "pt2", "--no-compile", "--raw", "--out", str(out)]
+    assert main([*args, "--limit", "50"]) == 0
+    assert "validation: 60 of 60 images predicted alike" in capsys.readouterr().out
+    assert KINDS["pt2"].read_metadata(out)["preprocessing_inside"] is False
+    assert main(args) == 2
+    assert "net.pt2 exists" in capsys.readouterr().err
+    away = ["--overwrite", "--data.split", "digits8x8-bin-v1", "--data.split_seed", "1"]
+    assert main([*args, *away]) == 2
+    assert "split_seed is 1, but digits8x8-bin-v1 is one split" in capsys.readouterr().err
+
+
+def test_the_command_exports_what_is_away_from_its_data(checkpoint, tmp_path, capsys):
+    content = torch.load(checkpoint, weights_only=True)
+    away = CONFIG.replace("datamodules.DigitsDataModule", "somebody.TheirDataModule")
+    content["provenance"] = content["provenance"] | {"config": away}
+    torch.save(content, tmp_path / "away.ckpt")
+    assert main(["export", str(tmp_path / "away.ckpt"), "--format", "pt2", "--no-compile"]) == 0
+    said = capsys.readouterr().out
+    assert "not compared on validation images: importing somebody.TheirDataModule is not allowed" in said
+    assert (tmp_path / "away.pt2").is_file()
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ([], "export needs a checkpoint: zoo export CHECKPOINT"),
+        (["none.ckpt"], "there is no checkpoint none.ckpt"),
+        (["none.ckpt", "--format", "onxx"], "unknown format 'onxx'; did you mean onnx?"),
+        (["none.ckpt", "--format", "onnx", "pt2", "--out", "a.onnx"], "is one file, and there are 2 formats"),
+        (["none.ckpt", "--tolerance", "-1"], "'-1' is no difference: expected a number of at least 0"),
+    ],
+)
+def test_the_command_says_what_is_wrong_before_anything_is_loaded(args, said, capsys):
+    assert main(["export", *args]) == 2
+    assert said in capsys.readouterr().err
 
 
 # How differences are measured.

@@ -146,6 +146,16 @@ def seconds(text: str, zero: bool = False) -> float:
     return number
 
 
+def tolerance(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise ArgumentTypeError(f"{text!r} is no difference: expected a number of at least 0, such as 1e-5")
+    return number
+
+
 def percent(text: str) -> float:
     """5% or 0.05."""
     try:

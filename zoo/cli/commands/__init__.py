@@ -1,7 +1,7 @@
 """The commands, a file each: name, summary, arguments, and what it does, inside of which alone torch is imported."""
 
 from zoo.cli.arguments import Command
-from zoo.cli.commands import benchmark, cost, listing, predict, sweep, train
+from zoo.cli.commands import benchmark, cost, export, listing, predict, sweep, train
 
 COMMANDS: dict[str, Command] = {
     command.name: command
@@ -9,6 +9,7 @@ COMMANDS: dict[str, Command] = {
         *(train.COMMAND_OF | {"predict": predict.COMMAND}).values(),
         *benchmark.COMMANDS,
         cost.COMMAND,
+        export.COMMAND,
         sweep.command_of(sweep.SWEEP),
         *sweep.of_techniques(),
         listing.COMMAND,

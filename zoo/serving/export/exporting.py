@@ -113,6 +113,7 @@ class Subject:
         variant: What of the module's exports to take.
         content: The checkpoint's.
         data: Data module to compare on; None if there is none.
+        absent: Why there is none.
     """
 
     module: Any
@@ -121,9 +122,12 @@ class Subject:
     variant: str | None
     content: Mapping[str, Any]
     data: Any
+    absent: str = "there are none"
 
     @classmethod
-    def of(cls, source: Any, variant: str | None, inside: bool, data: Any, module: Any) -> "Subject":
+    def of(
+        cls, source: Any, variant: str | None, inside: bool, data: Any = None, module: Any = None, **why: str
+    ) -> "Subject":
         """Restores a module. Arguments and errors: see :func:`export`."""
         if isinstance(source, LightningModule):
             made, content = deepcopy(source).cpu().eval().requires_grad_(False), dict[str, Any]()
@@ -138,7 +142,7 @@ class Subject:
                 f"{name} says nothing of preprocessing, with which the graph is to begin: give the data module, or "
                 "leave it out (preprocessing=False, --raw)"
             )
-        return cls(made.float(), stated, inside, variant, content, data)
+        return cls(made.float(), stated, inside, variant, content, data, **why)
 
     @cached_property
     def graph(self) -> Graph:
@@ -194,7 +198,7 @@ def write(
         validation = None
         try:
             if subject.data is None:
-                raise ValueError("there are none")
+                raise ValueError(subject.absent)
             validation = validate(graph, run, subject.data, free, limit)
         except (OSError, ValueError) as error:
             notes.append(f"not compared on validation images: {error}")

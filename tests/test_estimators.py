@@ -695,8 +695,8 @@ def test_one_graph_for_every_temperature_with_the_same_values(name):
             torch.testing.assert_close(found[0], found[1])
 
 
-# With state, with a path through samples, with a gradient by hand: what is left out for the others, the compiler of C++,
-# takes ten times as long as all before it, and is torch's to prove.
+# With state, with a path through samples, with a gradient by hand. What is left out for the others, the compiler of
+# C++, takes ten times as long as all that comes before it, and is torch's to prove.
 WHOLLY_COMPILED = ("reinforce_baseline", "gumbel_softmax", "reinmax")
 
 

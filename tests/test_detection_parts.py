@@ -697,8 +697,10 @@ def test_assignment_and_loss_are_one_graph(head):
     assert (explained.graph_count, explained.graph_break_count) == (1, 0)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize(
+    ("head", "backend"),
+    [*((head, "aot_eager") for head in HEADS), pytest.param("fcos", "inductor", marks=pytest.mark.slow)],
+)
 @pytest.mark.timeout(600)
 def test_the_compiled_loss_is_the_same(head, backend):
     torch._dynamo.reset()

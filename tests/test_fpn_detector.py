@@ -4,7 +4,7 @@ import copy
 import inspect
 import math
 import pickle
-from functools import partial
+from functools import partial, partialmethod
 from typing import Any
 
 import pytest
@@ -769,7 +769,9 @@ def test_a_copy_of_a_compiled_detector_runs_on_its_own_weights():
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_compiled_detector_learns_as_another():
+def test_a_compiled_detector_learns_as_another(monkeypatch):
+    # The compiler of C++ would take most of a minute: what it makes of a loss is compared in test_detection_parts.py.
+    monkeypatch.setattr(FPNDetector, "compile", partialmethod(FPNDetector.compile, backend="aot_eager"))
     torch._dynamo.reset()
     found = []
     for compiled in (False, True):

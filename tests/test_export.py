@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import timm
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import zoo
@@ -17,6 +19,7 @@ from zoo.guards import guard
 from zoo.serving.export import Report
 from zoo.serving.export.exporting import KINDS
 from zoo.serving.export.proof import difference, difference_of_rows, relative
+from zoo.serving.export.timm_folder import read_metadata
 from zoo.serving.loading import restored
 
 for package in ("onnx", "onnxscript", "onnxruntime"):
@@ -309,3 +312,91 @@ def test_detections_are_compared_as_a_set_whose_end_is_a_matter_of_rounding():
     assert difference_of_rows(last, found, 3, 0.05) == 0  # the three best, of which two are as good
     assert difference_of_rows(rows((0, 2, 0.9)), rows((0, 1, 0.9)), 100, 0.05) == float("inf")
     assert difference_of_rows(rows(), rows((0, 1, 0.9)), 100, 0.05) == float("inf")
+
+
+# Weights for timm.
+
+
+def pretrained(module: Any, folder: Path, **options: Any) -> Any:
+    """The network that timm makes of a module's export."""
+    report = zoo.export(module, folder, "safetensors", preprocessing=False, **options)
+    assert max(report.differences.values()) <= report.tolerance == 5e-6
+    return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: zoo.ViTClassifier(num_classes=3, image_size=(8, 12), in_channels=4, pool="avg", **VIT),
+        lambda: zoo.ViTClassifier("test_resnet", num_classes=3, image_size=32, in_channels=1),
+        lambda: zoo.EfficientNetClassifier("b0", num_classes=3, image_size=32, padding="same", norm_eps=1e-2),
+        lambda: zoo.EfficientNetClassifier(family="mobilenetv2", num_classes=3, image_size=32),
+    ],
+    ids=["vit", "resnet", "efficientnet", "mobilenet"],
+)
+def test_timm_reads_backbone_and_head_of_a_classifier(make, tmp_path):
+    torch.manual_seed(0)
+    module = make().eval()
+    module.classes = ["a", "b", "c"]
+    for buffer in module.backbone.buffers():  # of BatchNorm, which a training would have moved
+        if buffer.is_floating_point():
+            buffer.add_(torch.rand_like(buffer))
+    network = pretrained(module, tmp_path / "weights")
+    images = torch.randn(2, *module.input_shape)
+    with torch.no_grad():
+        assert relative(network(images), module(images)) <= 5e-6
+    assert network.pretrained_cfg["label_names"] == ["a", "b", "c"]
+    assert tuple(network.pretrained_cfg["input_size"]) == module.input_shape
+    assert (tmp_path / "weights" / "zoo.json").is_file()
+
+
+def test_timm_reads_the_backbone_of_other_modules(tmp_path):
+    for name, module in (
+        ("mae", zoo.MAEPretrainer(image_size=8, decoder_dim=8, decoder_depth=1, decoder_heads=2, **VIT)),
+        ("detector", zoo.FPNDetector("test_resnet", num_classes=3, channels=8, head_depth=1, image_size=64)),
+    ):
+        images = torch.randn(2, *module.input_shape)
+        network = pretrained(module, tmp_path / name)
+        with torch.no_grad():
+            expected = module.eval().backbone.forward_features(images)
+            assert relative(network.forward_features(images), expected) <= 5e-6
+
+
+def test_what_timm_has_no_name_for_is_a_state_dict_of_its_own(tmp_path):
+    for name, module, said in (
+        ("vae", zoo.GaussianVAE(latents=2, image_size=8, hidden=(8,)), "timm has no name for"),
+        (
+            "phi",
+            zoo.EfficientNetClassifier(phi=-6, num_classes=3, image_size=32),
+            "no name for EfficientNet as it was",
+        ),
+        (
+            "eps",
+            zoo.ViTClassifier(num_classes=3, image_size=8, norm_eps=0.1, **VIT),
+            "computes something else with the",
+        ),
+        ("probe", zoo.ViTClassifier(num_classes=3, image_size=8, linear_probe=True, **VIT), "its head is a Sequential"),
+    ):
+        report = zoo.export(module, tmp_path / name, "safetensors", preprocessing=False)
+        assert said in str(report)
+        assert report.variant == "state dict"
+        tensors = load_file(tmp_path / name / "model.safetensors")
+        assert tensors.keys() == module.state_dict().keys()
+        assert not (tmp_path / name / "config.json").exists()
+        assert read_metadata(tmp_path / name)["module"] == type(module).__name__
+
+
+def test_weights_are_proved_on_the_validation_split_and_replace_only_their_like(checkpoint, digits, tmp_path):
+    folder = tmp_path / "weights"
+    report = zoo.export(checkpoint, folder, "safetensors", data=digits)
+    assert report.validation is not None
+    assert report.validation["differing"] == 0
+    with pytest.raises(FileExistsError, match="exists"):
+        zoo.export(checkpoint, folder, "safetensors")
+    zoo.export(checkpoint, folder, "safetensors", overwrite=True)
+    (folder / "thesis.txt").write_text("three years")
+    with pytest.raises(FileExistsError, match="no folder of exported weights"):
+        zoo.export(checkpoint, folder, "safetensors", overwrite=True)
+    assert (folder / "thesis.txt").read_text() == "three years"
+    config = json.loads((folder / "config.json").read_text())
+    assert config["pretrained_cfg"]["mean"] == digits.preprocessing()["mean"]

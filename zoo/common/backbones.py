@@ -73,6 +73,7 @@ def create_backbone(backbone: str | nn.Module, **options: Any) -> Any:
         (height, width), (patch_h, patch_w) = embed.img_size, embed.patch_size
         if height % patch_h or width % patch_w:
             raise ValueError(f"image_size {height}x{width} is not divisible by the patch size {patch_h}x{patch_w}")
+    model.timm_arguments = (architecture, options)
     return model
 
 

@@ -257,6 +257,14 @@ class StatesMaps(Protocol):
 
 
 @runtime_checkable
+class CreatedByTimm(Protocol):
+    """A network that says how timm creates one like it, for weights in timm's format."""
+
+    timm_arguments: tuple[str, Mapping[str, Any]]
+    """Name of the architecture, and the arguments of ``timm.create_model`` beside it, without ``num_classes``."""
+
+
+@runtime_checkable
 class HasSmoothMetric(Protocol):
     """A loss that follows from a smooth metric, as those of ``zoo.losses``."""
 

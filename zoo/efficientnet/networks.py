@@ -13,6 +13,7 @@ from timm.models.efficientnet import EfficientNet
 from torch import nn
 
 from zoo.efficientnet.rounding import NARROWEST, round_filters, round_repeats
+from zoo.efficientnet.scaling import PUBLISHED
 
 # Table 1 of the paper. ds: depthwise separable, an inverted residual without expansion; ir: inverted residual (MBConv);
 # r: repeats, k: kernel, s: stride, e: expansion, c: channels; se: squeeze-and-excitation, as a share of the channels
@@ -116,10 +117,24 @@ def create_network(
             pad_type=pad_type,
             **options,
         )
+    named = timm_name(family, depth, width)
+    if stem_stride == 2 and named is not None:
+        norms = {"pad_type": pad_type, "bn_eps": norm_eps, "bn_momentum": norm_momentum}
+        network.timm_arguments = (named, options | norms)
     if stem_stride != 2:
         stem = next(module for module in network.modules() if isinstance(module, nn.Conv2d))
         stem.stride = (stem_stride, stem_stride)
     return network
+
+
+def timm_name(family: str, depth: float, width: float) -> str | None:
+    """Name of the network in timm; None where timm has none, as of most phi."""
+    if family in V2:
+        return f"efficientnet{family}"
+    if family == "mobilenetv2":
+        return "mobilenetv2_100" if depth == width == 1 else None
+    sizes = {(network.depth, network.width): f"efficientnet_{variant}" for variant, network in PUBLISHED.items()}
+    return sizes.get((depth, width)) if family == "efficientnet" else None
 
 
 def _resnet(depth: float, width: float, norm: Any, **options: Any) -> ByobNet:

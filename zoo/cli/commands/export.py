@@ -11,7 +11,7 @@ from zoo.cli.arguments import RECIPE, STRICT, Arguments, Command, Line, positive
 from zoo.cli.mistakes import Failure, Mistake, did_you_mean
 from zoo.cli.notice import loading
 
-FORMATS = ("onnx", "pt2")
+FORMATS = ("onnx", "pt2", "safetensors")
 TEXT = """\
 Exports a checkpoint for where there is no Lightning, or no Python. A file has its name only once it has been computed
 with, and compared with the checkpoint: on random batches, and on the validation data of a recipe, or of the run's
@@ -26,7 +26,7 @@ DATA = (
 def _arguments() -> Arguments:
     parser = Arguments("export", "CHECKPOINT [RECIPE ...] [--option VALUE ...]", TEXT)
     add = parser.add_argument_group("options").add_argument
-    told = f"{', '.join(FORMATS)}; several are written one after the other (onnx)"
+    told = "onnx; pt2, a program of torch.export; safetensors, for timm.create_model: one or several (onnx)"
     add("--format", metavar="NAME", nargs="+", default=["onnx"], help=told)
     add("--out", metavar="FILE", type=Path, help="where it goes, if it is one (beside the checkpoint, by its name)")
     add("--variant", metavar="NAME", help="what of the model to export, maps of a detector for example (predictions)")
@@ -54,11 +54,12 @@ def _run(line: Line) -> int:
     files = [recipes.find(name, urls=line.strict) for name in (*line.words[1:], *line.configs)]
     options = names.understood(options, files, line.command) if files else options
     with loading():
-        from zoo.serving.export.exporting import KINDS, Subject, check_target, write
+        from zoo.serving.export.exporting import FORMATS as SUFFIXES
+        from zoo.serving.export.exporting import Subject, check_target, write
         from zoo.serving.loading import checkpoint_at
     checkpoint = checkpoint_at(line.words[0])
     variant = "" if own.variant is None else f".{own.variant}"
-    targets = {name: own.out or checkpoint.with_suffix(f"{variant}{KINDS[name].SUFFIX}") for name in own.format}
+    targets = {name: own.out or checkpoint.with_suffix(f"{variant}{SUFFIXES[name]}") for name in own.format}
     for name, path in targets.items():
         check_target(path, name, own.overwrite)
     data, absent = _data(checkpoint, files, options, line.strict)
@@ -98,4 +99,6 @@ def _data(checkpoint: Path, files: Sequence[str], options: Sequence[str], strict
         return None, re.sub(r"^\S*checkpoint.yaml, line \d+: ", "", said)
 
 
-COMMAND = Command("export", "a checkpoint as ONNX or torch.export program, proved", _arguments, _run, DATA)
+COMMAND = Command(
+    "export", "a checkpoint as ONNX, torch.export program or timm's weights, proved", _arguments, _run, DATA
+)

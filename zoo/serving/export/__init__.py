@@ -1,7 +1,8 @@
-"""Exported files: a module's graph for ONNX or ``torch.export``, proved to compute what the module does.
+"""Exported files: a module's graph for ONNX or ``torch.export``, or weights for timm, proved to compute the same.
 
-``exporting.py`` puts it together: ``graph.py`` makes the graph and torch's program of it, ``pt2.py`` and ``onnx.py``
-write and run a format each, ``proof.py`` and ``validation.py`` compare, ``report.py`` says what came of it.
+``exporting.py`` puts it together: ``graph.py`` makes the graph and torch's program of it; ``pt2.py`` and ``onnx.py``
+write and run a format each, ``timm_folder.py`` writes weights; ``proof.py`` and ``validation.py`` compare, and
+``report.py`` says what came of it.
 """
 
 from zoo.serving.export.exporting import export

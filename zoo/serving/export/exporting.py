@@ -23,16 +23,16 @@ from zoo._lightning import LightningModule
 from zoo.checkpoints import read
 from zoo.common.classes import ids_of, names_of
 from zoo.common.preprocessing import preprocessing_of
-from zoo.serving.export import onnx, pt2
+from zoo.serving.export import onnx, pt2, timm_folder
 from zoo.serving.export.graph import Graph, create_graph, free_sides, trace
-from zoo.serving.export.proof import differences, times
+from zoo.serving.export.proof import Run, differences, times
 from zoo.serving.export.report import Report, in_words
 from zoo.serving.export.validation import agrees, validate
 from zoo.serving.loading import checkpoint_at, module_of
 
 KINDS: dict[str, Any] = {"onnx": onnx, "pt2": pt2}
-FORMATS = {name: kind.SUFFIX for name, kind in KINDS.items()}
-"""Suffix of the files."""
+FORMATS = {name: kind.SUFFIX for name, kind in KINDS.items()} | {"safetensors": timm_folder.SUFFIX}
+"""Suffixes of their files; that of ``safetensors`` is a folder's, and may be another."""
 
 
 def export(
@@ -89,15 +89,16 @@ def check_target(path: Path, format: str, overwrite: bool) -> None:
         near = get_close_matches(format, FORMATS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(FORMATS)}"
         raise ValueError(f"unknown format {format!r}: {hint}")
-    others = [suffix for suffix in FORMATS.values() if suffix and suffix != FORMATS[format]]
-    if path.suffix in others:
-        raise ValueError(f"{path} is not the name of a file of {format}: expected {FORMATS[format] or 'a folder'}")
+    if path.suffix != FORMATS[format] and path.suffix in FORMATS.values():
+        raise ValueError(f"{path} is not the name of a file of {format}: expected {FORMATS[format]}")
     if not path.parent.is_dir():
         raise ValueError(f"{path} cannot be written: there is no folder {path.parent}")
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists: name another, or overwrite it (overwrite=True, --overwrite)")
     if path.is_dir() and format != "safetensors":
         raise FileExistsError(f"{path} is a folder: name a file")
+    if path.exists() and format == "safetensors" and not timm_folder.is_one(path):
+        raise FileExistsError(f"{path} is no folder of exported weights: it is not replaced, name another")
     if format == "onnx":
         onnx.check_installed()
 
@@ -181,43 +182,73 @@ def write(
 ) -> Report:
     """Exports what was restored. Arguments and errors: see :func:`export`."""
     check_target(path, format, overwrite)
+    if format == "safetensors":
+        return _write_weights(subject, path, tolerance, limit)
     graph, program, kind = subject.graph, subject.program, KINDS[format]
     tolerance = kind.TOLERANCE if tolerance is None else tolerance
     with torch.no_grad():
         outputs = graph(*graph.example(2))
     with staged(path) as file:
         kind.write(program, file, graph.inputs, list(outputs))
-        run, free, notes = kind.Program(file), free_sides(program), list[str]()
+        run, free = kind.Program(file), free_sides(program)
         found = differences(graph, run, free)
-        worst = max(found, key=lambda batch: found[batch])
-        if not found[worst] <= tolerance:
-            raise ValueError(
-                f"{path} was not written: it computes something else than {type(subject.module).__name__}, of images "
-                f"{worst} with a relative difference of {found[worst]:.1e}, {tolerance:.1e} allowed"
-            )
-        validation = None
-        try:
-            if subject.data is None:
-                raise ValueError(subject.absent)
-            validation = validate(graph, run, subject.data, free, limit)
-        except (OSError, ValueError) as error:
-            notes.append(f"not compared on validation images: {error}")
-        if validation is not None and not agrees(validation, tolerance):
-            raise ValueError(f"{path} was not written, since it predicts something else: {in_words(validation)}")
+        _check(subject, path, found, tolerance)
+        validation, notes = _validated(subject, path, run, free, tolerance, limit)
         seconds, said = times(graph, run, compiled)
         size = file.stat().st_size
-        report = Report(
-            path, format, graph.variant.name, found, tolerance, validation, seconds, size, tuple(notes + said)
-        )
+        report = Report(path, format, graph.variant.name, found, tolerance, validation, seconds, size, (*notes, *said))
+        inputs = zip(graph.inputs, graph.example(2), strict=True)
         metadata = subject.metadata() | {
             "variant": graph.variant.name,
             "preprocessing_inside": subject.inside,
-            "inputs": [_described(name, each, free) for name, each in zip(graph.inputs, graph.example(2), strict=True)],
+            "inputs": [_described(name, each, free) for name, each in inputs],
             "outputs": [_described(name, each, (False, False)) for name, each in outputs.items()],
             "proof": report.proof(),
         }
         kind.attach(json.dumps(metadata, default=str), file)
     return report
+
+
+def _write_weights(subject: Subject, path: Path, tolerance: float | None, limit: int | None) -> Report:
+    tolerance = timm_folder.TOLERANCE if tolerance is None else tolerance
+    weights = timm_folder.Weights(subject.module)
+    with staged(path) as folder:
+        weights.write(folder, subject.preprocessing or {})
+        found = timm_folder.differences(weights, folder)
+        _check(subject, path, found, tolerance)
+        validation, notes = None, [weights.note]
+        if weights.classifies and subject.inside:
+            run = timm_folder.Program(folder, subject.graph)
+            validation, said = _validated(subject, path, run, (False, False), tolerance, limit)
+            notes += said
+        size = sum(file.stat().st_size for file in folder.iterdir())
+        report = Report(path, "safetensors", weights.part, found, tolerance, validation, {}, size, tuple(notes))
+        timm_folder.attach(json.dumps(subject.metadata() | {"proof": report.proof()}, default=str, indent=2), folder)
+    return report
+
+
+def _check(subject: Subject, path: Path, found: Mapping[str, float], tolerance: float) -> None:
+    worst = max(found, key=lambda batch: found[batch])
+    if not found[worst] <= tolerance:
+        raise ValueError(
+            f"{path} was not written: it computes something else than {type(subject.module).__name__}, of {worst} with "
+            f"a relative difference of {found[worst]:.1e}, {tolerance:.1e} allowed"
+        )
+
+
+def _validated(
+    subject: Subject, path: Path, run: Run, free: tuple[bool, bool], tolerance: float, limit: int | None
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """The validation of a file, or why there is none."""
+    try:
+        if subject.data is None:
+            raise ValueError(subject.absent)
+        found = validate(subject.graph, run, subject.data, free, limit)
+    except (OSError, ValueError) as error:
+        return None, [f"not compared on validation images: {error}"]
+    if not agrees(found, tolerance):
+        raise ValueError(f"{path} was not written, since it predicts something else: {in_words(found)}")
+    return found, []
 
 
 @contextmanager
@@ -226,6 +257,8 @@ def staged(path: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         place = Path(folder, path.name)
         yield place
+        if path.is_dir():  # which nothing can be put in place of
+            os.replace(path, Path(folder, "before"))
         os.replace(place, path)
 
 

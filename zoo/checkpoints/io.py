@@ -11,7 +11,7 @@ import torch
 
 from zoo._lightning import NAMESPACE, rank_zero_warn
 from zoo.checkpoints import files
-from zoo.checkpoints.looking import damage, newest_of
+from zoo.checkpoints.looking import DamagedError, damage, newest_of, whole_content
 from zoo.checkpoints.plain import objects
 
 if TYPE_CHECKING or NAMESPACE == "lightning":
@@ -143,10 +143,10 @@ def read(path: str | Path) -> dict[str, Any]:
         ValueError: If the file is damaged, holds Python objects, or anything but a mapping.
     """
     path = Path(path)
-    if reason := damage(path):
-        raise ValueError(f"{path} is damaged, {reason}{_beside(path)}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = whole_content(path, "cpu")
+    except DamagedError as error:
+        raise ValueError(f"{path} is damaged, {error}{_beside(path)}") from error
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} holds Python objects, which can run code, and is not read") from error
     if not isinstance(content, dict):

@@ -27,22 +27,42 @@ def damage(path: str | Path) -> str | None:
         missing = next((name for name in (".metadata", "meta.pt") if not (path / name).exists()), None)
         return damage(path / "meta.pt") if missing is None else f"it has no {missing}"
     try:
+        whole_content(path, "meta")  # without the tensors' bytes
+    except pickle.UnpicklingError:  # Python objects, and its bytes are right
+        return None
+    except DamagedError as error:
+        return str(error)
+    return None
+
+
+class DamagedError(ValueError):
+    """A checkpoint file that is not as it was written. Its message says in what, without the path."""
+
+
+def whole_content(path: Path, map_location: str) -> Any:
+    """Content of a checkpoint file, after all of its bytes have been compared with their checksums. No code is run.
+
+    Raises:
+        DamagedError: If it cannot be read, or is not what was written.
+        pickle.UnpicklingError: If it holds Python objects.
+    """
+    try:
         with zipfile.ZipFile(path) as archive:
             # Bit 4 makes a record a folder, in place of which torch's reader gives whatever lies in memory.
             folders = [record.filename for record in archive.infolist() if record.external_attr & 0x10]
             wrong = folders[0] if folders else archive.testzip()
         if wrong is not None:
-            return f"{wrong} in it is not what was written"
-        torch.load(path, map_location="meta", weights_only=True, mmap=True)  # without the tensors' bytes
+            raise DamagedError(f"{wrong} in it is not what was written")
+        return torch.load(path, map_location=map_location, weights_only=True, mmap=True)
+    except (DamagedError, pickle.UnpicklingError):
+        raise
     except OSError as error:
-        return error.strerror or str(error)
+        reason = error.strerror or str(error)
     except zipfile.BadZipFile:
-        return "it is empty" if path.stat().st_size == 0 else "it was cut short, or is no checkpoint"
-    except pickle.UnpicklingError:  # Python objects, and its bytes are right
-        return None
+        reason = "it is empty" if path.stat().st_size == 0 else "it was cut short, or is no checkpoint"
     except Exception as error:  # what a wrong byte makes of an archive's index: a dozen kinds
-        return f"it cannot be read ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
-    return None
+        reason = f"it cannot be read ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+    raise DamagedError(reason)
 
 
 def newest(folder: str | Path | Sequence[str | Path], accept: Callable[[Path], bool] | None = None) -> Path | None:

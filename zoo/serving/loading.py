@@ -2,12 +2,15 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import datamodules.preprocessing
 import zoo
@@ -19,6 +22,8 @@ from zoo.common.protocols import HasClasses, KeepsArguments
 from zoo.serving.predictor import BATCH_SIZE, Predictor
 
 MISSING = "module= is missing"
+DRAWING = {nn.init.kaiming_uniform_, nn.init.normal_, nn.init.uniform_}
+"""What layers fill their weights with. Not what draws until values are in a range, which would never be the case."""
 
 
 def load(
@@ -70,6 +75,16 @@ def load(
     )
 
 
+class Undrawn(TorchFunctionMode):
+    """Context in which layers do not fill their weights with random values: a checkpoint replaces them anyway."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in DRAWING:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
 def restored(source: str | Path, module: Any = None) -> Any:
     """The module of a checkpoint, on the CPU, in evaluation mode, without gradients and not compiled.
 
@@ -118,9 +133,11 @@ def module_of(content: Mapping[str, Any], path: Path, module: Any = None) -> Any
             "module by zoo.weights.load(module, path)"
         )
     kind = _class_of(content, path) if module is None else module
+    own = Undrawn() if module is None else nullcontext()
     if not (issubclass(kind, LightningModule) if isinstance(kind, type) else isinstance(kind, LightningModule)):
         raise ValueError(f"module is {kind!r:.80}: expected a LightningModule, its class or an instance")
-    made: Any = _build(kind, content, path) if isinstance(kind, type) else kind
+    with own:
+        made: Any = _build(kind, content, path) if isinstance(kind, type) else kind
     made.configure_model()
     made.on_load_checkpoint(content)
     try:

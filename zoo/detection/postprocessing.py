@@ -97,15 +97,15 @@ def fixed_nms(
     ends = sizes.flip(1).repeat(1, 2)[:, None].to(boxes.dtype)
     boxes = boxes.clamp(min=0).minimum(ends)
     above = (scores > score_threshold) & (boxes[..., 2:] > boxes[..., :2]).all(dim=2)
-    placed = boxes + _class_offsets(boxes, labels, above)
-    areas = (placed[..., 2:] - placed[..., :2]).prod(2)
-    threshold = _at_most(nms_threshold)
+    # Side by side in memory, and none a view of another, which a loop in a graph may not have.
+    left, top, right, bottom = (side.clone() for side in (boxes + _class_offsets(boxes, labels, above)).unbind(2))
+    areas, threshold = (right - left) * (bottom - top), _at_most(nms_threshold)
 
     def keep_best(number: Tensor, remaining: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         score, best = remaining.max(1, keepdim=True)
-        box = placed.gather(1, best[..., None].expand(-1, -1, 4))
-        sides = placed[..., 2:].minimum(box[..., 2:]) - placed[..., :2].maximum(box[..., :2])
-        shared = sides.clamp(min=0).prod(2)
+        width = right.minimum(right.gather(1, best)) - left.maximum(left.gather(1, best))
+        height = bottom.minimum(bottom.gather(1, best)) - top.maximum(top.gather(1, best))
+        shared = width.clamp(min=0) * height.clamp(min=0)
         overlaps = shared / (areas.gather(1, best) + areas - shared) > threshold
         dropped = (overlaps & (labels == labels.gather(1, best))).scatter(1, best, True)
         place = torch.arange(max_detections, device=kept.device) == number
@@ -123,8 +123,8 @@ def fixed_nms(
     found = kept >= 0
     index = kept.clamp(min=0)
     return {
-        "boxes": boxes.gather(1, index[..., None].expand(-1, -1, 4)) * found[..., None],
-        "scores": scores.gather(1, index) * found,
+        "boxes": boxes.gather(1, index[..., None].expand(-1, -1, 4)).where(found[..., None], 0),
+        "scores": scores.gather(1, index).where(found, 0),
         "labels": labels.gather(1, index).where(found, -1),
         "count": found.sum(1),
     }

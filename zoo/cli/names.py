@@ -13,9 +13,6 @@ from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
-from typing import Any
-
-import yaml
 
 from zoo.cli import recipes, signatures
 from zoo.cli.mistakes import Mistake, has_no_option
@@ -234,15 +231,11 @@ def _of_nobody(head: str, known: Known, command: str) -> str | None:
 def _in_files(part: str, files: Sequence[str]) -> Iterator[str]:
     """The classes that configurations name for a part; an empty name for what cannot be told."""
     for file in files:
-        value = "" if "://" in file else _settings(file).get(part)
+        value = "" if "://" in file else recipes.parsed(Path(file).read_text(encoding="utf-8")).get(part)
         if isinstance(value, dict):
             value = value.get("class_path")
         if value is not None:
             yield str(value)
-
-
-def _settings(file: str) -> dict[str, Any]:
-    return dict(yaml.safe_load(Path(file).read_text(encoding="utf-8")))
 
 
 def _in_options(part: str, options: Sequence[str]) -> Iterator[str]:

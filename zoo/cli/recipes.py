@@ -2,8 +2,10 @@
 
 import ast
 from collections.abc import Sequence
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -82,6 +84,12 @@ def find(name: str, urls: bool = False) -> str:
     raise Mistake(f"there is no recipe or file {name!r}{did_you_mean(name, shipped) or '; see zoo list'}")
 
 
+@cache
+def parsed(text: str) -> Any:
+    """What a text of YAML holds, not to be written to. A recipe is asked three times, and takes ten milliseconds."""
+    return yaml.safe_load(text)
+
+
 def check_parts(options: Sequence[str]) -> None:
     """Looks through the YAML files that options name, as in ``--trainer mine.yaml``.
 
@@ -113,7 +121,7 @@ def _check_yaml(path: Path, whole: bool = True, seen: set[object] | None = None)
     seen = {*(seen or ()), path.resolve()}
     try:
         text = path.read_text(encoding="utf-8")
-        root, settings = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
+        root, settings = yaml.compose(text, Loader=yaml.SafeLoader), parsed(text)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise Mistake(f"{path}, line {line}: not valid YAML: {error.problem}") from error

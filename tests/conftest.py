@@ -8,7 +8,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # A pretrained tag must fail here, not download.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import functools
 import gc
+import importlib.metadata
 import logging
 import random
 import signal
@@ -24,6 +26,8 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from torch.utils.data import BatchSampler, DataLoader
 
 torch.set_num_threads(1)
+# Each Trainer asks for installed callbacks, and reads all packages' metadata for it: most of what making one takes.
+importlib.metadata.entry_points = functools.cache(importlib.metadata.entry_points)
 
 # As in a terminal, also where all of this runs in the background or under nohup, which ignore them.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -24,6 +24,7 @@ import sys
 import tempfile
 import termios
 import threading
+import weakref
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -342,6 +343,8 @@ if __name__ == "__main__":
             if not module.name.endswith("__main__"):
                 importlib.import_module(module.name)
     importlib.import_module("zoo.cli.parser").create("fit", data_required=True)
+    for finalizer in weakref.finalize._registry:  # type: ignore[attr-defined]
+        finalizer.atexit = False  # to undo what torch's import registers is what a short program would spend most on
     gc.freeze()  # else each process would copy what it only looks at
     gc.enable()
     _end(*_serve(socket.socket(fileno=int(sys.argv[1]))))

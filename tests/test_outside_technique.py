@@ -18,6 +18,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
+import zoo
+from datamodules import DigitsDataModule
 from zoo import weights
 from zoo._lightning import Trainer
 from zoo.cli import main
@@ -59,6 +61,26 @@ def test_it_is_trained_tested_shown_and_predicts_through_the_command_line(capsys
     assert rows[0].keys() == {"file", "upright", "degrees"}
     assert len(rows) == 540
     assert sum(row["degrees"] == "0" for row in rows) > 270
+
+
+def test_it_is_loaded_and_exported_from_its_checkpoint(technique, tmp_path):
+    assert main(["fit", "-c", RECIPE, *CPU, "--trainer.max_epochs=1", "--trainer.limit_train_batches=2"]) == 0
+    run, data = Path("runs/rotnet/digits/version_0"), DigitsDataModule(batch_size=90)
+    with pytest.raises(ValueError, match="is of rotnet.pretrainer.RotationPretrainer, .*: module= is missing"):
+        zoo.load(run)
+    predictor = zoo.load(run, module=technique)
+    images = [Image.effect_noise((side, side), 80) for side in (8, 9, 40)]
+    answers = predictor(images)
+    batch = predictor.preprocessing.to_float(
+        predictor.preprocessing.collate([predictor.preprocessing.read(image) for image in images])
+    )
+    turns = predictor.module(batch).argmax(1).tolist()
+    assert answers == [{"degrees": 90 * turn} for turn in turns]
+    report = zoo.export(run, tmp_path / "a.pt2", "pt2", module=technique, data=data, compiled=False)
+    assert set(report.differences.values()) == {0.0}
+    program = torch.export.load(tmp_path / "a.pt2").module()
+    uint8 = predictor.preprocessing.collate([predictor.preprocessing.read(image) for image in images])
+    torch.testing.assert_close(program(uint8)["logits"], predictor.module(batch))
 
 
 def test_mistakes_with_it_are_told_as_with_the_zoos_own(capsys):

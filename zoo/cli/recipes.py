@@ -86,7 +86,7 @@ def find(name: str, urls: bool = False) -> str:
 
 @cache
 def parsed(text: str) -> Any:
-    """What a text of YAML holds, not to be written to. A recipe is asked three times, and takes ten milliseconds."""
+    """Content of a text of YAML, not to be written to. A recipe is asked three times, and takes ten milliseconds."""
     return yaml.safe_load(text)
 
 

@@ -44,6 +44,7 @@ class RotationPretrainer(SafeLoading, Compilable, Evaluation, Shardable, Lightni
     foreign_weights: ClassVar = RotationLayout()
     peers: ClassVar = PEERS
     watched: ClassVar = ("val/acc_rotation",)
+    exports: ClassVar = {"rotation": "exported_rotation"}
     metric_text = staticmethod(partial(in_words, words={"acc_rotation": "accuracy of rotations"}))
 
     def __init__(
@@ -101,6 +102,12 @@ class RotationPretrainer(SafeLoading, Compilable, Evaluation, Shardable, Lightni
     def prediction_rows(self, outputs: Tensor) -> list[dict[str, Any]]:
         probabilities = outputs.float().softmax(1).tolist()
         return [{"upright": f"{row[0]:.4f}", "degrees": 90 * row.index(max(row))} for row in probabilities]
+
+    def named_results(self, outputs: Tensor, top: int = 5) -> list[dict[str, Any]]:
+        return [{"degrees": 90 * turns} for turns in outputs.argmax(1).tolist()]
+
+    def exported_rotation(self, images: Tensor) -> dict[str, Tensor]:
+        return {"logits": self(images)}
 
     # Steps.
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
+from torch.utils._sympy.numbers import int_oo
 
 from datamodules import transforms
 from datamodules.preprocessing import Preprocessing
@@ -116,9 +117,11 @@ def trace(graph: Graph) -> ExportedProgram:
         shapes: dict[str, Any] = {"images": {0: Dim.DYNAMIC, 2: side, 3: side}, "sizes": {0: Dim.DYNAMIC}}
         try:
             with torch.no_grad(), quiet():
-                return torch.export.export(
+                program = torch.export.export(
                     graph, graph.example(2), dynamic_shapes={name: shapes[name] for name in graph.inputs}, strict=False
                 )
+            if side is Dim.STATIC or not is_bounded(program):
+                return program
         except Exception as error:  # of whatever the network does
             failed = error
     assert failed is not None
@@ -136,6 +139,11 @@ def reason(error: BaseException) -> str:
     place = "" if where is None else f" ({Path(where.filename).name}, line {where.lineno}: {where.line})"
     sentence = re.split(r"[.]\s", named.removeprefix("- "))[0]
     return f"{sentence}{place}"
+
+
+def is_bounded(program: ExportedProgram) -> bool:
+    """Tells whether a program takes images up to a size only, as where the last map has one cell at the traced size."""
+    return any(bounds.upper < int_oo for bounds in program.range_constraints.values())
 
 
 def free_sides(program: ExportedProgram) -> tuple[bool, bool]:

@@ -246,6 +246,16 @@ def test_overlap_is_compared_as_torchvision_does(threshold, kept):
     assert found["count"].item() == len(plain["scores"]) == kept
 
 
+def test_boxes_that_are_no_numbers_are_none():
+    boxes, scores, labels = candidates(20, classes=4, batch=2)
+    boxes[0, 0], boxes[1], scores[0, 1] = torch.nan, torch.nan, torch.nan
+    found = fixed_nms(boxes, scores, labels, SIZES[:2], 0.05, 0.6, 30)
+    plain = non_maximum_suppression(boxes[0], scores[0], labels[0], (200, 320), 0.05, 0.6, 30)
+    assert found["count"].tolist() == [len(plain["scores"]), 0]
+    assert torch.equal(found["boxes"][0, : found["count"][0]], plain["boxes"])
+    assert all(each.isfinite().all() for each in found.values())
+
+
 @pytest.mark.parametrize("name", ["detections", "FCOS", "ATSS", "RetinaNet", "RetinaNet of torchvision", "ViTDet"])
 def test_exported_detections_are_those_of_detect(name):
     images, sizes = inputs(name, 4)

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any, ClassVar
 
+import odd_images
 import pytest
 import timm
 import torch
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import zoo
-from datamodules import DigitsDataModule
+from datamodules import DigitsDataModule, ShapesDetectionDataModule
 from zoo.cli import main
 from zoo.guards import guard
 from zoo.serving.export import Report
@@ -134,6 +135,76 @@ def test_without_preprocessing_a_graph_takes_normalised_floats(checkpoint, digit
     assert said["preprocessing"] == digits.preprocessing()  # for whoever prepares the images
 
 
+def test_odd_images_have_the_answers_of_the_checkpoint(exported, checkpoint, tmp_path):
+    predictor, run = zoo.load(checkpoint), KINDS["onnx"].Program(exported["onnx"].path)
+    files = [tmp_path / name for name in odd_images.save(tmp_path)]
+    assert len(files) >= 20
+    for file, answer in zip(files, predictor(files, top=10), strict=True):
+        images = predictor.preprocessing.collate([predictor.preprocessing.read(file)])
+        probabilities = run(images)["probabilities"][0]
+        assert int(probabilities.argmax()) == answer["index"], file.name
+        for each in answer["top"]:
+            assert float(probabilities[each["index"]]) == pytest.approx(each["probability"], abs=1e-6), file.name
+
+
+# The other techniques.
+
+BINARY: dict[str, Any] = {"binarize": "threshold", "mean": (0.0,), "std": (1.0,), "batch_size": 64}
+VAE: dict[str, Any] = {"latents": 4, "image_size": 8, "hidden": (16,)}
+DETECTOR: dict[str, Any] = {"channels": 8, "head_depth": 1, "image_size": 64, "levels": (3, 4), "score_threshold": 0.01}
+OTHERS: dict[str, Any] = {
+    "features of a MAE": lambda: (
+        zoo.MAEPretrainer(image_size=8, in_channels=1, decoder_dim=8, decoder_depth=1, decoder_heads=2, **VIT),
+        DigitsDataModule(batch_size=64),
+        {"features"},
+    ),
+    "codes": lambda: (zoo.GumbelVAE(categories=3, **VAE), DigitsDataModule(**BINARY), {"codes"}),
+    "features of a VAE": lambda: (zoo.GaussianVAE(**VAE), DigitsDataModule(**BINARY), {"features"}),
+    "detections": lambda: (
+        zoo.FPNDetector("test_resnet", num_classes=3, max_detections=20, top_candidates=30, **DETECTOR),
+        ShapesDetectionDataModule(val_size=6, batch_size=3, image_size=64, num_workers=0),
+        {"boxes", "scores", "labels", "count"},
+    ),
+}
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("name", "format"),
+    [
+        *((name, "pt2") for name in OTHERS if name != "detections"),
+        pytest.param("detections", "pt2", marks=SLOW),
+        *(pytest.param(name, "onnx", marks=SLOW) for name in OTHERS),
+    ],
+)
+def test_every_technique_predicts_the_same_out_of_a_file(name, format, tmp_path):
+    torch.manual_seed(0)
+    module, data, outputs = OTHERS[name]()
+    path = tmp_path / f"net.{format}"
+    report = zoo.export(module, path, format, data=data, **QUICK)
+    assert {each["name"] for each in KINDS[format].read_metadata(path)["outputs"]} == outputs
+    assert report.validation is not None, report
+    assert report.validation["images"] == {"detections": 6}.get(name, 180)
+    assert report.validation["differing"] == 0
+    if name == "detections":
+        assert report.validation["metric"] == "average precision"
+        assert report.validation["file"] == pytest.approx(report.validation["checkpoint"], abs=1e-6)
+        assert "1 x 3x128x64" in report.differences  # images of other sizes
+
+
+@SLOW
+def test_the_maps_of_a_detector_are_another_variant(tmp_path):
+    torch.manual_seed(0)
+    module, data, _ = OTHERS["detections"]()
+    report = zoo.export(module, tmp_path / "maps.pt2", "pt2", variant="maps", data=data, **QUICK)
+    assert report.validation is not None, report
+    assert (report.validation["images"], report.validation["differing"]) == (6, 0)
+    said = KINDS["pt2"].read_metadata(report.path)
+    assert [each["name"] for each in said["inputs"]] == ["images", "sizes"]  # its preprocessing pads
+    assert said["inputs"][0]["shape"] == ["batch", 3, "height", "width"]
+    assert {"logits", "boxes"} <= {each["name"] for each in said["outputs"]}
+
+
 # What is wrong.
 
 
@@ -142,6 +213,9 @@ class AnotherInGraphs(LightningModule):
 
     exports: ClassVar = {"values": "exported"}
     input_shape = (1, 8, 8)
+
+    def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.exported(batch)["values"]
 
     def __init__(self, slip: float) -> None:
         super().__init__()

@@ -73,7 +73,7 @@ def _inputs(graph: Graph, batch: Any, prepared: Any, free: tuple[bool, bool]) ->
         raise ValueError(f"they are {'x'.join(map(str, got))}, and the graph takes {'x'.join(map(str, expected))}")
     if graph.inputs == ("images",):
         return (images,)
-    sizes = [each.get("size", images.shape[2:]) for each in batches.about_images(batch)]
+    sizes = [each.get("size", images.shape[2:]) for each in batches.about_images(prepared)]
     return images, torch.as_tensor(sizes, dtype=torch.int64)
 
 

@@ -436,6 +436,7 @@ def test_comparison_end_to_end(capsys):
     """By four ways: five runs, and none when it is called again."""
     out = Path("elsewhere")
     args = ["--out", str(out), "-c", RECIPE, "--multiples", "4", "--seeds", "1", *SHORT]
+    args += ["--trainer.limit_val_batches=1", "--trainer.limit_test_batches=2"]
     assert main(["scaling-compare", "--jobs", "2", *args]) == 0
     printed = capsys.readouterr().out
     head, _, *body = rows(printed)

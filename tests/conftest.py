@@ -26,6 +26,9 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from torch.utils.data import BatchSampler, DataLoader
 
 torch.set_num_threads(1)
+if not torch.accelerator.is_available():
+    # Where torch.compile comes before a process's first gradients, no process that is forked from it may compute any.
+    torch.ones((), requires_grad=True).backward()
 # Each Trainer asks for installed callbacks, and reads all packages' metadata for it: most of what making one takes.
 importlib.metadata.entry_points = functools.cache(importlib.metadata.entry_points)
 

@@ -124,7 +124,8 @@ class Predictor:
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"device {device} cannot be used: {str(error).splitlines()[0]}") from error
         self.preprocessing, self.tta, self.batch_size = preprocessing, tta, batch_size
-        self.num_workers = max(1, default_workers()) if num_workers is None else num_workers
+        # All cores: whoever computes mostly waits for images.
+        self.num_workers = default_workers() + 1 if num_workers is None else num_workers
 
     def __repr__(self) -> str:
         shape = self.preprocessing.input_shape

@@ -1,5 +1,9 @@
-"""Image files of the less usual kinds, on which programs that read images differ."""
+"""Image files of the less usual kinds, on which programs that read images differ.
 
+``python tests/odd_images.py`` prints a classifier's answers to them by the zoo and by its exported file.
+"""
+
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -35,3 +39,36 @@ def save(folder: Path) -> list[str]:
     Image.fromarray(noise(16, 6000)).save(folder / "very_wide.png")
     colour.save(folder / "animated.gif", save_all=True, append_images=[colour.rotate(90)])
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*.*"))
+
+
+def main() -> None:
+    """Prints the likeliest class and its probability by the zoo, by onnxruntime, and how far they are apart."""
+    import onnxruntime
+    import torch
+
+    import zoo
+    from datamodules import ImageFolderDataModule, preprocessing
+    from zoo.serving.predictor import Predictor
+
+    torch.manual_seed(0)
+    module = zoo.ViTClassifier("vit_tiny_patch16_224", num_classes=10, image_size=32, patch_size=4, depth=2).eval()
+    torch.nn.init.normal_(module.head.weight, std=0.2)  # so that it tells images apart
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        names = save(folder / "images")
+        data = ImageFolderDataModule(place, 32, predict_root=str(folder / "images"), num_workers=0)
+        zoo.export(module, folder / "a.onnx", data=data, compiled=False, limit=1)
+        session = onnxruntime.InferenceSession(folder / "a.onnx")
+        steps = preprocessing.create(data.preprocessing())
+        answers = Predictor(module, steps)([folder / "images" / name for name in names], top=10)
+        print("| image | zoo | exported file | largest difference |\n|---|---|---|---|")
+        for name, answer in zip(names, answers, strict=True):
+            pixels = steps.collate([steps.read(folder / "images" / name)])
+            (found,) = session.run(["probabilities"], {"images": pixels.numpy()})[0]
+            difference = max(abs(each["probability"] - found[each["index"]]) for each in answer["top"])
+            ours, theirs = f"{answer['label']} {answer['probability']:.6f}", f"{found.argmax()} {found.max():.6f}"
+            print(f"| {name} | {ours} | {theirs} | {difference:.1e} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -188,7 +188,7 @@ def test_the_size_of_the_batch_that_is_traced_does_not_matter():
         same("ViT", graph, inputs("ViT", batch))
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW) for name in ("EfficientNet", "ATSS", "RetinaNet")])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW) for name in ("EfficientNet", "detections")])
 def test_convolutional_networks_leave_the_size_of_images_free(name):
     """But for maps of a single cell, on a side of which no more pixels lie than the total stride: 1 is a constant."""
     traced = program(name, free=True)

@@ -76,13 +76,20 @@ def _restored_process() -> Iterator[None]:
     torch.backends.cudnn.benchmark = benchmark
     torch.set_default_dtype(dtype)
     torch.set_num_threads(threads)
-    for loader in (DataLoader, BatchSampler):  # Lightning leaves them patched when a hook that makes them fails
+    # Lightning leaves them patched, and all that derive from them, when a hook that makes them fails.
+    for loader in (*with_subclasses(DataLoader), *with_subclasses(BatchSampler)):
         for name in ("__init__", "__setattr__", "__delattr__"):
             if f"__old{name}" in loader.__dict__:
                 setattr(loader, name, loader.__dict__[f"__old{name}"])
                 delattr(loader, f"__old{name}")
     if rank is not None:  # else Lightning was first imported by the test, and has set it
         rank_zero_only.rank = rank
+
+
+def with_subclasses(cls: type) -> Iterator[type]:
+    yield cls
+    for each in cls.__subclasses__():
+        yield from with_subclasses(each)
 
 
 @pytest.fixture

@@ -2,9 +2,11 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any, ClassVar
 
+import forked
 import odd_images
 import pytest
 import timm
@@ -311,26 +313,32 @@ def test_what_cannot_be_asked_for_is_said_at_once(checkpoint, tmp_path, monkeypa
 # The command.
 
 
-def test_the_command_finds_the_validation_data_in_the_checkpoint(checkpoint, tmp_path, capsys):
+def command(*args):
+    """Runs ``zoo export`` in a process of its own, which the restriction of a checkpoint's configuration ends with."""
+    return forked.run([sys.executable, "-m", "zoo", "export", *map(str, args)], capture_output=True, text=True)
+
+
+def test_the_command_finds_the_validation_data_in_the_checkpoint(checkpoint, tmp_path):
     out = tmp_path / "net.pt2"
-    args = ["export", str(checkpoint), "--format", "pt2", "--no-compile", "--raw", "--out", str(out)]
-    assert main([*args, "--limit", "50"]) == 0
-    assert "validation: 60 of 60 images predicted alike" in capsys.readouterr().out
+    args = [checkpoint, "--format", "pt2", "--no-compile", "--raw", "--out", out]
+    done = command(*args, "--limit", "50")
+    assert done.returncode == 0, done.stderr
+    assert "validation: 60 of 60 images predicted alike" in done.stdout
     assert KINDS["pt2"].read_metadata(out)["preprocessing_inside"] is False
-    assert main(args) == 2
-    assert "net.pt2 exists" in capsys.readouterr().err
-    away = ["--overwrite", "--data.split", "digits8x8-bin-v1", "--data.split_seed", "1"]
-    assert main([*args, *away]) == 2
-    assert "split_seed is 1, but digits8x8-bin-v1 is one split" in capsys.readouterr().err
+    done = command(*args)
+    assert done.returncode == 2
+    assert "net.pt2 exists" in done.stderr
+    done = command(*args, "--overwrite", "--data.split", "digits8x8-bin-v1", "--data.split_seed", "1")
+    assert done.returncode == 2
+    assert "split_seed is 1, but digits8x8-bin-v1 is one split" in done.stderr
 
 
-def test_the_command_exports_what_is_away_from_its_data(checkpoint, tmp_path, capsys):
+def test_the_command_exports_what_is_away_from_its_data(checkpoint, tmp_path):
     content = torch.load(checkpoint, weights_only=True)
     away = CONFIG.replace("datamodules.DigitsDataModule", "somebody.TheirDataModule")
     content["provenance"] = content["provenance"] | {"config": away}
     torch.save(content, tmp_path / "away.ckpt")
-    assert main(["export", str(tmp_path / "away.ckpt"), "--format", "pt2", "--no-compile"]) == 0
-    said = capsys.readouterr().out
+    said = command(tmp_path / "away.ckpt", "--format", "pt2", "--no-compile").stdout
     assert "not compared on validation images: importing somebody.TheirDataModule is not allowed" in said
     assert (tmp_path / "away.pt2").is_file()
 

@@ -132,6 +132,7 @@ def program(name, batch=2, free=False):
     sides = {2: Dim.DYNAMIC, 3: Dim.DYNAMIC} if free else {}
     given = inputs(name, batch)
     shapes = ({0: Dim.DYNAMIC} | sides, {0: Dim.DYNAMIC})[: len(given)]
+    torch.compiler.reset()  # as zoo.export does, and for its reason
     return torch.export.export(network(name), given, dynamic_shapes=shapes)
 
 

@@ -49,7 +49,7 @@ def run_python(program: str) -> None:
 
 
 def run_zoo(command: list[str]) -> None:
-    if "--strict-imports" in command:  # which the process would keep to from then on
+    if "--strict-imports" in command or command[0] == "export":  # the process would keep to strict imports from then on
         run_python(f"import sys, zoo.cli; sys.exit(zoo.cli.main({shortened(command)!r}))")
         return
     try:

@@ -17,7 +17,7 @@ Exports a checkpoint for where there is no Lightning, or no Python. A file has i
 with, and compared with the checkpoint: on random batches, and on the validation data of a recipe, or of the run's
 configuration, which is in the checkpoint. One that does not agree is not written."""
 DATA = (
-    (RECIPE[0], "of the validation data, in place of the checkpoint's configuration"),
+    (RECIPE[0], "of the validation data, in place of the checkpoint's configuration; -c RECIPE as well"),
     ("--data.root FOLDER", "an option of the data, where it lies elsewhere now"),
     STRICT,
 )

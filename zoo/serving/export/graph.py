@@ -115,6 +115,7 @@ def trace(graph: Graph) -> ExportedProgram:
     failed: Exception | None = None
     for side in (Dim.AUTO, Dim.STATIC):  # some networks compute with sizes what torch cannot follow
         shapes: dict[str, Any] = {"images": {0: Dim.DYNAMIC, 2: side, 3: side}, "sizes": {0: Dim.DYNAMIC}}
+        torch.compiler.reset()  # else the graph of a loop in another export is found, with its sizes
         try:
             with torch.no_grad(), quiet():
                 program = torch.export.export(

@@ -11,6 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import functools
 import gc
 import importlib.metadata
+import inspect
 import logging
 import random
 import signal
@@ -76,11 +77,13 @@ def _restored_process() -> Iterator[None]:
     torch.backends.cudnn.benchmark = benchmark
     torch.set_default_dtype(dtype)
     torch.set_num_threads(threads)
-    # Lightning leaves them patched, and all that derive from them, when a hook that makes them fails.
+    # Lightning leaves them wrapped, and all that derive from them, when a hook that makes them fails, and the next hook
+    # that does not fail takes the wrapped ones for the original.
     for loader in (*with_subclasses(DataLoader), *with_subclasses(BatchSampler)):
         for name in ("__init__", "__setattr__", "__delattr__"):
+            if hasattr(loader.__dict__.get(name), "__wrapped__"):
+                setattr(loader, name, inspect.unwrap(loader.__dict__[name]))
             if f"__old{name}" in loader.__dict__:
-                setattr(loader, name, loader.__dict__[f"__old{name}"])
                 delattr(loader, f"__old{name}")
     if rank is not None:  # else Lightning was first imported by the test, and has set it
         rank_zero_only.rank = rank

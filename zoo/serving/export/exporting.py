@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.export import ExportedProgram
 
 import zoo
@@ -23,6 +24,7 @@ from zoo._lightning import LightningModule
 from zoo.checkpoints import read
 from zoo.common.classes import ids_of, names_of
 from zoo.common.preprocessing import preprocessing_of
+from zoo.common.protocols import Exports, Unpredicted
 from zoo.serving.export import onnx, pt2, timm_folder
 from zoo.serving.export.graph import Graph, create_graph, free_sides, trace
 from zoo.serving.export.proof import Run, differences, times
@@ -147,8 +149,13 @@ class Subject:
 
     @cached_property
     def graph(self) -> Graph:
-        stated = self.preprocessing if self.inside else None
-        return create_graph(self.module, self.variant, None if stated is None else preprocessing.create(stated))
+        stated, module = self.preprocessing if self.inside else None, self.module
+        predicts = isinstance(module, Exports) and self.variant in (None, next(iter(module.exports)))
+        if predicts and isinstance(module, Unpredicted):
+            module = deepcopy(module)
+            for name in module.unpredicted:  # a program would carry it along
+                setattr(module, name, nn.Identity())
+        return create_graph(module, self.variant, None if stated is None else preprocessing.create(stated))
 
     @cached_property
     def program(self) -> ExportedProgram:

@@ -20,9 +20,10 @@ from datamodules import DigitsDataModule, ShapesDetectionDataModule
 from zoo.cli import main
 from zoo.guards import guard
 from zoo.serving.export import Report
-from zoo.serving.export.exporting import KINDS
+from zoo.serving.export.exporting import KINDS, Subject, write
 from zoo.serving.export.proof import difference, difference_of_rows, relative
 from zoo.serving.export.timm_folder import read_metadata
+from zoo.serving.export.validation import agrees
 from zoo.serving.loading import restored
 
 for package in ("onnx", "onnxscript", "onnxruntime"):
@@ -243,6 +244,61 @@ def test_a_file_that_does_not_agree_is_not_written(tmp_path):
     assert [each.name for each in tmp_path.iterdir()] == ["net.pt2"]
 
 
+class InFours(LightningModule):
+    """A module of images whose height is four times something, which torch finds out, and data need not keep to."""
+
+    exports: ClassVar = {"values": "exported"}
+    input_shape = (1, 8, 8)
+
+    def exported(self, images: Tensor) -> dict[str, Tensor]:
+        return {"values": images.unflatten(2, (-1, 4)).mean((1, 2, 4))}
+
+
+def test_a_file_that_fails_is_not_written(tmp_path):
+    data = DigitsDataModule(10, batch_size=60, num_workers=0)
+    with pytest.raises(ValueError, match=r"net.pt2 was not written: it does not compute images 60 x 1x10x10: .*"):
+        zoo.export(InFours(), tmp_path / "net.pt2", "pt2", data=data, **QUICK)
+    assert not list(tmp_path.iterdir())
+
+
+class Looping(LightningModule):
+    """A module with a loop, whose state is as large as its images."""
+
+    exports: ClassVar = {"values": "exported"}
+
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        self.input_shape = (1, side, side)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.exported(images)["values"]
+
+    def exported(self, images: Tensor) -> dict[str, Tensor]:
+        def step(number: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+            return number + 1, values * 2
+
+        state = torch.zeros((), dtype=torch.int64), images.flatten(1)
+        if torch.compiler.is_compiling():
+            return {"values": torch.while_loop(lambda number, _: number < 3, step, state)[1]}
+        return {"values": 8 * state[1]}
+
+
+def test_a_loop_is_not_that_of_another_export(tmp_path):
+    """torch keeps a loop by the sizes that it was compiled for, and would give the next graph those of the first."""
+    module = Looping(8)
+    with torch.no_grad():
+        torch.export.export(module, (torch.zeros(2, 1, 8, 8),), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    report = zoo.export(module, tmp_path / "net.pt2", "pt2", preprocessing=False, **QUICK)
+    assert {"1 x 1x16x8", "1 x 1x8x16"} <= set(report.differences), "sizes are free"
+    assert set(report.differences.values()) == {0.0}
+
+
+def test_compiled_torch_is_measured_once_for_all_formats(tmp_path):
+    subject = Subject.of(AnotherInGraphs(0.0), None, False)
+    found = [write(subject, tmp_path / f"net.{name}", name).seconds for name in ("pt2", "onnx")]
+    assert [list(each) for each in found] == [["eager", "compiled", "file"]] * 2
+
+
 def test_what_is_there_is_replaced_only_when_told(exported, checkpoint, tmp_path):
     file = shutil.copy(exported["pt2"].path, tmp_path / "there.pt2")
     before = Path(file).read_bytes()
@@ -397,6 +453,17 @@ def test_detections_are_compared_as_a_set_whose_end_is_a_matter_of_rounding():
     assert difference_of_rows(last, found, 3, 0.05) == 0  # the three best, of which two are as good
     assert difference_of_rows(rows((0, 2, 0.9)), rows((0, 1, 0.9)), 100, 0.05) == float("inf")
     assert difference_of_rows(rows(), rows((0, 1, 0.9)), 100, 0.05) == float("inf")
+
+
+def test_the_same_predictions_agree_within_the_rounding_of_a_trained_network():
+    found = {"differing": 0, "difference": 1.9e-5, "checkpoint": 0.75, "file": 0.75}
+    assert agrees(found | {"metric": "accuracy"}, 5e-6)
+    assert agrees({"differing": 0, "difference": 1.9e-5}, 5e-6)
+    assert not agrees(found, 0.0)
+    assert agrees(found | {"difference": 0.0}, 0.0)
+    assert not agrees(found | {"difference": 1e-3}, 5e-6)
+    assert not agrees(found | {"differing": 1}, 5e-6)
+    assert not agrees(found | {"metric": "accuracy", "file": 0.75 + 1e-5}, 5e-6)
 
 
 # Weights for timm.

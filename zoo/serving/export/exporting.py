@@ -27,7 +27,7 @@ from zoo.common.preprocessing import preprocessing_of
 from zoo.common.protocols import Exports, Unpredicted
 from zoo.serving.export import onnx, pt2, timm_folder
 from zoo.serving.export.graph import Graph, create_graph, free_sides, trace
-from zoo.serving.export.proof import Run, differences, times
+from zoo.serving.export.proof import FailingFileError, Run, differences, times
 from zoo.serving.export.report import Report, in_words
 from zoo.serving.export.validation import agrees, validate
 from zoo.serving.loading import checkpoint_at, module_of
@@ -161,6 +161,12 @@ class Subject:
     def program(self) -> ExportedProgram:
         return trace(self.graph)
 
+    @cached_property
+    def compiled(self) -> Any:
+        """The graph compiled, once for all formats, and after the program: tracing forgets what is compiled."""
+        assert self.program
+        return torch.compile(self.graph)
+
     def metadata(self) -> dict[str, Any]:
         """Everything that is to be known of a file but its proof, as plain data."""
         made: Any = self.content.get("provenance") or {}
@@ -198,10 +204,11 @@ def write(
     with staged(path) as file:
         kind.write(program, file, graph.inputs, list(outputs))
         run, free = kind.Program(file), free_sides(program)
-        found = differences(graph, run, free)
+        with agreeing(path):
+            found = differences(graph, run, free)
         _check(subject, path, found, tolerance)
         validation, notes = _validated(subject, path, run, free, tolerance, limit)
-        seconds, said = times(graph, run, compiled)
+        seconds, said = times(graph, run, subject.compiled if compiled else None)
         size = file.stat().st_size
         report = Report(path, format, graph.variant.name, found, tolerance, validation, seconds, size, (*notes, *said))
         inputs = zip(graph.inputs, graph.example(2), strict=True)
@@ -237,7 +244,7 @@ def _write_weights(subject: Subject, path: Path, tolerance: float | None, limit:
 def _check(subject: Subject, path: Path, found: Mapping[str, float], tolerance: float) -> None:
     worst = max(found, key=lambda batch: found[batch])
     if not found[worst] <= tolerance:
-        raise ValueError(
+        raise DisagreementError(
             f"{path} was not written: it computes something else than {type(subject.module).__name__}, of {worst} with "
             f"a relative difference of {found[worst]:.1e}, {tolerance:.1e} allowed"
         )
@@ -250,12 +257,28 @@ def _validated(
     try:
         if subject.data is None:
             raise ValueError(subject.absent)
-        found = validate(subject.graph, run, subject.data, free, limit)
+        with agreeing(path):
+            found = validate(subject.graph, run, subject.data, free, limit)
+    except DisagreementError:
+        raise
     except (OSError, ValueError) as error:
         return None, [f"not compared on validation images: {error}"]
     if not agrees(found, tolerance):
-        raise ValueError(f"{path} was not written, since it predicts something else: {in_words(found)}")
+        raise DisagreementError(f"{path} was not written, since it predicts something else: {in_words(found)}")
     return found, []
+
+
+class DisagreementError(ValueError):
+    """A file that does not do what its module does, and was not written."""
+
+
+@contextmanager
+def agreeing(path: Path) -> Iterator[None]:
+    """Context in which a file that fails is one that does not agree."""
+    try:
+        yield
+    except FailingFileError as error:
+        raise DisagreementError(f"{path} was not written: {error}") from error
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from zoo.common.classes import names_of
 from zoo.common.classification import Classifier
 from zoo.common.protocols import CreatedByTimm
 from zoo.serving.export.graph import SEED, Graph, input_shape
-from zoo.serving.export.proof import BATCHES, relative
+from zoo.serving.export.proof import BATCHES, named, relative
 
 SUFFIX, TOLERANCE = ".weights", 5e-6
 WEIGHTS, CONFIG, METADATA = "model.safetensors", "config.json", "zoo.json"
@@ -95,11 +95,7 @@ class Weights:
         kept = ("interpolation", "crop_pct", "mean", "std", "fixed_input_size", "pool_size", "first_conv", "classifier")
         config = {key: network.pretrained_cfg[key] for key in kept if network.pretrained_cfg.get(key) is not None}
         config |= {theirs: stated[ours] for theirs, ours in CROPS.items() if ours in stated}
-        config |= {
-            "input_size": list(self.module.input_shape),
-            "num_classes": network.num_classes,
-            "custom_load": False,
-        }
+        config |= {"input_size": list(self.module.input_shape), "num_classes": network.num_classes}
         config["custom_load"] = False  # timm's own names, whatever its release had
         found = {
             "architecture": name,
@@ -161,7 +157,7 @@ def compared(module: Any, network: Any, counts: tuple[int, ...]) -> dict[str, fl
     for count in counts:
         shape = count, *input_shape(module)
         images = torch.randn(shape, generator=torch.Generator().manual_seed(SEED + count))
-        found[f"{count} x {'x'.join(map(str, shape[1:]))}"] = relative(theirs(images), ours(images))
+        found[named(images)] = relative(theirs(images), ours(images))
     return found
 
 

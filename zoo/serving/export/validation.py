@@ -13,10 +13,20 @@ from zoo.common import batch as batches
 from zoo.common.classes import matched, names_of
 from zoo.common.protocols import MeasuresDetections
 from zoo.serving.export.graph import Graph, input_shape
-from zoo.serving.export.proof import ROWS, Run, difference, difference_of_rows, relative, rows_of, threshold_of
+from zoo.serving.export.proof import (
+    ROUNDING,
+    ROWS,
+    Run,
+    computed,
+    difference,
+    difference_of_rows,
+    relative,
+    rows_of,
+    threshold_of,
+)
 
 EXACT = 1e-6
-"""By how much a metric of the file may differ from the checkpoint's, and probabilities of equally likely classes."""
+"""Difference that a metric of the file may have from the checkpoint's."""
 
 
 @torch.no_grad()
@@ -42,7 +52,7 @@ def validate(
     compared = _comparison(graph, data)
     for number, batch in enumerate(_batches(data)):
         prepared = data.on_after_batch_transfer(batch, 0)
-        compared.add(run(*_inputs(graph, batch, prepared, free)), prepared, number)
+        compared.add(computed(run, *_inputs(graph, batch, prepared, free)), prepared, number)
         if limit is not None and compared.images >= limit:
             break
     if not compared.images:
@@ -52,8 +62,12 @@ def validate(
 
 
 def agrees(found: Mapping[str, Any], tolerance: float) -> bool:
-    """Tells whether a validation says that a file predicts what its checkpoint does."""
-    same = not found["differing"] and found["difference"] <= max(tolerance, EXACT)
+    """Tells whether a validation says that a file predicts what its checkpoint does.
+
+    What is predicted has to be the same, and the metric; numbers may differ by rounding, which in a trained network is
+    more than ``tolerance``, of random images. A file that is to be exact, of tolerance 0, stays within 1e-6.
+    """
+    same = not found["differing"] and found["difference"] <= (max(tolerance, ROUNDING) if tolerance else EXACT)
     return same and ("metric" not in found or abs(found["checkpoint"] - found["file"]) <= EXACT)
 
 
@@ -129,19 +143,17 @@ class Classes(Values):
         super().__init__(graph, data)
         self.right = {"checkpoint": 0.0, "file": 0.0}
         self.labelled = 0
-        ours, theirs = names_of(self.module), names_of(data)
-        table = matched(theirs, ours) if ours and theirs else None
-        self.table = None if table is None else torch.tensor(table)
+        self.table = _table(self.module, data)
 
     def add(self, found: Mapping[str, Tensor], batch: Any, number: int) -> None:
         given, expected = found["probabilities"], self.module.predict_step(batch, number)
         several = self.module.hparams.multi_label
         if several:
-            other = ((given >= 0.5) != (expected >= 0.5)) & ((expected - 0.5).abs() > EXACT)
+            other = ((given >= 0.5) != (expected >= 0.5)) & ((expected - 0.5).abs() > ROUNDING)
             others = other.any(1)
         else:  # of two that are as likely, rounding decides
             chosen = expected.gather(1, given.argmax(1, keepdim=True))[:, 0]
-            others = chosen < expected.max(1).values - EXACT
+            others = chosen < expected.max(1).values - ROUNDING
         self.count(
             [math.inf if other else relative(*pair) for other, *pair in zip(others, given, expected, strict=True)]
         )
@@ -175,9 +187,7 @@ class Boxes(Values):
         self.most = self.module.hparams.max_detections
         self.precision = {name: self.module.detection_metric(data) for name in ("checkpoint", "file")}
         self.labelled = False
-        ours, theirs = names_of(self.module), names_of(data)
-        table = matched(theirs, ours) if ours and theirs else None
-        self.table = None if table is None else torch.tensor(table)
+        self.table = _table(self.module, data)
 
     def add(self, found: Mapping[str, Tensor], batch: Any, number: int) -> None:
         expected = self.module.predict_step(batch, number)
@@ -205,6 +215,13 @@ class Boxes(Values):
             "metric": "average precision",
             **{name: float(ap.compute()["ap"]) for name, ap in self.precision.items()},
         }
+
+
+def _table(module: Any, data: Any) -> Tensor | None:
+    """The module's label of each of the data's, by name; None where they are the same, or not known."""
+    ours, theirs = names_of(module), names_of(data)
+    table = matched(theirs, ours) if ours and theirs else None
+    return None if table is None else torch.tensor(table)
 
 
 def _scale(about: Mapping[str, Any], whole: Sequence[int]) -> Tensor:

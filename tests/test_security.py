@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 
+import forked
 import numpy as np
 import pytest
 import timm
@@ -38,6 +39,7 @@ import yaml
 from PIL import Image
 from torchvision import datasets
 
+import zoo
 from datamodules import ImageFolderDataModule, TorchvisionDataModule, torchvision_sets
 from datamodules.reading import archives, cifar, images
 from datamodules.reading.archives import UnsafeArchiveError
@@ -113,6 +115,13 @@ def hostile_files(folder: Path, marker: Path) -> dict[str, Path]:
     for key in ("_instantiator", "_class_path"):  # of CVE-2026-58659; plain text, which weights_only lets pass
         name = "evil_module.call" if key == "_instantiator" else "evil_module.Net"
         torch.save(whole | {"hyper_parameters": {key: name, "lr": 0.1}}, folder / f"{key}.ckpt")
+    # What would be imported to predict or export from the checkpoint alone.
+    torch.save(whole | {"module": "evil_module.Net"}, folder / "_named.ckpt")
+    config = yaml.safe_dump({"model": {"class_path": "evil_module.Net"}, "data": {"class_path": "evil_module.Net"}})
+    torch.save(whole | {"provenance": {"config": config}}, folder / "_configured.ckpt")
+    stated = ImageFolderDataModule("none", 8, predict_root="none").preprocessing()
+    named = {"module": "ViTClassifier", "preprocessing": stated, "provenance": {"config": config}}
+    torch.save(whole | named, folder / "_data.ckpt")
     return {path.name: path for path in sorted(folder.iterdir())}
 
 
@@ -153,7 +162,7 @@ def attempt(task: Callable[[], Any]) -> bool:
 def test_the_hostile_files_would_run(tmp_path: Path, marker: Path) -> None:
     """Else the tests below would prove nothing."""
     for name, path in hostile_files(tmp_path / "files", marker).items():
-        if name.startswith("_"):  # these are for Lightning before 2.6.6
+        if name.startswith("_"):  # these name what an import or a call would run
             continue
         marker.unlink(missing_ok=True)
         if name == "pickle.safetensors":
@@ -161,6 +170,14 @@ def test_the_hostile_files_would_run(tmp_path: Path, marker: Path) -> None:
         else:
             attempt(functools.partial(torch.load, path, weights_only=False))
         assert marker.exists(), name
+
+
+def alone(path: Path) -> Path:
+    """A run's folder with this checkpoint, and no other."""
+    folder = path.parent.with_name("runs") / path.stem
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "last.ckpt").write_bytes(path.read_bytes())
+    return folder
 
 
 def test_hostile_checkpoints_and_weights_run_nothing(
@@ -180,6 +197,9 @@ def test_hostile_checkpoints_and_weights_run_nothing(
         "plugin": io_plugin.load_checkpoint,
         "plugin with a URL": lambda path: io_plugin.load_checkpoint(f"{server}/{path.name}"),
         "damage": checkpoints.damage,
+        "zoo.load": zoo.load,
+        "zoo.load of a folder": lambda path: zoo.load(alone(path)),
+        "zoo.export": lambda path: zoo.export(path, tmp_path / "net.pt2", "pt2", compiled=False, overwrite=True),
     }
     count = 0
     for way, task in ways.items():
@@ -212,6 +232,14 @@ def test_hostile_checkpoints_on_the_command_line_run_nothing(
             attempt(functools.partial(main, [*way, "-c", "vit/digits", *QUICK, "--trainer.fast_dev_run=true"]))
             count += 1
             assert not marker.exists(), f"{name} by {way}"
+    Image.new("L", (8, 8)).save("image.png")
+    for name in ("object.ckpt", "_named.ckpt", "_configured.ckpt", "_data.ckpt", "_instantiator.ckpt"):
+        for command in (["predict", str(files[name]), "image.png"], ["export", str(files[name]), "--format", "pt2"]):
+            program = [sys.executable, "-m", "zoo", *command]  # which finds the module in the current directory
+            done = forked.run(program, capture_output=True, text=True)
+            assert (done.returncode == 0) == (name == "_data.ckpt"), done.stderr
+            count += 1
+            assert not marker.exists(), f"{name} by {command}"
     tried(count, "hostile checkpoints on the command line, 0 executed")
 
 

@@ -9,7 +9,7 @@ from timm.layers import to_2tuple
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from zoo._lightning import LightningModule
+from zoo._lightning import LightningModule, rank_zero_info
 from zoo.callbacks import WriteDetections
 from zoo.checkpoints import SafeLoading
 from zoo.common import batch as batches
@@ -23,24 +23,28 @@ from zoo.common.protocols import HasSizeRanges
 from zoo.common.results import named_detections
 from zoo.common.seeding import differ_between_ranks
 from zoo.detection.losses import LossSums
+from zoo.detection.maps import Maps
 from zoo.detection.metrics import TotalLosses, in_words
 from zoo.detection.peers import random_targets
-from zoo.detection.postprocessing import fixed_nms, to_original
+from zoo.detection.postprocessing import Candidates, fixed_nms, non_maximum_suppression, to_original
 from zoo.metrics.average_precision import CocoAveragePrecision
 from zoo.sharding import Shardable
+from zoo.weights import load as load_weights
+
+LOGGED = {"classification": "loss_class"}
+"""Names by which losses are logged, where it is not ``loss_NAME``."""
 
 
 class Detector(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, LightningModule):
     """The steps of an object detector. It has no constructor: a technique builds its networks itself.
 
-    A subclass sets ``hparams`` and ``backbone``, calls :meth:`make_metrics`, and provides ``forward`` and, of what that
-    returns, the methods below.
+    A subclass sets ``hparams``, builds its networks (:func:`zoo.detection.features.build_features`), calls
+    :meth:`finish`, and provides ``forward`` and, of what that returns, the methods below.
 
     Attributes:
         loss: Losses of a batch by name, float32 scalars, of predictions and targets; training descends their sum.
         loss_sums: The same before they are divided, summed over each image.
-        candidates: Boxes (B, n, 4), scores (B, n) and labels (B, n) of predictions, before NMS.
-        detect: Detections of predictions and (height, width) of each image, padded and original, best first.
+        candidates: What NMS chooses from, of predictions.
     """
 
     backbone: Any  # modules; Any, because what they have beyond torch's is timm's
@@ -50,13 +54,67 @@ class Detector(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, Lig
     exports: ClassVar = {"detections": "exported_detections", "maps": "exported_maps"}
     loss: Callable[..., dict[str, Tensor]]
     loss_sums: Callable[..., LossSums]
-    candidates: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    detect: Callable[..., list[dict[str, Tensor]]]
+    candidates: Callable[..., Candidates]
+    maps: Maps
+    neck: Any
+    pruned: Any
+    strides: tuple[float, ...]
 
-    def make_metrics(self) -> None:
-        """Creates metrics and logs."""
+    def finish(self, weights: str | None) -> None:
+        """Ends the constructor: metrics and logs, weights to start from, the order in memory, compilation."""
         self.step_log, self.label_watch = StepLog(), LabelWatch()
         self.val_losses, self.test_losses = TotalLosses(), TotalLosses()
+        if weights is not None:
+            rank_zero_info(str(load_weights(self, weights)))
+        if self.hparams.channels_last:
+            self.to(memory_format=torch.channels_last)
+        if self.hparams.compile:
+            self.compile()
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """The maps (B, channels, h, w) that the head reads, finest first, of images (B, C, H, W).
+
+        Raises:
+            ValueError: For images with other channels than ``in_channels``.
+        """
+        if images.ndim != 4 or images.shape[1] != self.hparams.in_channels:
+            channels = self.hparams.in_channels
+            raise ValueError(f"images are {tuple(images.shape)}: expected (B, {channels}, H, W), by in_channels")
+        if self.hparams.channels_last:
+            images = images.to(memory_format=torch.channels_last)
+        return self.neck(self.maps(self.backbone, images))
+
+    @torch.no_grad()
+    def detect(
+        self,
+        images: Any,
+        sizes: Sequence[tuple[int, int]] | None = None,
+        original_sizes: Sequence[tuple[int, int]] | None = None,
+    ) -> list[dict[str, Tensor]]:
+        """Detections in images, best first.
+
+        Args:
+            images: (B, C, H, W), normalised; or what :meth:`forward` gave for them.
+            sizes: (height, width) of each image before padding; boxes end there. None: not padded.
+            original_sizes: (height, width) of each image before it was resized; boxes are in pixels of these. None: in
+                pixels of the images given.
+
+        Returns:
+            For each image ``boxes`` (n, 4) xyxy float32, ``scores`` (n,) float32, ``labels`` (n,) int64.
+        """
+        maps = self(images) if isinstance(images, Tensor) else images
+        hp, candidates = self.hparams, self.candidates(maps)
+        sizes = [maps.image_size] * len(candidates.scores) if sizes is None else sizes
+        found = [
+            non_maximum_suppression(
+                boxes, scores, labels, size, hp.score_threshold, hp.nms_threshold, hp.max_detections
+            )
+            for boxes, scores, labels, size in zip(*candidates, sizes, strict=True)
+        ]
+        if original_sizes is not None:
+            for detection, size, original in zip(found, sizes, original_sizes, strict=True):
+                detection["boxes"] = to_original(detection["boxes"], size, original)
+        return found
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -104,9 +162,7 @@ class Detector(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, Lig
         images, targets = self._checked(batch, batch_idx)
         losses = self.loss(self(images), targets)
         loss = torch.stack(list(losses.values())).sum()
-        values = {"train/loss": loss, "train/loss_class": losses["classification"], "train/loss_box": losses["box"]}
-        if "centerness" in losses:
-            values["train/loss_centerness"] = losses["centerness"]
+        values = {"train/loss": loss} | {f"train/{LOGGED.get(name, f'loss_{name}')}": losses[name] for name in losses}
         if self.step_log(self, {name: value.detach() for name, value in values.items()}, prog_bar=("train/loss",)):
             self.label_watch.tell(self.hparams.num_classes)
         return loss
@@ -152,8 +208,8 @@ class Detector(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, Lig
     def _scores(self, stage: str, losses: TotalLosses, ap: CocoAveragePrecision) -> dict[str, Tensor | float]:
         """Losses and average precision by the names they are logged by."""
         parts = losses.compute().mean(self.hparams.head)
-        found: dict[str, Any] = {"loss": torch.stack(list(parts.values())).sum(), "loss_class": parts["classification"]}
-        found |= {f"loss_{name}": parts[name] for name in ("box", "centerness") if name in parts}
+        found: dict[str, Any] = {"loss": torch.stack(list(parts.values())).sum()}
+        found |= {LOGGED.get(name, f"loss_{name}"): value for name, value in parts.items()}
         found |= {name: value for name, value in ap.compute().items() if stage == "test" or not name.startswith("ar")}
         if stage == "test":
             found |= {f"ap_by_class/{name}": value for name, value in ap.per_class().items()}

@@ -10,29 +10,27 @@ RetinaNet (Lin et al. 2017): matches of low quality and L1 in place of smooth L1
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from zoo._lightning import rank_zero_info
-from zoo.common.backbones import name_of, recompute_activations
-from zoo.common.ranges import check_above, check_ranges, check_training
+from zoo.common.backbones import name_of
+from zoo.common.ranges import check_above, check_ranges
 from zoo.detection.assign import assign, parts_of_a_batch
-from zoo.detection.base import Detector, batch_norms
+from zoo.detection.base import Detector
 from zoo.detection.cells import Anchors, Cells, Head, Targets, anchors_per_cell, make_cells, pad_targets
+from zoo.detection.checks import Schedule, check_choices, check_detector
+from zoo.detection.features import build_features
 from zoo.detection.heads import DenseHead, DenseMaps
 from zoo.detection.layouts import DetectorLayout
 from zoo.detection.losses import BoxLoss, LossSums, dense_loss, mark_sizes
-from zoo.detection.maps import Maps, create_pyramid_backbone, freeze_stages
-from zoo.detection.necks import ExtraFrom, Neck, create_neck
+from zoo.detection.necks import ExtraFrom, Neck
 from zoo.detection.peers import PEERS
-from zoo.detection.postprocessing import non_maximum_suppression, pre_nms_top_k, to_original
-from zoo.weights import load as load_weights
+from zoo.detection.postprocessing import Candidates, pre_nms_top_k
 
 HeadNorm = Literal["group", "none"]
 Normalizer = Literal["batch", "image"]
-Schedule = Literal["cosine", "steps"]
 
 Outputs = tuple[Tensor, Tensor, Tensor | None]  # logits, boxes and centerness of all cells
 
@@ -156,54 +154,18 @@ class FPNDetector(Detector):
         super().__init__()
         self.save_hyperparameters(ignore=["backbone", "weights"])
         self.hparams["backbone"] = name_of(backbone)
-        check_training(self.hparams)
-        check_ranges(
-            num_classes=(num_classes, 1, None),
-            max_detections=(max_detections, 1, None),
-            top_candidates=(top_candidates, 1, None),
-            channels=(channels, 1, None),
-            in_channels=(in_channels, 1, None),
-            image_size=(image_size, 1, None),
-            head_depth=(head_depth, 0, None),
-            norm_eps=(norm_eps, -math.inf, None),
-        )
-        check_above(center_radius=(center_radius, 0, math.inf))
         per_cell = anchors_per_cell(head)
         head_norm = head_norm or ("none" if head == "retinanet" else "group")
         self.box_loss: BoxLoss = box_loss or ("l1" if head == "retinanet" else "giou")
-        for name, value, kind in (
-            ("anchors", anchors, Anchors),
-            ("neck", neck, Neck),
-            ("head_norm", head_norm, HeadNorm),
-            ("extra_from", extra_from, ExtraFrom),
-            ("box_loss", self.box_loss, BoxLoss),
-            ("normalizer", normalizer, Normalizer),
-            ("schedule", schedule, Schedule),
-        ):
-            if value not in get_args(kind):
-                raise ValueError(f"unknown {name} {value!r}: expected one of {', '.join(get_args(kind))}")
-        for name, number in (("score_threshold", score_threshold), ("nms_threshold", nms_threshold)):
-            if not 0 <= number <= 1:
-                raise ValueError(f"{name} is {number}: expected a number in [0, 1]")
+        chosen = {"anchors": Anchors, "neck": Neck, "extra_from": ExtraFrom, "normalizer": Normalizer}
+        check_choices(self.hparams, **chosen)
+        check_choices({"head_norm": head_norm, "box_loss": self.box_loss}, head_norm=HeadNorm, box_loss=BoxLoss)
+        check_detector(self.hparams)
+        check_ranges(top_candidates=(top_candidates, 1, None), head_depth=(head_depth, 0, None))
+        check_above(center_radius=(center_radius, 0, math.inf))
         if self.box_loss == "l1" and head == "fcos":
             raise ValueError("box_loss 'l1' is of deltas, and head 'fcos' predicts distances: take 'giou'")
-        if norm_eps is not None and (norm_eps < 0 or (norm_eps == 0 and not freeze_norm)):
-            raise ValueError(f"norm_eps is {norm_eps}: expected more than 0, or 0 with freeze_norm")
-        levels = levels or ((4, 4) if neck == "single" else (3, 7))
-        first, last = levels
-        if not 0 < first <= last or (neck == "single" and first != last):
-            expected = (
-                "one level, such as [4, 4]" if neck == "single" else "the finest and the coarsest, such as [3, 7]"
-            )
-            raise ValueError(f"levels are {list(levels)}: expected {expected}")
-
-        self.backbone = create_pyramid_backbone(backbone, in_channels, image_size)
-        self.maps = Maps(self.backbone, (first, last))
-        self.pruned = self.maps.pruned
-        if neck == "single" and first not in self.maps.levels:
-            raise ValueError(f"levels are {list(levels)}: the one map of {name_of(backbone)} is level 4, take [4, 4]")
-        self.neck = create_neck(neck, self.maps, channels, (first, last), extra_from)
-        self.strides = self.maps.pyramid_strides((first, last))
+        build_features(self, backbone, levels or ((4, 4) if neck == "single" else (3, 7)))
         self.head = DenseHead(
             channels,
             num_classes,
@@ -214,23 +176,8 @@ class FPNDetector(Detector):
             positive_boxes=head == "fcos",
             levels=len(self.strides) if head == "atss" else 0,
         )
-        freeze_stages(self.backbone, frozen_stages)
-        for module in batch_norms(self.backbone):
-            if norm_eps is not None:
-                module.eps = norm_eps
-            if freeze_norm:
-                module.requires_grad_(False)
-        self.train()  # but for what is frozen: Lightning trains in the mode that it finds
-        if grad_checkpointing:
-            recompute_activations(self.backbone)
         self._cells: dict[tuple[Any, ...], Cells] = {}
-        self.make_metrics()
-        if weights is not None:
-            rank_zero_info(str(load_weights(self, weights)))
-        if channels_last:
-            self.to(memory_format=torch.channels_last)
-        if compile:
-            self.compile()
+        self.finish(weights)
 
     # The technique.
 
@@ -240,12 +187,7 @@ class FPNDetector(Detector):
         Raises:
             ValueError: For images with other channels than ``in_channels``.
         """
-        if images.ndim != 4 or images.shape[1] != self.hparams.in_channels:
-            channels = self.hparams.in_channels
-            raise ValueError(f"images are {tuple(images.shape)}: expected (B, {channels}, H, W), by in_channels")
-        if self.hparams.channels_last:
-            images = images.to(memory_format=torch.channels_last)
-        features = self.neck(self.maps(self.backbone, images))
+        features = self.features(images)
         logits, boxes, centerness = self.head(features)
         shapes = tuple((each.shape[2], each.shape[3]) for each in features)
         return DenseMaps(logits, boxes, centerness, shapes, (images.shape[2], images.shape[3]))
@@ -312,39 +254,7 @@ class FPNDetector(Detector):
     def _make_cells(self, shapes: tuple[tuple[int, int], ...], image_size: tuple[int, int], device: Any) -> Cells:
         return make_cells(self.hparams.head, shapes, self.strides, image_size, self.hparams.anchors, device)
 
-    def candidates(self, maps: DenseMaps) -> tuple[Tensor, Tensor, Tensor]:
+    def candidates(self, maps: DenseMaps) -> Candidates:
         """The candidates of :func:`zoo.detection.postprocessing.pre_nms_top_k`."""
         outputs = (maps.logits, maps.boxes, maps.centerness)
         return pre_nms_top_k(self.hparams.head, *outputs, self.cells(maps), self.hparams.top_candidates)
-
-    @torch.no_grad()
-    def detect(
-        self,
-        images: Tensor | DenseMaps,
-        sizes: Sequence[tuple[int, int]] | None = None,
-        original_sizes: Sequence[tuple[int, int]] | None = None,
-    ) -> list[dict[str, Tensor]]:
-        """Detections in images, best first.
-
-        Args:
-            images: (B, C, H, W), normalised; or what :meth:`forward` gave for them.
-            sizes: (height, width) of each image before padding; boxes end there. None: not padded.
-            original_sizes: (height, width) of each image before it was resized; boxes are in pixels of these. None: in
-                pixels of the images given.
-
-        Returns:
-            For each image ``boxes`` (n, 4) xyxy float32, ``scores`` (n,) float32, ``labels`` (n,) int64.
-        """
-        maps = self(images) if isinstance(images, Tensor) else images
-        hp = self.hparams
-        sizes = [maps.image_size] * len(maps.logits) if sizes is None else sizes
-        found = [
-            non_maximum_suppression(
-                boxes, scores, labels, size, hp.score_threshold, hp.nms_threshold, hp.max_detections
-            )
-            for boxes, scores, labels, size in zip(*self.candidates(maps), sizes, strict=True)
-        ]
-        if original_sizes is not None:
-            for detection, size, original in zip(found, sizes, original_sizes, strict=True):
-                detection["boxes"] = to_original(detection["boxes"], size, original)
-        return found

@@ -4,7 +4,7 @@ All of it is float32. In bfloat16 boxes of different classes, which are kept apa
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,10 +14,24 @@ from zoo.detection.cells import Cells, Head
 from zoo.detection.losses import decode
 
 
+class Candidates(NamedTuple):
+    """Detections of a batch of images before NMS.
+
+    Attributes:
+        boxes: (B, n, 4) xyxy in pixels of these images, float32.
+        scores: (B, n).
+        labels: (B, n) int64.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+
+
 def pre_nms_top_k(
     head: Head, logits: Tensor, boxes: Tensor, centerness: Tensor | None, cells: Cells, count: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Pre-NMS top-k of each level, pairs of cell and class: boxes (B, n, 4) xyxy, scores (B, n), labels (B, n).
+) -> Candidates:
+    """Pre-NMS top-k of each level, pairs of cell and class.
 
     A score is the probability of the class, or its geometric mean with the centerness where there is one.
 
@@ -43,7 +57,7 @@ def pre_nms_top_k(
         found.append((decode(head, coded, cells.anchors[level][cell]), best, index % logits.shape[2]))
         start += cells_of_level
     all_boxes, all_scores, all_labels = zip(*found, strict=True)
-    return torch.cat(all_boxes, 1), torch.cat(all_scores, 1), torch.cat(all_labels, 1)
+    return Candidates(torch.cat(all_boxes, 1), torch.cat(all_scores, 1), torch.cat(all_labels, 1))
 
 
 def non_maximum_suppression(

@@ -1,0 +1,44 @@
+"""Features that a detector's head reads: the backbone, its maps, and the neck on them."""
+
+from typing import Any
+
+from torch import nn
+
+from zoo.common.backbones import name_of, recompute_activations
+from zoo.detection.base import Detector, batch_norms
+from zoo.detection.checks import check_levels
+from zoo.detection.maps import Maps, create_pyramid_backbone, freeze_stages
+from zoo.detection.necks import create_neck
+
+
+def build_features(detector: Detector, backbone: str | nn.Module, levels: tuple[int, int]) -> None:
+    """Gives a detector its ``backbone``, ``maps``, ``neck`` and ``strides``, as its hyperparameters say.
+
+    What is frozen is so afterwards, and the detector in the mode in which Lightning trains.
+
+    Args:
+        detector: With ``hparams``.
+        backbone: By name, or as a module.
+        levels: Finest and coarsest level.
+
+    Raises:
+        ValueError: For levels that backbone or neck do not have.
+    """
+    hp: Any = detector.hparams
+    check_levels(levels, hp.neck)
+    detector.backbone = create_pyramid_backbone(backbone, hp.in_channels, hp.image_size)
+    detector.maps = Maps(detector.backbone, levels)
+    detector.pruned = detector.maps.pruned
+    if hp.neck == "single" and levels[0] not in detector.maps.levels:
+        raise ValueError(f"levels are {list(levels)}: the one map of {name_of(backbone)} is level 4, take [4, 4]")
+    detector.neck = create_neck(hp.neck, detector.maps, hp.channels, levels, hp.extra_from)
+    detector.strides = detector.maps.pyramid_strides(levels)
+    freeze_stages(detector.backbone, hp.frozen_stages)
+    for module in batch_norms(detector.backbone):
+        if hp.norm_eps is not None:
+            module.eps = hp.norm_eps
+        if hp.freeze_norm:
+            module.requires_grad_(False)
+    detector.train()  # but for what is frozen: Lightning trains in the mode that it finds
+    if hp.grad_checkpointing:
+        recompute_activations(detector.backbone)

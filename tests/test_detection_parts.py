@@ -245,8 +245,11 @@ def test_negative_labels_and_boxes_beyond_the_image_teach_nothing():
 @pytest.mark.parametrize("head", HEADS)
 def test_empty_slots_change_nothing(head):
     cells = cells_of(head, 96, 64)
-    few = pad_targets([{**each, "iscrowd": each["labels"] == 1} for each in objects([3, 0, 5], 96, 64)])
+    images = objects([3, 0, 5], 96, 64)
+    few = pad_targets([{**each, "iscrowd": each["labels"] == 1, "in_range": each["labels"] > 3} for each in images])
     assert few.crowd.any()
+    assert few.unwanted.any()
+    assert few.valid.any()
     many = Targets(*(F.pad(each, (0, 0) * (each.ndim - 2) + (0, 56)) for each in few))
     assert few.boxes.shape[1] == 8
     assert many.boxes.shape[1] == 64

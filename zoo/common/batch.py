@@ -89,8 +89,8 @@ def has_labels(batch: Any) -> bool:
 def images_and_targets(batch: Any) -> tuple[Tensor, list[dict[str, Any]]]:
     """Images, float (B, C, H, W), and for each a target: ``boxes`` (n, 4) xyxy in pixels, ``labels`` (n,) int64.
 
-    Further keys of a target are handed on; ``iscrowd`` and ``area`` have one entry a box. An image without objects may
-    have boxes and labels of shape (0,).
+    Further keys of a target are handed on; ``iscrowd``, ``area`` and ``in_range`` have one entry a box, in a tensor, an
+    array or a list. An image without objects may have boxes and labels of shape (0,).
 
     Raises:
         ValueError: If the batch carries no targets, or if they are not of this form.
@@ -178,12 +178,16 @@ def _checked(target: Mapping[str, Any], number: int) -> dict[str, Any]:
         raise ValueError(
             f"the labels of {sample} are {got}: expected ({len(boxes)},) integers from 0, one for each box"
         )
-    for key in ("iscrowd", "area"):
-        if isinstance(target.get(key), Tensor) and target[key].shape != boxes.shape[:1]:
-            raise ValueError(
-                f"{key} of {sample} is {_describe(target[key])}: expected ({len(boxes)},), one for each box"
-            )
-    return {**target, "boxes": boxes, "labels": labels.to(torch.int64)}
+    checked = {**target, "boxes": boxes, "labels": labels.to(torch.int64)}
+    for key in ("iscrowd", "area", "in_range"):
+        value = target.get(key)
+        if value is None:
+            checked.pop(key, None)
+            continue
+        checked[key] = value = torch.as_tensor(value)
+        if value.shape != boxes.shape[:1]:
+            raise ValueError(f"{key} of {sample} is {_describe(value)}: expected ({len(boxes)},), one for each box")
+    return checked
 
 
 def _first(batch: Mapping[str, Any], keys: tuple[str, ...]) -> Any:

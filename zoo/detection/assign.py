@@ -2,6 +2,11 @@
 
 Each gives ``match`` (B, N) int64: an index into the M slots of the image's targets; BACKGROUND; or IGNORE, for what is
 neither. Pairs of objects and anchors are tensors (B, M, N), the anchors last, where memory is contiguous.
+
+Objects outside of a valid range of sizes take no part, as in SNIP (Singh and Davis 2018, section 4): no anchor is
+theirs, and those that overlap them are no background. Deviations: an anchor that overlaps one, and belongs to an object
+inside of the range, is still learned, where the released code of TridentNet ignores it; and FCOS, which has points in
+place of anchors, ignores those that would belong to such an object.
 """
 
 from collections.abc import Callable
@@ -15,6 +20,8 @@ from zoo.detection.cells import Anchors, Cells, Head, Targets
 BACKGROUND, IGNORE = -1, -2
 # Pairs of objects and anchors that are looked at together: 256 MB for each number kept of a pair.
 MAX_PAIRS = 64_000_000
+UNWANTED_IOU = 0.3
+"""Anchors whose IoU with an unwanted object is above this are no background, as in the released code of TridentNet."""
 
 
 @torch.no_grad()
@@ -26,7 +33,10 @@ def assign(
     center_radius: float = 1.5,
     parts: int | None = None,
 ) -> Tensor:
-    """Matches the cells of a batch, by the rule of a head. Cells mostly inside a crowd region are not background.
+    """Matches the cells of a batch, by the rule of a head.
+
+    Cells mostly inside a crowd region are ignored where they would be background, and so are those of an unwanted
+    object: anchors that overlap it by more than UNWANTED_IOU; of FCOS's points, those that would be its own.
 
     Args:
         head: Whose rule.
@@ -40,26 +50,32 @@ def assign(
     Returns:
         ``match`` (B, N).
     """
-    rules: dict[str, Callable[..., Tensor]] = {
+    rules: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         "fcos": partial(assign_fcos, cells, radius=center_radius, as_torchvision=anchors == "torchvision"),
         "atss": partial(assign_atss, cells),
         "retinanet": partial(assign_retinanet, cells),
     }
     parts = parts_of_a_batch(cells, targets) if parts is None else parts
 
-    def matched(boxes: Tensor, valid: Tensor, crowd: Tensor | None) -> Tensor:
+    def matched(boxes: Tensor, valid: Tensor, crowd: Tensor | None, unwanted: Tensor | None) -> Tensor:
         match = rules[head](boxes, valid)
-        if crowd is None:
-            return match
-        hidden = _inside_share(cells.anchors, torch.where(crowd[..., None], boxes, 0.0)).amax(1) > 0.5
-        return torch.where((match == BACKGROUND) & hidden, IGNORE, match)
+        if crowd is not None:
+            hidden = _inside_share(cells.anchors, _only(boxes, crowd)).amax(1) > 0.5
+            match = torch.where((match == BACKGROUND) & hidden, IGNORE, match)
+        if unwanted is not None:
+            if head == "fcos":
+                theirs = rules[head](boxes, unwanted) != BACKGROUND
+            else:
+                theirs = pairwise_iou(cells.anchors, _only(boxes, unwanted)).amax(1) > UNWANTED_IOU
+            match = torch.where((match == BACKGROUND) & theirs, IGNORE, match)
+        return match
 
     with torch.autocast(cells.anchors.device.type, enabled=False):
         if parts == 1:
-            return matched(targets.boxes, targets.valid, targets.crowd)
-        crowds = [None] * parts if targets.crowd is None else targets.crowd.tensor_split(parts)
-        split = zip(targets.boxes.tensor_split(parts), targets.valid.tensor_split(parts), crowds, strict=True)
-        return torch.cat([matched(*part) for part in split])
+            return matched(targets.boxes, targets.valid, targets.crowd, targets.unwanted)
+        of_slots = (targets.boxes, targets.valid, targets.crowd, targets.unwanted)
+        split = [[None] * parts if each is None else each.tensor_split(parts) for each in of_slots]
+        return torch.cat([matched(*part) for part in zip(*split, strict=True)])
 
 
 def parts_of_a_batch(cells: Cells, targets: Targets) -> int:
@@ -164,6 +180,11 @@ def pairwise_iou(anchors: Tensor, boxes: Tensor) -> Tensor:
     intersection = _intersection(anchors, boxes)
     union = _area(boxes)[..., None] + _area(anchors) - intersection
     return intersection / union
+
+
+def _only(boxes: Tensor, chosen: Tensor) -> Tensor:
+    """Boxes (B, M, 4) without area, which overlap nothing, where they are not ``chosen`` (B, M)."""
+    return torch.where(chosen[..., None], boxes, 0.0)
 
 
 def _inside_share(anchors: Tensor, boxes: Tensor) -> Tensor:

@@ -155,12 +155,15 @@ class Targets(NamedTuple):
         labels: (B, M) int64 from 0; 0 in empty slots.
         valid: (B, M), whether a slot holds an object to be found.
         crowd: (B, M), whether it holds a region in which nothing is to be learned. None: there is none in the batch.
+        unwanted: (B, M), whether it holds an object that nobody has to find here, its size being out of a valid range,
+            and that is no background either. None: the batch says nothing of ranges.
     """
 
     boxes: Tensor
     labels: Tensor
     valid: Tensor
     crowd: Tensor | None = None
+    unwanted: Tensor | None = None
 
 
 def pad_targets(targets: Sequence[Mapping[str, Any]], device: torch.device | str | None = None) -> Targets:
@@ -170,28 +173,40 @@ def pad_targets(targets: Sequence[Mapping[str, Any]], device: torch.device | str
     empty, inside out or no number takes part in nothing, and makes nobody wait: it is never looked at on the host.
 
     Args:
-        targets: For each image ``boxes`` (n, 4) xyxy and ``labels`` (n,); optionally ``iscrowd`` (n,).
+        targets: For each image ``boxes`` (n, 4) xyxy and ``labels`` (n,); optionally ``iscrowd`` (n,), and ``in_range``
+            (n,), false for an object whose size is out of the range that is learned here.
         device: Where the tensors have to be. None: where they are.
     """
     most = max((len(target["boxes"]) for target in targets), default=0)
     slots = 1 << max(3, (most - 1).bit_length())
     device = targets[0]["boxes"].device if device is None and targets else device
 
-    def padded(name: str, dtype: torch.dtype, fill: float) -> Tensor:
-        rows = [target[name].to(device, dtype, non_blocking=True) for target in targets]
-        rows = [row.reshape(0, 4) if name == "boxes" and not len(row) else row for row in rows]
+    def padded(rows: Sequence[Tensor], dtype: torch.dtype, fill: float) -> Tensor:
+        rows = [row.to(device, dtype, non_blocking=True) for row in rows]
         stacked = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
         missing = slots - stacked.shape[1]
-        return F.pad(stacked, (0, 0, 0, missing) if name == "boxes" else (0, missing), value=fill)
+        return F.pad(stacked, (0, 0) * (stacked.ndim - 2) + (0, missing), value=fill)
 
-    boxes, labels = padded("boxes", torch.float32, 0.0), padded("labels", torch.int64, -1)
+    def flags(name: str, otherwise: bool) -> Tensor | None:
+        """A flag of each slot, false where it is empty; None where no target has such flags."""
+        given = [target.get(name) for target in targets]
+        if all(each is None for each in given):
+            return None
+        full = [torch.full_like(target["labels"], otherwise, dtype=torch.bool) for target in targets]
+        rows = [default if each is None else torch.as_tensor(each) for each, default in zip(given, full, strict=True)]
+        return padded(rows, torch.bool, False)
+
+    boxes = padded([target["boxes"].reshape(-1, 4) for target in targets], torch.float32, 0.0)
+    labels = padded([target["labels"] for target in targets], torch.int64, -1)
     # NaN compares as false; an infinite side would make the loss infinite.
     proper = (boxes[..., 2:] > boxes[..., :2]).all(-1) & boxes.isfinite().all(-1) & (labels >= 0)
-    crowd = None
-    if any("iscrowd" in target for target in targets):
-        targets = [{"iscrowd": torch.zeros_like(target["labels"]), **target} for target in targets]
-        crowd = padded("iscrowd", torch.bool, False)
-    boxes = torch.where(proper[..., None], boxes, 0.0)
-    if crowd is None:
-        return Targets(boxes, labels.clamp(min=0), proper)
-    return Targets(boxes, labels.clamp(min=0), proper & ~crowd, proper & crowd)
+    boxes, labels = torch.where(proper[..., None], boxes, 0.0), labels.clamp(min=0)
+    crowd, in_range = flags("iscrowd", False), flags("in_range", True)
+    objects = proper if crowd is None else proper & ~crowd
+    return Targets(
+        boxes,
+        labels,
+        valid=objects if in_range is None else objects & in_range,
+        crowd=None if crowd is None else proper & crowd,
+        unwanted=None if in_range is None else objects & ~in_range,
+    )

@@ -40,9 +40,10 @@ class FPNDetector(Detector):
 
     Batch: images (B, C, H, W) of any one size, normalised, and for each a dictionary of ``boxes`` (n, 4) xyxy in pixels
     and ``labels`` (n,) from 0, in any form that :func:`zoo.common.batch.images_and_targets` reads. Optional:
-    ``iscrowd`` (n,), regions in which nothing is learned; ``area`` (n,), ``image_id``, ``size``, ``orig_size``,
-    (height, width) before padding and before resizing, by which boxes are scored and predicted in pixels of the
-    original image. The module resizes, pads and normalises nothing.
+    ``iscrowd`` (n,), regions in which nothing is learned; ``in_range`` (n,), false for objects of a size that is not
+    learned here, which are no background either; ``area`` (n,), ``image_id``, ``size``, ``orig_size``, (height, width)
+    before padding and before resizing, by which boxes are scored and predicted in pixels of the original image. The
+    module resizes, pads and normalises nothing.
 
     One pass in validation gives both, ``val/loss`` with its parts ``val/loss_class``, ``val/loss_box``,
     ``val/loss_centerness``, and ``val/ap``, ``val/ap50``, ``val/ap75`` and those by size, as COCO scores
@@ -198,7 +199,7 @@ class FPNDetector(Detector):
         Args:
             maps: Of :meth:`forward`.
             targets: For each image ``boxes`` (n, 4) xyxy in pixels of these images, ``labels`` (n,) from 0, and
-                optionally ``iscrowd`` (n,).
+                optionally ``iscrowd`` and ``in_range`` (n,).
 
         Returns:
             "classification", "box" and, but for "retinanet", "centerness".

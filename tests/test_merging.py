@@ -94,6 +94,56 @@ def test_overlaps_are_those_of_worked_boxes():
     torch.testing.assert_close(over_smaller(first[:, None], second), torch.tensor([[0.5, 1, 0], [0, 1, 0]]))
 
 
+# What the package ensemble_boxes 1.0.9 makes of these, at IoU 0.4; benchmarks/merging_parity.py compares at length.
+CROWD = boxes_of(
+    [30, 34, 55, 93],
+    [10, 34, 37, 80],
+    [24, 25, 74, 54],
+    [28, 18, 59, 55],
+    [39, 11, 69, 69],
+    [18, 21, 45, 76],
+    [27, 22, 78, 75],
+    [13, 11, 37, 46],
+    [10, 11, 55, 50],
+)
+SCORES_OF_CROWD = torch.tensor([0.61, 0.73, 0.64, 0.13, 0.1, 0.28, 0.58, 0.52, 0.94])
+LABELS_OF_CROWD = torch.tensor([0, 0, 1, 1, 0, 0, 1, 1, 0])
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "scores"),
+    [
+        (nms, {"threshold": 0.4}, [0.61, 0.73, 0.64, None, 0.1, None, None, 0.52, 0.94]),
+        (
+            soft_nms,
+            {"sigma": None, "threshold": 0.4},
+            [0.61, 0.73, 0.64, 0.06117, 0.1, 0.16417, 0.29665, 0.52, 0.94],
+        ),
+        (soft_nms, {}, [0.5653, 0.68974, 0.64, 0.05475, 0.08165, 0.14022, 0.35608, 0.50129, 0.94]),
+    ],
+)
+def test_scores_are_those_of_ensemble_boxes(method, options, scores):
+    rows = zip(LABELS_OF_CROWD.tolist(), scores, CROWD.tolist(), strict=True)
+    expected = [(label, score, *box) for label, score, box in rows if score is not None]
+    assert_same(method(CROWD, SCORES_OF_CROWD, LABELS_OF_CROWD, **options), expected)
+
+
+def test_fused_boxes_are_those_of_ensemble_boxes():
+    found = weighted_boxes(CROWD, SCORES_OF_CROWD, LABELS_OF_CROWD, view_count=3, threshold=0.4)
+    found["boxes"] = (found["boxes"] * 1000).round() / 1000
+    assert_same(
+        found,
+        [
+            (1, 0.45, 25.674, 23.037, 74.274, 63.119),
+            (0, 0.33667, 12.218, 30.396, 39.218, 78.891),
+            (0, 0.31333, 10, 11, 55, 50),
+            (0, 0.20333, 30, 34, 55, 93),
+            (1, 0.17333, 13, 11, 37, 46),
+            (0, 0.03333, 39, 11, 69, 69),
+        ],
+    )
+
+
 # The same by plain loops over boxes in float64, as the sources describe them.
 
 

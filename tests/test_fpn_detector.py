@@ -282,6 +282,8 @@ def layout(**options) -> Any:
     return small(**options).neck.output[0].weight.stride()
 
 
+TWO: dict[str, Any] = {"views": [{}, {"scale": 0.5}]}
+TILES = {"levels": (3, 4), "views": [{"tile": 32}]}
 MATTERS = {
     "backbone": (shapes, {}, {"backbone": "test_convnext"}),
     "num_classes": (shapes, {}, {"num_classes": 4}),
@@ -304,6 +306,9 @@ MATTERS = {
     "center_radius": (losses, {}, {"center_radius": 0.8}),
     "normalizer": (losses, {}, {"normalizer": "image"}),
     "top_candidates": (detections, {"max_detections": 500}, {"max_detections": 500, "top_candidates": 10}),
+    "views": (lambda **options: viewed(**options), {}, TWO),
+    "merge": (lambda **options: viewed(**options), TWO, TWO | {"merge": "weighted"}),
+    "tiles_at_once": (lambda **options: passes(**options), TILES, TILES | {"tiles_at_once": 2}),
     "freeze_norm": (trained, {}, {"freeze_norm": True}),
     "norm_eps": (lambda **options: small(**options).backbone.bn1.eps, {}, {"norm_eps": 1e-3}),
     "frozen_stages": (trained, {}, {"frozen_stages": 2}),
@@ -326,6 +331,18 @@ MATTERS = {
 def some_cells(**options) -> list[list[float]]:
     module = small(**options)
     return module.cells(module(pictures(1))).anchors.tolist()
+
+
+def viewed(**options) -> Any:
+    return [each["scores"].tolist() for each in small(**options).eval().detect(pictures(1))]
+
+
+def passes(**options) -> list[int]:
+    """Sizes of the batches that the network sees of one image."""
+    module, seen = small(**options).eval(), []
+    module.register_forward_hook(lambda _, images, maps: seen.append(len(images[0])))
+    module.detect(pictures(1))
+    return seen
 
 
 def values(**options) -> float:

@@ -20,13 +20,17 @@ from zoo.common.evaluation import Evaluation
 from zoo.common.labels import LabelWatch, is_remote
 from zoo.common.log import StepLog
 from zoo.common.protocols import HasSizeRanges
+from zoo.common.ranges import check_ranges
 from zoo.common.results import named_detections
 from zoo.common.seeding import differ_between_ranks
+from zoo.detection import detections
 from zoo.detection.losses import LossSums
 from zoo.detection.maps import Maps
 from zoo.detection.metrics import TotalLosses, in_words
 from zoo.detection.peers import random_targets
-from zoo.detection.postprocessing import Candidates, fixed_nms, non_maximum_suppression, to_original
+from zoo.detection.postprocessing import Candidates, fixed_nms, to_original
+from zoo.detection.scale.merging import Merge
+from zoo.detection.scale.views import parse_views
 from zoo.metrics.average_precision import CocoAveragePrecision
 from zoo.sharding import Shardable
 from zoo.weights import load as load_weights
@@ -61,7 +65,10 @@ class Detector(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, Lig
     strides: tuple[float, ...]
 
     def finish(self, weights: str | None) -> None:
-        """Ends the constructor: metrics and logs, weights to start from, the order in memory, compilation."""
+        """Ends the constructor: views, metrics and logs, weights to start from, the order in memory, compilation."""
+        if self.hparams.views is not None:
+            self.hparams["views"] = [view._asdict() for view in parse_views(self.hparams.views, self.strides[-1])]
+        check_ranges(tiles_at_once=(self.hparams.tiles_at_once, 1, None))
         self.step_log, self.label_watch = StepLog(), LabelWatch()
         self.val_losses, self.test_losses = TotalLosses(), TotalLosses()
         if weights is not None:
@@ -84,12 +91,13 @@ class Detector(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, Lig
             images = images.to(memory_format=torch.channels_last)
         return self.neck(self.maps(self.backbone, images))
 
-    @torch.no_grad()
     def detect(
         self,
         images: Any,
         sizes: Sequence[tuple[int, int]] | None = None,
         original_sizes: Sequence[tuple[int, int]] | None = None,
+        views: Sequence[Mapping[str, Any]] | None = None,
+        merge: Merge | None = None,
     ) -> list[dict[str, Tensor]]:
         """Detections in images, best first.
 
@@ -98,23 +106,19 @@ class Detector(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, Lig
             sizes: (height, width) of each image before padding; boxes end there. None: not padded.
             original_sizes: (height, width) of each image before it was resized; boxes are in pixels of these. None: in
                 pixels of the images given.
+            views: Views of the images (:class:`zoo.detection.scale.views.View`) in place of the module's own; ``[{}]``
+                is plain detection, the only one of what :meth:`forward` gave.
+            merge: Merging of what views find, in place of the module's own.
 
         Returns:
             For each image ``boxes`` (n, 4) xyxy float32, ``scores`` (n,) float32, ``labels`` (n,) int64.
+
+        Raises:
+            ValueError: For views that are none, or that the network does not take.
+            torch.OutOfMemoryError: For a view that needs more memory than there is. It is named.
         """
-        maps = self(images) if isinstance(images, Tensor) else images
-        hp, candidates = self.hparams, self.candidates(maps)
-        sizes = [maps.image_size] * len(candidates.scores) if sizes is None else sizes
-        found = [
-            non_maximum_suppression(
-                boxes, scores, labels, size, hp.score_threshold, hp.nms_threshold, hp.max_detections
-            )
-            for boxes, scores, labels, size in zip(*candidates, sizes, strict=True)
-        ]
-        if original_sizes is not None:
-            for detection, size, original in zip(found, sizes, original_sizes, strict=True):
-                detection["boxes"] = to_original(detection["boxes"], size, original)
-        return found
+        images, maps = (images, None) if isinstance(images, Tensor) else (None, images)
+        return detections.detect(self, images, maps, sizes, original_sizes, views, merge)
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -148,10 +152,12 @@ class Detector(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, Lig
     @torch.no_grad()
     def pictures(self, batch: Any) -> dict[str, Tensor]:
         """Images (B, 3, h, w) in [0, 1] with what is detected in them, and thin, where it is known, what is there."""
-        images, sizes, _ = _images_and_sizes(batch)
+        images, sizes, originals = _images_and_sizes(batch)
         classes = self.classes or names_of(getattr(self._trainer, "datamodule", None))
         targets = self._own(batches.images_and_targets(batch)[1]) if batches.has_targets(batch) else None
-        found = self.detect(images, sizes)
+        found = self.detect(images, sizes, originals)
+        for detection, size, original in zip(found, sizes, originals, strict=True):
+            detection["boxes"] = to_original(detection["boxes"], original, size)
         return {"detections": pictures.boxed(images, found, targets, classes, threshold=0.4)}
 
     def on_fit_start(self) -> None:
@@ -197,7 +203,7 @@ class Detector(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, Lig
             for target, size, original in zip(targets, sizes, originals, strict=True)
         ]
         ap = loaders.metric(self, f"{stage}_ap", dataloader_idx)
-        ap.update(self.detect(maps, sizes, originals), true)
+        ap.update(detections.detect(self, images, maps, sizes, originals), true)
 
     def end_evaluation(self, stage: str) -> None:
         """Logs losses and average precision of each loader."""
@@ -243,8 +249,14 @@ class Detector(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, Lig
         return {name: each for name, each in found.items() if each is not None}
 
     def exported_detections(self, images: Tensor, sizes: Tensor) -> dict[str, Tensor]:
-        """Detections of ``detect`` in tensors of fixed shapes, see :func:`zoo.detection.postprocessing.fixed_nms`."""
+        """Detections of ``detect`` in tensors of fixed shapes, see :func:`zoo.detection.postprocessing.fixed_nms`.
+
+        Raises:
+            ValueError: For a module with views or another ``merge`` than "nms", which no exported file has.
+        """
         hp = self.hparams
+        if hp.views is not None or hp.merge != "nms":
+            raise ValueError("views and merge are no part of an exported file: set hparams.views to None, merge to nms")
         candidates = self.candidates(self(images))
         return fixed_nms(*candidates, sizes, hp.score_threshold, hp.nms_threshold, hp.max_detections)
 

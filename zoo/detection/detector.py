@@ -28,6 +28,7 @@ from zoo.detection.losses import BoxLoss, LossSums, dense_loss, mark_sizes
 from zoo.detection.necks import ExtraFrom, Neck
 from zoo.detection.peers import PEERS
 from zoo.detection.postprocessing import Candidates, pre_nms_top_k
+from zoo.detection.scale.merging import Merge
 
 HeadNorm = Literal["group", "none"]
 Normalizer = Literal["batch", "image"]
@@ -81,6 +82,13 @@ class FPNDetector(Detector):
             with an object, as evaluation has it over all of the data; "image", each image's by its own, as
             torchvision's RetinaNet.
         top_candidates: Pre-NMS top-k: detections of a level that NMS compares, at most.
+        views: Views of each image in evaluation and prediction, mappings with the keys of
+            :class:`zoo.detection.scale.views.View`: ``[{}, {"tile": 512, "valid_range": [0, 96]}]`` is the image beside
+            tiles of it, ``[{}, {"scale": 2}, {"flip": True}]`` a pyramid. Losses are of the image alone, and so is
+            what is exported. None: that one.
+        merge: How what is found in views becomes detections: "nms"; "soft_nms", "soft_vote" or "weighted", weighted
+            boxes fusion. See :mod:`zoo.detection.scale.merging`.
+        tiles_at_once: Tiles in a batch, so that memory does not grow with an image.
         freeze_norm: Whether the backbone's BatchNorm keeps its statistics and weights. Without it they are trained;
             ``Trainer(sync_batchnorm=True)`` shares them over ranks.
         norm_eps: Epsilon of the backbone's BatchNorm: 0, with ``freeze_norm``, is what torchvision's COCO weights of
@@ -107,7 +115,7 @@ class FPNDetector(Detector):
     """
 
     # While a run goes on: they say how it is evaluated.
-    changeable: ClassVar = ("score_threshold", "nms_threshold", "max_detections")
+    changeable: ClassVar = ("score_threshold", "nms_threshold", "max_detections", "views", "merge", "tiles_at_once")
     compiled: ClassVar = ("_local_loss", "_dense_loss")  # assignment and loss as one graph, the same for all sizes
     foreign_weights: ClassVar = DetectorLayout()
     peers: ClassVar = PEERS
@@ -135,6 +143,9 @@ class FPNDetector(Detector):
         center_radius: float = 1.5,
         normalizer: Normalizer = "batch",
         top_candidates: int = 1000,
+        views: Sequence[Mapping[str, Any]] | None = None,
+        merge: Merge = "nms",
+        tiles_at_once: int = 8,
         freeze_norm: bool = False,
         norm_eps: float | None = None,
         frozen_stages: int = 0,
@@ -158,7 +169,7 @@ class FPNDetector(Detector):
         per_cell = anchors_per_cell(head)
         head_norm = head_norm or ("none" if head == "retinanet" else "group")
         self.box_loss: BoxLoss = box_loss or ("l1" if head == "retinanet" else "giou")
-        chosen = {"anchors": Anchors, "neck": Neck, "extra_from": ExtraFrom, "normalizer": Normalizer}
+        chosen = {"anchors": Anchors, "neck": Neck, "extra_from": ExtraFrom, "normalizer": Normalizer, "merge": Merge}
         check_choices(self.hparams, **chosen)
         check_choices({"head_norm": head_norm, "box_loss": self.box_loss}, head_norm=HeadNorm, box_loss=BoxLoss)
         check_detector(self.hparams)

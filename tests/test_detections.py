@@ -590,7 +590,8 @@ def test_a_detector_predicts_through_the_command_line(capsys):
     assert all(line.endswith((" %", " undefined")) for line in figures)
     run = Path("runs/FPNDetector/version_0")
     (checkpoint,) = (run / "checkpoints").glob("epoch*.ckpt")
-    assert main(["predict", "-c", str(run / "config.yaml"), "--ckpt_path", str(checkpoint), *quiet]) == 0
+    views = "--model.views=[{}, {scale: 2, flip: true, valid_range: [0, 32]}]"
+    assert main(["predict", "-c", str(run / "config.yaml"), "--ckpt_path", str(checkpoint), views, *quiet]) == 0
     told = dict(line.split(" ", 1) for line in capsys.readouterr().out.splitlines() if " runs/" in line)
     assert set(told) == {"detections", "pictures"}
     written = json.loads(Path(told["detections"]).read_text())

@@ -132,6 +132,13 @@ def test_scales_between_pixels_are_off_by_less_than_one():
         check(exact().detect(two_images(), SIZES, views=[view]), answers(), atol=1)
 
 
+def test_images_in_bfloat16_have_their_boxes_in_float32():
+    found = exact().detect(
+        two_images().bfloat16(), SIZES, views=[{"scale": 2, "flip": True}, {"tile": 32, "overlap": 0.5}]
+    )
+    check(found, answers())
+
+
 def test_images_without_anything():
     for views in ([{}], [{"flip": True}, {"tile": 32}]):
         for found in exact(score_threshold=0.5).detect(torch.zeros(2, 3, 64, 96), views=views):
@@ -177,7 +184,7 @@ def test_a_view_of_the_image_as_it_is_changes_no_bit(real, views):
 def test_so_does_the_way_that_other_views_go(real):
     """In pixels of the images given, candidates of a single view are merged into what NMS makes of them."""
     images, sizes = pictures(3), [(64, 64), (40, 64), (64, 33)]
-    every = find_in_views(lambda batch: real.candidates(real(batch)), images, sizes, sizes, parse_views([{}]), 0.2)
+    every = find_in_views(lambda batch, _: real.candidates(real(batch)), images, sizes, sizes, parse_views([{}]), 0.2)
     found = [merging.merge(*each, "nms", 0.6, 0.2, 100) for each in every]
     assert same_detections(found, real.detect(images, sizes))
 
@@ -232,7 +239,7 @@ def test_tiles_shifted_by_strides_find_the_same_as_the_image():
         layer.weight.data.zero_()
         layer.weight.data[:, :, 1, 1] = centre
     module.head.box_out.weight.data *= 0.2
-    find = lambda batch: module.candidates(module(batch))  # noqa: E731
+    find = lambda batch, _: module.candidates(module(batch))  # noqa: E731
     look = partial(find_in_views, find, pictures(1), [(64, 64)], [(64, 64)], score_threshold=0.2)
     (plain,), (tiled,) = look(views=[View()]), look(views=[View(tile=32, overlap=0.5)])
     whole = tiled.boxes[~tiled.cut]
@@ -278,7 +285,7 @@ def test_boxes_that_a_tile_cuts_are_marked():
     """The one across the border of two tiles is cut in both; those at the image's own borders are whole."""
     boxes = [[0, 0, 16, 64], [24, 8, 40, 24], [48, 56, 64, 64]]
     module = exact()
-    find = lambda batch: module.candidates(module(batch))  # noqa: E731
+    find = lambda batch, _: module.candidates(module(batch))  # noqa: E731
     for flip in (False, True):
         view = View(tile=32, overlap=0, flip=flip)
         (found,) = find_in_views(find, drawn(boxes, (64, 64))[None], [(64, 64)], [(64, 64)], [view], 0.5)

@@ -54,7 +54,7 @@ def detect(
     if images is None:
         raise ValueError("views and merge are of images, and these are raw predictions: give the images")
 
-    def find(batch: Tensor) -> Candidates:
+    def find(batch: Tensor, _: Sequence[Size]) -> Candidates:
         return detector.candidates(detector(batch) if maps is None or batch is not images else maps)
 
     sizes = [whole] * len(images) if sizes is None else sizes
@@ -103,7 +103,7 @@ class Found(NamedTuple):
 
 
 def find_in_views(
-    find: Callable[[Tensor], Candidates],
+    find: Callable[[Tensor, Sequence[Size]], Candidates],
     images: Tensor,
     sizes: Sequence[Size],
     original_sizes: Sequence[Size],
@@ -118,8 +118,8 @@ def find_in_views(
     Memory is that of a batch of tiles and of what is found: no more of an image is resized at once.
 
     Args:
-        find: Computes the candidates in a batch of images. The images of a view that shows them as they are, are the
-            very tensor ``images``.
+        find: Computes the candidates in a batch of images, of their sizes before padding. The images of a view that
+            shows them as they are, are the very tensor ``images``.
         images: (B, C, H, W).
         sizes: (height, width) of each before padding.
         original_sizes: (height, width) of each before it was resized.
@@ -140,7 +140,8 @@ def find_in_views(
         with _named(f"views[{number}] ({view})"):
             layout = lay_out(view, whole, sizes, original_sizes, tiles_at_once, multiple, stride)
             for crops, batch in _batches(images, view, layout):
-                found, pairs = find(batch), [(sizes[crop.image], original_sizes[crop.image]) for crop in crops]
+                found = find(batch, [crop.size for crop in crops])
+                pairs = [(sizes[crop.image], original_sizes[crop.image]) for crop in crops]
                 parts.append(_in_original(found, crops, pairs, view, number, score_threshold))
     of_image = torch.cat([numbers for numbers, _ in parts])
     every = Found(*map(torch.cat, zip(*(found for _, found in parts), strict=True)))

@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from zoo.detection import FPNDetector
+    from zoo.detection import FasterRCNN, FPNDetector
     from zoo.efficientnet import EfficientNetClassifier
     from zoo.gumbel_vae import GaussianVAE, GumbelVAE
     from zoo.mae import MAEPretrainer
@@ -20,6 +20,7 @@ __version__ = "0.1.0"
 __all__ = [
     "EfficientNetClassifier",
     "FPNDetector",
+    "FasterRCNN",
     "GaussianVAE",
     "GumbelVAE",
     "MAEPretrainer",
@@ -32,6 +33,7 @@ __all__ = [
 _EXPORTS = {
     "EfficientNetClassifier": "efficientnet",
     "FPNDetector": "detection",
+    "FasterRCNN": "detection",
     "GaussianVAE": "gumbel_vae",
     "GumbelVAE": "gumbel_vae",
     "MAEPretrainer": "mae",

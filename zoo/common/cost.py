@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from zoo.common.protocols import TrainsOtherwise
+from zoo.common.protocols import PredictsOtherwise, TrainsOtherwise
 
 
 class Cost(NamedTuple):
@@ -67,7 +67,8 @@ def count(module: nn.Module, input_shape: Sequence[int]) -> Cost:
 
     Args:
         module: Best built under ``torch.device("meta")`` and :class:`Blueprint`: it then needs neither memory nor time.
-            Where training runs something else than ``forward``, it has a method ``training_forward(images)`` as well.
+            Where training runs something else than ``forward``, it has a method ``training_forward(images)`` as well;
+            where a prediction does, ``predicting_forward(images)``.
         input_shape: (C, H, W) of an image.
     """
     parameters = list(module.parameters())
@@ -80,7 +81,8 @@ def count(module: nn.Module, input_shape: Sequence[int]) -> Cost:
     for parameter in learned:  # torch's counter follows gradients of what enters a layer, and fails for a class token
         parameter.requires_grad_(False)
     try:
-        macs = training_macs = _macs(module, images)
+        predicts = module.predicting_forward if isinstance(module, PredictsOtherwise) else module
+        macs = training_macs = _macs(predicts, images)
         if isinstance(module, TrainsOtherwise):
             trains = module.training_forward
             training_macs = _macs(trains, torch.cat([images, images])) - _macs(trains, images)

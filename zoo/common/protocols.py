@@ -52,6 +52,14 @@ class TrainsOtherwise(Protocol):
 
 
 @runtime_checkable
+class PredictsOtherwise(Protocol):
+    """A module whose predictions take more than ``forward``, for ``zoo cost``."""
+
+    def predicting_forward(self, images: Tensor) -> Any:
+        """A prediction's forward pass of images (B, C, H, W)."""
+
+
+@runtime_checkable
 class DrawsPictures(Protocol):
     """A module that shows what it does, for :class:`zoo.callbacks.SavePictures`."""
 

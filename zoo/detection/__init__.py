@@ -18,6 +18,7 @@ from zoo.detection.detector import FPNDetector
 from zoo.detection.heads import DenseHead, DenseMaps
 from zoo.detection.losses import centerness_of, dense_loss, focal_loss, giou_loss
 from zoo.detection.necks import FPN, SimpleFeaturePyramid, SingleLevel
+from zoo.detection.two_stage.detector import FasterRCNN
 
 __all__ = [
     "BACKGROUND",
@@ -27,6 +28,7 @@ __all__ = [
     "DenseHead",
     "DenseMaps",
     "FPNDetector",
+    "FasterRCNN",
     "SimpleFeaturePyramid",
     "SingleLevel",
     "Targets",

@@ -11,6 +11,7 @@ place of anchors, ignores those that would belong to such an object.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ UNWANTED_IOU = 0.3
 
 @torch.no_grad()
 def assign(
-    head: Head,
+    head: Head | Literal["rpn"],
     cells: Cells,
     targets: Targets,
     anchors: Anchors = "centered",
@@ -39,7 +40,7 @@ def assign(
     object: anchors that overlap it by more than UNWANTED_IOU; of FCOS's points, those that would be its own.
 
     Args:
-        head: Whose rule.
+        head: Whose rule. "rpn": of Faster R-CNN's region proposals, RetinaNet's with IoUs of 0.7 and 0.3.
         cells: The anchors.
         targets: The objects.
         anchors: "torchvision" breaks FCOS's ties as torchvision does: see :func:`assign_fcos`.
@@ -54,6 +55,7 @@ def assign(
         "fcos": partial(assign_fcos, cells, radius=center_radius, as_torchvision=anchors == "torchvision"),
         "atss": partial(assign_atss, cells),
         "retinanet": partial(assign_retinanet, cells),
+        "rpn": partial(assign_retinanet, cells, positive=0.7, negative=0.3),
     }
     parts = parts_of_a_batch(cells, targets) if parts is None else parts
 
@@ -176,9 +178,9 @@ def assign_atss(cells: Cells, boxes: Tensor, valid: Tensor, candidates: int = 9)
 
 
 def pairwise_iou(anchors: Tensor, boxes: Tensor) -> Tensor:
-    """Intersection over union (B, M, N) of boxes (B, M, 4) and anchors (N, 4); 0 for a box without area."""
+    """Intersection over union (B, M, N) of boxes (B, M, 4) and anchors, (N, 4) or (B, N, 4); 0 for one without area."""
     intersection = _intersection(anchors, boxes)
-    union = _area(boxes)[..., None] + _area(anchors) - intersection
+    union = _area(boxes)[..., None] + _area(anchors).unsqueeze(-2) - intersection
     return intersection / union
 
 
@@ -189,13 +191,14 @@ def _only(boxes: Tensor, chosen: Tensor) -> Tensor:
 
 def _inside_share(anchors: Tensor, boxes: Tensor) -> Tensor:
     """Share (B, M, N) of each anchor that lies inside each box."""
-    return _intersection(anchors, boxes) / _area(anchors)
+    return _intersection(anchors, boxes) / _area(anchors).unsqueeze(-2)
 
 
 def _intersection(anchors: Tensor, boxes: Tensor) -> Tensor:
     x1, y1, x2, y2 = (each[..., None] for each in boxes.unbind(2))
-    width = (torch.minimum(x2, anchors[:, 2]) - torch.maximum(x1, anchors[:, 0])).clamp(min=0)
-    height = (torch.minimum(y2, anchors[:, 3]) - torch.maximum(y1, anchors[:, 1])).clamp(min=0)
+    left, top, right, bottom = (each.unsqueeze(-2) for each in anchors.unbind(-1))
+    width = (torch.minimum(x2, right) - torch.maximum(x1, left)).clamp(min=0)
+    height = (torch.minimum(y2, bottom) - torch.maximum(y1, top)).clamp(min=0)
     return width * height
 
 

@@ -24,7 +24,7 @@ from zoo.common.ranges import check_ranges
 from zoo.common.results import named_detections
 from zoo.common.seeding import differ_between_ranks
 from zoo.detection import detections
-from zoo.detection.losses import LossSums
+from zoo.detection.cells import Cells
 from zoo.detection.maps import Maps
 from zoo.detection.metrics import TotalLosses, in_words
 from zoo.detection.peers import random_targets
@@ -47,18 +47,23 @@ class Detector(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, Lig
 
     Attributes:
         loss: Losses of a batch by name, float32 scalars, of predictions and targets; training descends their sum.
-        loss_sums: The same before they are divided, summed over each image.
-        candidates: What NMS chooses from, of predictions.
+        loss_sums: The same before they are divided, summed over each image: a named tuple of tensors (B,).
+        sums: Its type.
+        mean_losses: The losses by name of such sums over all images.
+        candidates: What NMS chooses from, of predictions and the sizes of the images.
+        make_cells: The cells of maps of given shapes, in images of a size, on a device.
     """
 
     backbone: Any  # modules; Any, because what they have beyond torch's is timm's
     hparams: Any  # Lightning calls it a mapping, and makes its keys attributes
     prediction_writer: ClassVar = WriteDetections
     metric_text = staticmethod(in_words)
-    exports: ClassVar = {"detections": "exported_detections", "maps": "exported_maps"}
+    sums: ClassVar[Any]
     loss: Callable[..., dict[str, Tensor]]
-    loss_sums: Callable[..., LossSums]
+    loss_sums: Callable[..., Any]
+    mean_losses: Callable[[Any], dict[str, Tensor]]
     candidates: Callable[..., Candidates]
+    make_cells: Callable[..., Cells]
     maps: Maps
     neck: Any
     pruned: Any
@@ -70,7 +75,8 @@ class Detector(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, Lig
             self.hparams["views"] = [view._asdict() for view in parse_views(self.hparams.views, self.strides[-1])]
         check_ranges(tiles_at_once=(self.hparams.tiles_at_once, 1, None))
         self.step_log, self.label_watch = StepLog(), LabelWatch()
-        self.val_losses, self.test_losses = TotalLosses(), TotalLosses()
+        self.val_losses, self.test_losses = TotalLosses(self.sums), TotalLosses(self.sums)
+        self._cells: dict[tuple[Any, ...], Cells] = {}
         if weights is not None:
             rank_zero_info(str(load_weights(self, weights)))
         if self.hparams.channels_last:
@@ -119,6 +125,31 @@ class Detector(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, Lig
         """
         images, maps = (images, None) if isinstance(images, Tensor) else (None, images)
         return detections.detect(self, images, maps, sizes, original_sizes, views, merge)
+
+    def cells(self, maps: Any) -> Cells:
+        """The cells that raw predictions are for."""
+        key = (maps.shapes, maps.image_size, maps.boxes.device)
+        if torch.compiler.is_exporting():  # where sizes may be symbols, and tensors have no values to be kept
+            return self.make_cells(*key)
+        if key not in self._cells:
+            if len(self._cells) >= 32:  # images of many sizes: each set of cells is a few MB
+                self._cells.clear()
+            with torch.inference_mode(False):  # what an evaluation makes, training uses
+                self._cells[key] = self.make_cells(*key)
+        return self._cells[key]
+
+    @property
+    def shares_counts(self) -> bool:
+        """Tells whether losses are divided by counts of all ranks: in training on several."""
+        trainer: Any = self._trainer
+        return trainer is not None and trainer.training and trainer.world_size > 1
+
+    def over_ranks(self, *counts: Tensor) -> tuple[Tensor, ...]:
+        """Means over all ranks of numbers, scalars, that each rank has one of."""
+        shared = torch.stack(counts)
+        # Not by the strategy's reduce, which begins with a barrier: the host would wait for the device in each step.
+        torch.distributed.all_reduce(shared)
+        return (shared / self.trainer.world_size).unbind()
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -213,7 +244,7 @@ class Detector(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, Lig
 
     def _scores(self, stage: str, losses: TotalLosses, ap: CocoAveragePrecision) -> dict[str, Tensor | float]:
         """Losses and average precision by the names they are logged by."""
-        parts = losses.compute().mean(self.hparams.head)
+        parts = self.mean_losses(losses.compute())
         found: dict[str, Any] = {"loss": torch.stack(list(parts.values())).sum()}
         found |= {LOGGED.get(name, f"loss_{name}"): value for name, value in parts.items()}
         found |= {name: value for name, value in ap.compute().items() if stage == "test" or not name.startswith("ar")}
@@ -242,12 +273,6 @@ class Detector(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, Lig
             return targets
         return [target | {"labels": self.own_labels(target["labels"])} for target in targets]
 
-    def exported_maps(self, images: Tensor) -> dict[str, Tensor]:
-        """Raw predictions: ``logits`` (B, N, K), ``boxes`` (B, N, 4), and ``centerness`` (B, N) where there is one."""
-        maps = self(images)
-        found = {"logits": maps.logits, "boxes": maps.boxes, "centerness": maps.centerness}
-        return {name: each for name, each in found.items() if each is not None}
-
     def exported_detections(self, images: Tensor, sizes: Tensor) -> dict[str, Tensor]:
         """Detections of ``detect`` in tensors of fixed shapes, see :func:`zoo.detection.postprocessing.fixed_nms`.
 
@@ -257,7 +282,7 @@ class Detector(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, Lig
         hp = self.hparams
         if hp.views is not None or hp.merge != "nms":
             raise ValueError("views and merge are no part of an exported file: set hparams.views to None, merge to nms")
-        candidates = self.candidates(self(images))
+        candidates = self.candidates(self(images), sizes)
         return fixed_nms(*candidates, sizes, hp.score_threshold, hp.nms_threshold, hp.max_detections)
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:

@@ -77,22 +77,37 @@ def make_cells(
         raise ValueError(f"unknown anchors {anchors!r}: expected one of {', '.join(get_args(Anchors))}")
     anchors_per_cell(head)
     placed, ranges, counts = [], [], []
-    for level, ((rows, columns), stride) in enumerate(zip(shapes, strides, strict=True)):
-        base = _base_anchors(head, stride, anchors)
-        step_y, step_x, offset = stride, stride, 0.5
-        if anchors == "torchvision":
-            step_y, step_x, offset = image_size[0] // rows, image_size[1] // columns, 0.0
-        y = (torch.arange(rows, dtype=torch.float32) + offset) * step_y
-        x = (torch.arange(columns, dtype=torch.float32) + offset) * step_x
-        y, x = torch.meshgrid(y, x, indexing="ij")
-        corners = torch.stack([x, y, x, y], dim=-1).view(-1, 1, 4)
-        placed.append((corners + base).view(-1, 4))
+    for level, (shape, stride) in enumerate(zip(shapes, strides, strict=True)):
+        placed.append(place_anchors(_base_anchors(head, stride, anchors), shape, stride, image_size, anchors))
         counts.append(placed[-1].shape[0])
         low = 0.0 if level == 0 else 4.0 * stride
         high = 8.0 * stride if level < len(shapes) - 1 else math.inf
         ranges.append(torch.tensor([[low, high]], dtype=torch.float32).expand(counts[-1], 2))
     all_anchors = torch.cat(placed).to(device)
     return Cells(all_anchors, torch.cat(ranges).to(device), all_anchors.split(counts))
+
+
+def place_anchors(
+    base: Tensor, shape: tuple[int, int], stride: float, image_size: tuple[int, int], anchors: Anchors
+) -> Tensor:
+    """Anchors (rows * columns * A, 4) of a level of (rows, columns) cells: ``base`` (A, 4) around each place."""
+    (rows, columns), step_y, step_x, offset = shape, stride, stride, 0.5
+    if anchors == "torchvision":
+        step_y, step_x, offset = image_size[0] // rows, image_size[1] // columns, 0.0
+    y = (torch.arange(rows, dtype=torch.float32) + offset) * step_y
+    x = (torch.arange(columns, dtype=torch.float32) + offset) * step_x
+    y, x = torch.meshgrid(y, x, indexing="ij")
+    corners = torch.stack([x, y, x, y], dim=-1).view(-1, 1, 4)
+    return (corners + base).view(-1, 4)
+
+
+def base_anchors(sides: Sequence[float], anchors: Anchors) -> Tensor:
+    """Anchors (3 * n, 4) around the origin, of three ratios of height to width, as large as squares of n sides."""
+    sizes = torch.tensor(sides, dtype=torch.float32)
+    ratios = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float32).sqrt()
+    heights, widths = (ratios[:, None] * sizes).flatten(), ((1 / ratios)[:, None] * sizes).flatten()
+    boxes = torch.stack([-widths, -heights, widths, heights], dim=1) / 2
+    return boxes.round() if anchors == "torchvision" else boxes
 
 
 def anchors_per_cell(head: Head) -> int:
@@ -114,11 +129,7 @@ def _base_anchors(head: Head, stride: float, anchors: Anchors) -> Tensor:
     scales = [4 * stride * 2 ** (octave / 3) for octave in range(3)]
     if anchors == "torchvision":
         scales = [float(int(scale)) for scale in scales]
-    sides = torch.tensor(scales, dtype=torch.float32)
-    ratios = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float32).sqrt()  # of height to width
-    heights, widths = (ratios[:, None] * sides).flatten(), ((1 / ratios)[:, None] * sides).flatten()
-    boxes = torch.stack([-widths, -heights, widths, heights], dim=1) / 2
-    return boxes.round() if anchors == "torchvision" else boxes
+    return base_anchors(scales, anchors)
 
 
 def decode_distances(distances: Tensor, anchors: Tensor) -> Tensor:

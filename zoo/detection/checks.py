@@ -22,12 +22,17 @@ def check_detector(values: Mapping[str, Any]) -> None:
     check_choices(values, schedule=Schedule)
     names = ("num_classes", "max_detections", "channels", "in_channels", "image_size")
     check_ranges(**{name: (values[name], 1, None) for name in names}, norm_eps=(values["norm_eps"], -math.inf, None))
-    for name in ("score_threshold", "nms_threshold"):
-        if not 0 <= values[name] <= 1:
-            raise ValueError(f"{name} is {values[name]}: expected a number in [0, 1]")
+    check_shares(values, "score_threshold", "nms_threshold")
     norm_eps = values["norm_eps"]
     if norm_eps is not None and (norm_eps < 0 or (norm_eps == 0 and not values["freeze_norm"])):
         raise ValueError(f"norm_eps is {norm_eps}: expected more than 0, or 0 with freeze_norm")
+
+
+def check_shares(values: Mapping[str, Any], *names: str) -> None:
+    """Raises ValueError for arguments that are not in [0, 1]."""
+    for name in names:
+        if not 0 <= values[name] <= 1:
+            raise ValueError(f"{name} is {values[name]}: expected a number in [0, 1]")
 
 
 def check_levels(levels: tuple[int, int], neck: str) -> None:

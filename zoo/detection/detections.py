@@ -54,8 +54,8 @@ def detect(
     if images is None:
         raise ValueError("views and merge are of images, and these are raw predictions: give the images")
 
-    def find(batch: Tensor, _: Sequence[Size]) -> Candidates:
-        return detector.candidates(detector(batch) if maps is None or batch is not images else maps)
+    def find(batch: Tensor, sizes: Sequence[Size]) -> Candidates:
+        return detector.candidates(detector(batch) if maps is None or batch is not images else maps, sizes)
 
     sizes = [whole] * len(images) if sizes is None else sizes
     original_sizes = sizes if original_sizes is None else original_sizes
@@ -72,8 +72,8 @@ def _detect_plain(
     detector: "Detector", maps: Any, sizes: Sequence[Size] | None, original_sizes: Sequence[Size] | None
 ) -> list[dict[str, Tensor]]:
     """Detections of one pass."""
-    hp, candidates = detector.hparams, detector.candidates(maps)
-    sizes = [maps.image_size] * len(candidates.scores) if sizes is None else sizes
+    sizes = [maps.image_size] * len(maps.boxes) if sizes is None else sizes
+    hp, candidates = detector.hparams, detector.candidates(maps, sizes)
     found = [
         non_maximum_suppression(boxes, scores, labels, size, hp.score_threshold, hp.nms_threshold, hp.max_detections)
         for boxes, scores, labels, size in zip(*candidates, sizes, strict=True)

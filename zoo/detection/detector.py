@@ -12,7 +12,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 
 from zoo.common.backbones import name_of
@@ -116,6 +115,8 @@ class FPNDetector(Detector):
 
     # While a run goes on: they say how it is evaluated.
     changeable: ClassVar = ("score_threshold", "nms_threshold", "max_detections", "views", "merge", "tiles_at_once")
+    exports: ClassVar = {"detections": "exported_detections", "maps": "exported_maps"}
+    sums: ClassVar = LossSums
     compiled: ClassVar = ("_local_loss", "_dense_loss")  # assignment and loss as one graph, the same for all sizes
     foreign_weights: ClassVar = DetectorLayout()
     peers: ClassVar = PEERS
@@ -177,7 +178,7 @@ class FPNDetector(Detector):
         check_above(center_radius=(center_radius, 0, math.inf))
         if self.box_loss == "l1" and head == "fcos":
             raise ValueError("box_loss 'l1' is of deltas, and head 'fcos' predicts distances: take 'giou'")
-        build_features(self, backbone, levels or ((4, 4) if neck == "single" else (3, 7)))
+        build_features(self, backbone, levels or ((4, 4) if neck == "single" else (3, 7)), extra_from)
         self.head = DenseHead(
             channels,
             num_classes,
@@ -188,7 +189,6 @@ class FPNDetector(Detector):
             positive_boxes=head == "fcos",
             levels=len(self.strides) if head == "atss" else 0,
         )
-        self._cells: dict[tuple[Any, ...], Cells] = {}
         self.finish(weights)
 
     # The technique.
@@ -215,20 +215,19 @@ class FPNDetector(Detector):
         Returns:
             "classification", "box" and, but for "retinanet", "centerness".
         """
-        trainer: Any = self._trainer
-        alone = trainer is None or not trainer.training or trainer.world_size == 1
-        if alone or self.hparams.normalizer == "image":
+        if not self.shares_counts or self.hparams.normalizer == "image":
             return self._local_loss(*self._inputs(maps, targets))
         sums = self.loss_sums(maps, targets).total()
-        counts = torch.stack([sums.positives, sums.box_weight])
-        # Not by the strategy's reduce, which begins with a barrier: the host would wait for the device in each step.
-        torch.distributed.all_reduce(counts)
-        positives, box_weight = counts / trainer.world_size
-        return sums._replace(positives=positives, box_weight=box_weight).mean(self.hparams.head)
+        positives, box_weight = self.over_ranks(sums.positives, sums.box_weight)
+        return self.mean_losses(sums._replace(positives=positives, box_weight=box_weight))
 
     def loss_sums(self, maps: DenseMaps, targets: Sequence[Mapping[str, Any]]) -> LossSums:
         """Sums of the losses of each image, which :meth:`loss` divides."""
         return self._dense_loss(*self._inputs(maps, targets))
+
+    def mean_losses(self, sums: LossSums) -> dict[str, Tensor]:
+        """The losses by name of sums over all images."""
+        return sums.mean(self.hparams.head)
 
     def _inputs(self, maps: DenseMaps, targets: Sequence[Mapping[str, Any]]) -> tuple[Outputs, Cells, Targets, int]:
         """The arguments of the loss, and the number of parts in which its batch is matched."""
@@ -251,22 +250,17 @@ class FPNDetector(Detector):
             return {name: of_images.mean() for name, of_images in sums.mean(head).items()}
         return sums.total().mean(head)
 
-    def cells(self, maps: DenseMaps) -> Cells:
-        """The cells that raw predictions are for."""
-        key = (maps.shapes, maps.image_size, maps.logits.device)
-        if torch.compiler.is_exporting():  # where sizes may be symbols, and tensors have no values to be kept
-            return self._make_cells(*key)
-        if key not in self._cells:
-            if len(self._cells) >= 32:  # images of many sizes: each set of cells is a few MB
-                self._cells.clear()
-            with torch.inference_mode(False):  # what an evaluation makes, training uses
-                self._cells[key] = self._make_cells(*key)
-        return self._cells[key]
-
-    def _make_cells(self, shapes: tuple[tuple[int, int], ...], image_size: tuple[int, int], device: Any) -> Cells:
+    def make_cells(self, shapes: tuple[tuple[int, int], ...], image_size: tuple[int, int], device: Any) -> Cells:
+        """Cells of maps of such shapes: see :func:`zoo.detection.cells.make_cells`."""
         return make_cells(self.hparams.head, shapes, self.strides, image_size, self.hparams.anchors, device)
 
-    def candidates(self, maps: DenseMaps) -> Candidates:
-        """The candidates of :func:`zoo.detection.postprocessing.pre_nms_top_k`."""
+    def exported_maps(self, images: Tensor) -> dict[str, Tensor]:
+        """Raw predictions: ``logits`` (B, N, K), ``boxes`` (B, N, 4), and ``centerness`` (B, N) where there is one."""
+        maps = self(images)
+        found = {"logits": maps.logits, "boxes": maps.boxes, "centerness": maps.centerness}
+        return {name: each for name, each in found.items() if each is not None}
+
+    def candidates(self, maps: DenseMaps, sizes: Any = None) -> Candidates:
+        """The candidates of :func:`zoo.detection.postprocessing.pre_nms_top_k`, whatever sizes the images have."""
         outputs = (maps.logits, maps.boxes, maps.centerness)
         return pre_nms_top_k(self.hparams.head, *outputs, self.cells(maps), self.hparams.top_candidates)

@@ -8,10 +8,10 @@ from zoo.common.backbones import name_of, recompute_activations
 from zoo.detection.base import Detector, batch_norms
 from zoo.detection.checks import check_levels
 from zoo.detection.maps import Maps, create_pyramid_backbone, freeze_stages
-from zoo.detection.necks import create_neck
+from zoo.detection.necks import Extra, create_neck
 
 
-def build_features(detector: Detector, backbone: str | nn.Module, levels: tuple[int, int]) -> None:
+def build_features(detector: Detector, backbone: str | nn.Module, levels: tuple[int, int], extra_from: Extra) -> None:
     """Gives a detector its ``backbone``, ``maps``, ``neck`` and ``strides``, as its hyperparameters say.
 
     What is frozen is so afterwards, and the detector in the mode in which Lightning trains.
@@ -20,6 +20,7 @@ def build_features(detector: Detector, backbone: str | nn.Module, levels: tuple[
         detector: With ``hparams``.
         backbone: By name, or as a module.
         levels: Finest and coarsest level.
+        extra_from: See :class:`zoo.detection.necks.FPN`.
 
     Raises:
         ValueError: For levels that backbone or neck do not have.
@@ -31,7 +32,7 @@ def build_features(detector: Detector, backbone: str | nn.Module, levels: tuple[
     detector.pruned = detector.maps.pruned
     if hp.neck == "single" and levels[0] not in detector.maps.levels:
         raise ValueError(f"levels are {list(levels)}: the one map of {name_of(backbone)} is level 4, take [4, 4]")
-    detector.neck = create_neck(hp.neck, detector.maps, hp.channels, levels, hp.extra_from)
+    detector.neck = create_neck(hp.neck, detector.maps, hp.channels, levels, extra_from)
     detector.strides = detector.maps.pyramid_strides(levels)
     freeze_stages(detector.backbone, hp.frozen_stages)
     for module in batch_norms(detector.backbone):

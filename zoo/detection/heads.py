@@ -90,16 +90,16 @@ class DenseHead(nn.Module):
         """Logits (B, N, K), boxes (B, N, 4) and centerness (B, N) of all anchors of all levels, finest first."""
         logits, boxes, centerness = [], [], []
         for level, features in enumerate(maps):
-            logits.append(_by_anchor(self.cls_out(self.cls_tower(features)), self.num_classes))
+            logits.append(by_anchor(self.cls_out(self.cls_tower(features)), self.num_classes))
             tower = self.box_tower(features)
             box = self.box_out(tower)
             box = box if self.scales is None else box * self.scales[level]
-            boxes.append(_by_anchor(box.relu() if self.positive_boxes else box, 4))
+            boxes.append(by_anchor(box.relu() if self.positive_boxes else box, 4))
             if self.ctr_out is not None:
-                centerness.append(_by_anchor(self.ctr_out(tower), 1).squeeze(2))
+                centerness.append(by_anchor(self.ctr_out(tower), 1).squeeze(2))
         return torch.cat(logits, 1), torch.cat(boxes, 1), torch.cat(centerness, 1) if centerness else None
 
 
-def _by_anchor(output: Tensor, width: int) -> Tensor:
-    """(B, A * width, h, w) as (B, h * w * A, width). In channels-last memory this is a view."""
+def by_anchor(output: Tensor, width: int) -> Tensor:
+    """View of a map (B, A * width, h, w) by anchor, (B, h * w * A, width); a copy unless memory is channels last."""
     return output.permute(0, 2, 3, 1).reshape(output.shape[0], -1, width)  # len() would fix the batch for an export

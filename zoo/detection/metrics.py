@@ -9,7 +9,6 @@ from torchmetrics import Metric
 
 from zoo.common import log
 from zoo.common.precision import FullPrecision
-from zoo.detection.losses import LossSums
 
 COCO_METRIC = re.compile(r"(a[pr]\d*)(?:_(.+))?")
 """AP at an IoU, AR of so many detections, either by size."""
@@ -19,21 +18,25 @@ class TotalLosses(FullPrecision, Metric):
     """Sums over all images, for losses as one batch of them all would have.
 
     A mean of batches' means would weigh a batch with one object as much as one with a hundred.
+
+    Args:
+        kind: Named tuple of the sums, as :class:`zoo.detection.losses.LossSums`.
     """
 
     full_state_update = False
     sums: Tensor
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, kind: Any, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.add_state("sums", torch.zeros(len(LossSums._fields), dtype=torch.float32), dist_reduce_fx="sum")
+        self.kind = kind
+        self.add_state("sums", torch.zeros(len(kind._fields), dtype=torch.float32), dist_reduce_fx="sum")
 
-    def update(self, sums: LossSums) -> None:
-        self.sums += torch.stack(sums.total())
+    def update(self, sums: Any) -> None:
+        self.sums += torch.stack([each.sum() for each in sums])
 
-    def compute(self) -> LossSums:
+    def compute(self) -> Any:
         """The sums over all images, whose :meth:`~zoo.detection.losses.LossSums.mean` are the losses."""
-        return LossSums(*self.sums)
+        return self.kind(*self.sums)
 
 
 def in_words(metric: str, value: float) -> str:

@@ -11,9 +11,10 @@ from zoo.detection.maps import Maps
 
 Neck = Literal["fpn", "single"]
 ExtraFrom = Literal["output", "backbone"]
+Extra = Literal["output", "backbone", "subsampled"]
 
 
-def create_neck(neck: Neck, maps: Maps, channels: int, levels: tuple[int, int], extra_from: ExtraFrom) -> nn.Module:
+def create_neck(neck: Neck, maps: Maps, channels: int, levels: tuple[int, int], extra_from: Extra) -> nn.Module:
     """The neck for a backbone's maps: a feature pyramid, a simple one for a plain ViT, or a single level."""
     if neck == "single":
         return SingleLevel(maps.channels[0], channels)
@@ -26,18 +27,19 @@ class FPN(nn.Module):
     """Feature pyramid network (Lin et al. 2017, "Feature Pyramid Networks", section 3), nearest upsampling, no norms.
 
     Levels coarser than the backbone's come from convolutions of stride 2, with ReLU between them, on the coarsest
-    output, or on the backbone's coarsest map (RetinaNet's paper).
+    output, or on the backbone's coarsest map (RetinaNet's paper); or they are the coarsest output, subsampled (section
+    4.1).
 
     Args:
         levels: Level of each map that comes in, ascending.
         in_channels: Of each.
         channels: Of what goes out.
         last: The coarsest level of the pyramid.
-        extra_from: "output" or "backbone": what the first level beyond the backbone's is made of.
+        extra_from: "output" or "backbone": what the first level beyond the backbone's is made of; or "subsampled".
     """
 
     def __init__(
-        self, levels: Sequence[int], in_channels: Sequence[int], channels: int, last: int, extra_from: str = "output"
+        self, levels: Sequence[int], in_channels: Sequence[int], channels: int, last: int, extra_from: Extra = "output"
     ) -> None:
         super().__init__()
         self.extra_from = extra_from
@@ -45,7 +47,7 @@ class FPN(nn.Module):
         self.output = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in in_channels)
         self.extra = tuple(f"p{level}" for level in range(levels[-1] + 1, last + 1))
         width = in_channels[-1] if extra_from == "backbone" else channels
-        for name in self.extra:
+        for name in () if extra_from == "subsampled" else self.extra:
             self.add_module(name, nn.Conv2d(width, channels, 3, stride=2, padding=1))
             width = channels
         _initialize(self)
@@ -60,7 +62,10 @@ class FPN(nn.Module):
             outputs.insert(0, self.output[index](merged))
         coarse = maps[-1] if self.extra_from == "backbone" else outputs[-1]
         for position, name in enumerate(self.extra):
-            coarse = self.get_submodule(name)(coarse.relu() if position else coarse)
+            if self.extra_from == "subsampled":
+                coarse = coarse[:, :, ::2, ::2]  # max pooling with a window of one
+            else:
+                coarse = self.get_submodule(name)(coarse.relu() if position else coarse)
             outputs.append(coarse)
         return outputs
 

@@ -113,7 +113,7 @@ def fixed_nms(
     above = (scores > score_threshold) & (boxes[..., 2:] > boxes[..., :2]).all(dim=2)
     # Side by side in memory, and none a view of another, which a loop in a graph may not have.
     left, top, right, bottom = (side.clone() for side in (boxes + _class_offsets(boxes, labels, above)).unbind(2))
-    areas, threshold = (right - left) * (bottom - top), _at_most(nms_threshold)
+    areas, threshold = (right - left) * (bottom - top), at_most(nms_threshold)
 
     def keep_best(number: Tensor, remaining: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         score, best = remaining.max(1, keepdim=True)
@@ -133,7 +133,7 @@ def fixed_nms(
         scores.where(above, 0),
         labels.new_full((scores.shape[0], max_detections), -1),
     )
-    _, _, kept = _repeat(goes_on, keep_best, state)
+    _, _, kept = repeat(goes_on, keep_best, state)
     found = kept >= 0
     index = kept.clamp(min=0)
     return {
@@ -154,15 +154,13 @@ def _class_offsets(boxes: Tensor, labels: Tensor, above: Tensor) -> Tensor:
     return (labels * beyond.where(few, 0)[:, None])[..., None]
 
 
-def _at_most(threshold: float) -> float:
+def at_most(threshold: float) -> float:
     """The greatest float32 that is not above a threshold: torchvision compares float32 with float64."""
     nearest = torch.tensor(threshold, dtype=torch.float32)
     return (nearest if nearest.item() <= threshold else nearest.nextafter(torch.tensor(-1.0))).item()
 
 
-def _repeat(
-    condition: Callable[..., Tensor], step: Callable[..., Any], state: tuple[Tensor, ...]
-) -> tuple[Tensor, ...]:
+def repeat(condition: Callable[..., Tensor], step: Callable[..., Any], state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """State after steps for as long as a condition holds; as one node where a graph is made."""
     if torch.compiler.is_compiling():
         return torch.while_loop(condition, step, state)

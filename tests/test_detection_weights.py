@@ -30,7 +30,7 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-from zoo import FPNDetector, MAEPretrainer, ViTClassifier, weights
+from zoo import FasterRCNN, FPNDetector, MAEPretrainer, ViTClassifier, weights
 from zoo.callbacks import ExportBackbone
 from zoo.detection import FPN
 from zoo.detection.layouts import DetectorLayout, of_coco
@@ -675,11 +675,12 @@ def test_a_larger_network_is_refused_even_if_stages_are_gone(tmp_path):
 
 @pytest.mark.parametrize("builder", ["retinanet_resnet50_fpn", "fcos_resnet50_fpn", "fasterrcnn_resnet50_fpn"])
 def test_the_backbone_of_torchvisions_detectors_goes_into_whatever_has_it(builder, tmp_path):
-    """A classifier knows nothing of detectors, nor a dense detector of two stages; their ResNet is the same."""
+    """A classifier knows nothing of detectors, nor a detector of those of another kind; their ResNet is the same."""
     theirs = getattr(torchvision.models.detection, builder)(weights=None, weights_backbone=None).state_dict()
     path = file_of(theirs, tmp_path / "a.pth")
     ours = [ViTClassifier("resnet50", num_classes=3), timm.create_model("resnet50", num_classes=0)]
-    ours += [FPNDetector("resnet50", num_classes=3, channels=16)] if builder.startswith("faster") else []
+    other = FPNDetector if builder.startswith("faster") else FasterRCNN
+    ours += [other("resnet50", num_classes=3, channels=16)]
     for module in ours:
         weights.load(module, path)
         kernels = getattr(module, "backbone", module).layer4[2].conv3.weight

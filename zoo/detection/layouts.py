@@ -11,12 +11,16 @@ from zoo.weights.names import renamed
 
 CLASSES = "head.cls_out"
 """The layer whose rows depend on the number of classes."""
-# torchvision's RetinaNet and FCOS, but for the towers. In its older files convolutions of the pyramid have no ".0".
-TORCHVISION_DETECTOR = (
+# Backbone and pyramid of torchvision's detectors. In its older files convolutions of the pyramid have no ".0".
+TORCHVISION_PYRAMID = (
     (r"(^|\.)backbone\.body\.", r"\1backbone."),
     (r"(^|\.)backbone\.fpn\.inner_blocks\.(\d+)\.(?:0\.)?(\w+)$", r"\1neck.lateral.\2.\3"),
     (r"(^|\.)backbone\.fpn\.layer_blocks\.(\d+)\.(?:0\.)?(\w+)$", r"\1neck.output.\2.\3"),
     (r"(^|\.)backbone\.fpn\.extra_blocks\.", r"\1neck."),
+)
+# Its RetinaNet and FCOS, but for the towers.
+TORCHVISION_DETECTOR = (
+    *TORCHVISION_PYRAMID,
     (r"\bclassification_head\.cls_logits\b", "cls_out"),
     (r"\bregression_head\.bbox_reg\b", "box_out"),
     (r"\bregression_head\.bbox_ctrness\b", "ctr_out"),
@@ -57,6 +61,8 @@ class DetectorLayout(Layout):
         return of_coco(kind, state, len(own[f"{CLASSES}.weight"]))
 
     def differences(self, theirs: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
+        if "rpn.cls_out.weight" in theirs:
+            return "is of a two-stage detector: build zoo.FasterRCNN, or start from the backbone alone"
         differs = other_detector(theirs, own)
         return f"is of another detector than this: {differs}, or start from the backbone alone" if differs else ""
 
@@ -64,10 +70,7 @@ class DetectorLayout(Layout):
         if f"{CLASSES}.weight" not in filled:
             # Not to fine-tune on other classes, for which thresholds are one's own, and anchors are learned anew.
             return ""
-        here: Any = module.hparams
-        wanted = conventions(kind, state).items()
-        missing = [f"{name}={value}" for name, value in wanted if name not in here or here[name] != value]
-        return f"to detect as there, build with {', '.join(missing)}" if missing else ""
+        return as_there(conventions(kind, state), module)
 
 
 def of_coco(kind: str, state: Mapping[str, Tensor], rows: int) -> dict[str, Tensor]:
@@ -101,15 +104,30 @@ def conventions(kind: str, state: Mapping[str, Tensor]) -> dict[str, Any]:
     return needed
 
 
+def as_there(wanted: Mapping[str, Any], module: Any) -> str:
+    """Advice to build a detector with arguments that it does not have; "" if it has them."""
+    here = module.hparams
+    missing = [f"{name}={value}" for name, value in wanted.items() if name not in here or here[name] != value]
+    return f"to detect as there, build with {', '.join(missing)}" if missing else ""
+
+
 def other_detector(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> str:
     """Arguments that differ between a source's FPNDetector and the module, and how to build alike; "" if none do."""
-    there, here = _built(theirs), _built(ours)
+    return other_arguments(_built(theirs), _built(ours), {"head": "head_norm"})  # whose default depends on the head
+
+
+def other_arguments(there: Mapping[str, Any], here: Mapping[str, Any], along: Mapping[str, str]) -> str:
+    """Arguments that differ between two detectors, and how to build the second like the first; "" if none do.
+
+    Args:
+        there, here: Arguments of each, as far as its tensors show them.
+        along: An argument that has to be named where another one differs, by that one's name.
+    """
     other = [name for name in here if there and there.get(name, here[name]) != here[name]]
     if not other:
         return ""
     differs = ", ".join(f"{name} is {there[name]} there and {here[name]} here" for name in other)
-    if "head" in other and "head_norm" not in other:
-        other.append("head_norm")  # whose default depends on the head
+    other += [name for cause, name in along.items() if cause in other and name not in other]
     return f"{differs}; build with {', '.join(f'{name}={there[name]!r}' for name in other)}"
 
 

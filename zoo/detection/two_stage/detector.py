@@ -24,9 +24,11 @@ from zoo.detection.checks import Schedule, check_choices, check_detector, check_
 from zoo.detection.features import build_features
 from zoo.detection.losses import mark_sizes
 from zoo.detection.necks import Neck
+from zoo.detection.peers import TWO_STAGE_PEERS
 from zoo.detection.postprocessing import Candidates
 from zoo.detection.scale.merging import Merge
 from zoo.detection.two_stage.box_heads import MLPBoxHead
+from zoo.detection.two_stage.layouts import TwoStageLayout
 from zoo.detection.two_stage.losses import REGION_WEIGHTS, RegionLossSums, proposal_losses, region_losses
 from zoo.detection.two_stage.pooling import pool_regions
 from zoo.detection.two_stage.proposals import (
@@ -124,6 +126,8 @@ class FasterRCNN(Detector):
     changeable: ClassVar = ("score_threshold", "nms_threshold", "max_detections", "views", "merge", "tiles_at_once")
     exports: ClassVar = {"detections": "exported_detections", "proposals": "exported_proposals"}
     sums: ClassVar = RegionLossSums
+    foreign_weights: ClassVar = TwoStageLayout()
+    peers: ClassVar = TWO_STAGE_PEERS
     compiled: ClassVar = ("_proposal_sums", "_region_sums")  # each one graph, the same for all sizes
 
     def __init__(

@@ -6,8 +6,8 @@
 A target is a dict. A data set's own file gives ``boxes`` float32 (n, 4), xyxy in pixels, and ``labels`` int64 (n,) from
 0, and may give ``iscrowd`` bool (n,), ``area`` float32 (n,) in pixels squared, ``image_id``, and other tensors with an
 entry for each box. A batch's targets have all of these, and ``size`` and ``orig_size``, (height, width) of the image in
-the batch without its padding, and of the image as it was. Boxes are pixels of the image in the batch, areas of the
-image as it was.
+the batch without its padding, and of the image as it was; in training with ``valid_ranges`` also ``in_range`` bool
+(n,), which objects are learned in this batch. Boxes are pixels of the image in the batch, areas of the image as it was.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,6 +26,7 @@ from datamodules.loading.seeding import Samples
 from datamodules.preprocessing import Fit
 from datamodules.reading.listing import Split
 from datamodules.transforms.detection import DetectionTransform, Target, complete
+from datamodules.transforms.scales import Range, ShortSides
 
 
 class RawSamples(Protocol):
@@ -59,15 +60,15 @@ class DetectionSamples:
         return complete(image, target, index, self.transform)
 
     def in_batch(self, seed: int) -> "DetectionSamples":
-        """The samples at the short side that a batch has in multi-scale training."""
-        sides = self.transform.short_sides
-        return DetectionSamples(self.raw, self.transform.at(sides[seed % len(sides)])) if sides else self
+        """The samples as they are made in one batch: in multi-scale training, of the short side drawn for it."""
+        return DetectionSamples(self.raw, self.transform.in_batch(seed))
 
 
 class BoxOptions(LoaderOptions, total=False):
     """Augmentation of images with boxes, and padding; :class:`DetectionDataModule` says what each does."""
 
-    short_sides: Sequence[int] | None
+    short_sides: ShortSides | None
+    valid_ranges: Sequence[Range] | None
     hflip: float
     scale_jitter: tuple[float, float] | None
     iou_crop: float
@@ -93,6 +94,7 @@ BOX_OPTIONS: BoxOptions = {
     "seed": 0,
     "drop_last": True,
     "short_sides": None,
+    "valid_ranges": None,
     "hflip": 0.0,
     "scale_jitter": None,
     "iou_crop": 0.0,
@@ -122,7 +124,14 @@ class DetectionDataModule(ImageDataModule):
         image_size: Short side in pixels that images are resized to. None: they stay as they are.
         max_size: What the long side may have at most; the short one is then shorter. None: anything.
         short_sides: Multi-scale training: each training batch has a short side drawn from these, the same on all
-            ranks. ``image_size`` is then that of evaluation.
+            ranks: a list, or ``{low: 480, high: 800, step: 32}``, both ends included. ``image_size`` is then that of
+            evaluation.
+        valid_ranges: SNIP (Singh and Davis 2018): for each of ``short_sides``, a list, the (least, greatest) size of an
+            object that is learned in its batches, both included, null for no end; others are ignored there, neither
+            learned nor background. A size is the square root of the box's area in pixels of the image as it was, of
+            what crops have left of the box. SNIP's scales on COCO, with the ranges of its successor SNIPER:
+            ``image_size: 800, max_size: 2000, short_sides: [480, 800, 1400], valid_ranges: [[120, null], [32, 150],
+            [0, 80]]``. None: all objects are learned at every short side.
         square: Side of a square that all images are resized to fit, and padded to, so that all batches have one shape.
             In place of ``image_size``, ``max_size`` and ``short_sides``.
         hflip: Probability of a horizontal flip.
@@ -142,7 +151,10 @@ class DetectionDataModule(ImageDataModule):
         ValueError: For values out of range, or that contradict each other.
     """
 
-    stage_settings = ("image_size", "max_size", "short_sides", "hflip", "scale_jitter", "iou_crop", "photometric")
+    stage_settings = (
+        *("image_size", "max_size", "short_sides", "valid_ranges"),
+        *("hflip", "scale_jitter", "iou_crop", "photometric"),
+    )
     category_ids: list[int]
     size_ranges: dict[str, tuple[float, float]] | None = None
 

@@ -7,14 +7,19 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from jsonargparse import ArgumentParser
+from lightning.pytorch.callbacks import Callback
+from test_coco import dataset
 from torchvision.transforms import v2
 
+from datamodules import CocoDetectionDataModule, ShapesDetectionDataModule
 from datamodules._lightning import LightningModule, Trainer
 from datamodules.detection import DetectionDataModule, DetectionSamples
 from datamodules.loading.order import BatchOrder, Keys
 from datamodules.loading.padding import pad_batch
 from datamodules.loading.seeding import SeededBatches
 from datamodules.transforms.detection import DetectionTransform, resized
+from zoo.callbacks import ExactResume
 
 
 def scene(height: int = 40, width: int = 60, boxes=((10, 5, 30, 25), (40, 20, 50, 40))):
@@ -76,10 +81,11 @@ class Recorder(LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
-def train(data: DetectionDataModule, epochs: int = 1, **options) -> list:
+def train(data: DetectionDataModule, epochs: int = 1, ckpt_path: str | None = None, **options) -> list:
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     module = Recorder()
-    Trainer(accelerator="cpu", max_epochs=epochs, limit_val_batches=0, **quiet, **options).fit(module, datamodule=data)
+    trainer = Trainer(accelerator="cpu", max_epochs=epochs, limit_val_batches=0, **quiet, **options)
+    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
     return module.batches
 
 
@@ -360,6 +366,7 @@ ALL = {
     "image_size": 48,
     "max_size": 80,
     "short_sides": [32, 48, 64],
+    "valid_ranges": [(15, None), (0, 18), (0, 16)],
     "group_by_aspect": True,
 }
 
@@ -381,6 +388,8 @@ def test_seed_and_epoch_change_everything():
 @pytest.mark.parametrize("option", sorted(ALL.keys() - {"max_size", "group_by_aspect"}))
 def test_each_argument_changes_training(option):
     plain = {"image_size": 56, "max_size": 80}
+    if option == "valid_ranges":  # which need some short sides
+        plain["short_sides"] = ALL["short_sides"]
     assert same(train(ScenesDataModule(**plain)), train(ScenesDataModule(**plain)))
     assert not same(train(ScenesDataModule(**plain)), train(ScenesDataModule(**plain | {option: ALL[option]})))
 
@@ -396,8 +405,12 @@ def test_a_batch_can_be_made_again_from_its_number():
         assert same([again], [batches[number]])
 
 
-def test_multi_scale_training_draws_one_short_side_for_a_batch_and_all_ranks():
-    data = ScenesDataModule(image_size=50, short_sides=[24, 32, 40])
+FORMS = {"list": [24, 32, 40], "range": {"low": 24, "high": 40, "step": 8}}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_multi_scale_training_draws_one_short_side_for_a_batch_and_all_ranks(form):
+    data = ScenesDataModule(image_size=50, short_sides=FORMS[form])
     samples, sides = data.samples("train"), []
     for epoch in range(20):
         ranks = [BatchOrder(24, 4, rank, 2, seed=1, shuffle=True) for rank in range(2)]
@@ -413,6 +426,37 @@ def test_multi_scale_training_draws_one_short_side_for_a_batch_and_all_ranks():
     assert sum(len(set(sides[first : first + 3])) > 1 for first in range(0, 60, 3)) > 10  # of 20 epochs
     assert min(counts) >= 12  # of 20 expected; 11 or fewer come in one of a hundred cases
     assert {min(target["size"]) for _, targets in data.val_dataloader() for target in targets} == {50}
+
+
+def test_both_forms_of_short_sides_are_the_same_training():
+    first, second = (train(ScenesDataModule(image_size=50, short_sides=form), epochs=2) for form in FORMS.values())
+    assert same(first, second)
+    assert len({images.shape for images, _ in first}) > 1
+
+
+@pytest.mark.parametrize(
+    ("options", "before", "after"),
+    [
+        ({"short_sides": FORMS["list"], "valid_ranges": [(12, None), (0, 18), (0, 14)], "iou_crop": 0.5}, 2, 0),
+        ({"short_sides": FORMS["range"], "scale_jitter": (0.7, 1.5)}, 0, 2),
+    ],
+    ids=FORMS,
+)
+def test_a_run_goes_on_in_the_middle_of_an_epoch_at_the_sizes_it_would_have_had(tmp_path, options, before, after):
+    class Stops(Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            if trainer.global_step == 8:
+                trainer.save_checkpoint("middle.ckpt")
+
+    def data(workers):
+        return ScenesDataModule(num_workers=workers, image_size=50, **options)
+
+    whole = train(data(before), 2, callbacks=[ExactResume(), Stops()])
+    rest = train(data(after), 2, "middle.ckpt", callbacks=[ExactResume()])
+    assert len(whole) == 12
+    assert same(rest, whole[8:])
+    assert len({images.shape for images, _ in rest}) > 1
+    assert all(("in_range" in target) == ("valid_ranges" in options) for _, targets in rest for target in targets)
 
 
 def test_keys_keep_their_number_on_the_way_to_a_worker():
@@ -493,6 +537,206 @@ def test_unreadable_images_are_replaced_in_training_and_reported_once():
     assert not {2, 5} & {target["image_id"] for _, targets in batches for target in targets}
 
 
+# SNIP: which objects are learned at which short side.
+
+# A scene's objects are of 20 and of 14.14 pixels.
+SNIP = {"image_size": 40, "short_sides": [80, 40, 20], "valid_ranges": [(0, 15), (10, 20), (18, None)]}
+
+
+def learned(targets) -> list[list[bool]]:
+    return [target["in_range"].tolist() for target in targets]
+
+
+def by_side(batches) -> dict[int, list[list[bool]]]:
+    """What is learned of scenes in the batches of each short side."""
+    found: dict[int, list[list[bool]]] = {}
+    for _, targets in batches:
+        found.setdefault(min(targets[0]["size"]), []).extend(learned(targets))
+    return found
+
+
+def test_objects_are_learned_where_their_size_in_the_original_image_is_in_the_range():
+    """Whatever the size of the original image is, and whatever becomes of it."""
+    found = by_side(train(ScenesDataModule(Scenes(8), **SNIP, hflip=0.5), epochs=8))
+    assert found.keys() == {80, 40, 20}
+    expected = {80: [False, True], 40: [True, True], 20: [True, False]}
+    assert all(each == expected[side] for side, several in found.items() for each in several)
+
+
+def transformed(options: dict, number: int = 0, raw=None, seed: int = 0):
+    """A scene as it is made in a batch of the short side number ``number``."""
+    torch.manual_seed(seed)
+    return DetectionTransform(training=True, **options).in_batch(number)(*(raw or scene()))
+
+
+def sizes_of(boxes: torch.Tensor) -> torch.Tensor:
+    return (boxes[:, 2:] - boxes[:, :2]).prod(1).sqrt()
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0, 2.0])
+def test_a_jittered_object_counts_by_its_own_scale(factor):
+    """At twice the size a crop cuts some: what is left of them counts."""
+    options = {"image_size": 40, "short_sides": [80], "scale_jitter": (factor, factor)}
+    cut = set()
+    for seed in range(12):
+        _, plain = transformed(options, seed=seed)
+        sizes = sizes_of(plain["boxes"]) / (2 * factor)
+        cut |= {round(size, 3) for size in sizes.tolist()} - {20.0, 14.142}
+        for border in (9.0, 17.0):
+            ranges = [(0, None)]
+            for valid, expected in (((0, border), sizes <= border), ((border, None), sizes >= border)):
+                changed = DetectionTransform(training=True, **options, valid_ranges=ranges).in_batch(0)
+                changed.valid_range = valid
+                torch.manual_seed(seed)
+                _, target = changed(*scene())
+                assert torch.equal(target["boxes"], plain["boxes"])
+                assert torch.equal(target["in_range"], expected)
+    assert bool(cut) == (factor > 1)
+
+
+def test_a_cropped_object_counts_by_what_is_left_of_it_in_pixels_of_the_original():
+    """The crop is the same at each size, and without one leaves pixels as they are."""
+    options = {"short_sides": [20, 60], "valid_ranges": [(0, 13), (13, None)], "iou_crop": 1.0, "hflip": 0.5}
+    left = []
+    for seed in range(30):
+        torch.manual_seed(seed)
+        _, cropped = DetectionTransform(training=True, iou_crop=1.0, hflip=0.5)(*scene())
+        sizes = sizes_of(cropped["boxes"])
+        for number, expected in enumerate((sizes <= 13, sizes >= 13)):
+            _, target = transformed({"image_size": 40, **options}, number, seed=seed)
+            assert torch.equal(target["in_range"], expected)
+            assert torch.equal(target["labels"], cropped["labels"])
+        left += sizes.tolist()
+    assert min(left) < 13 < max(left)
+    assert len({round(size, 3) for size in left}) > 10
+
+
+def test_an_object_on_a_bound_is_learned_on_both_sides_of_it():
+    """Though a box that is resized is rounded, by two factors that differ a little."""
+    for height, width, side, other in ((427, 640, 1400, 480), (333, 500, 801, 77), (1999, 3001, 97, 640)):
+        for edge in (3, 48, 101):
+            raw = torch.zeros(3, height, width, dtype=torch.uint8)
+            corner = torch.tensor([[width - edge - 7.0, height - edge - 3.0]])
+            target = {"boxes": torch.cat([corner, corner + edge], 1), "labels": torch.tensor([0])}
+            options = {"short_sides": [side, other], "valid_ranges": [(0, edge), (edge, None)], "hflip": 1.0}
+            transform = DetectionTransform(training=True, image_size=40, **options)
+            for number in (0, 1):
+                made = transform.in_batch(number)
+                assert made(raw, target)[1]["in_range"].all()
+
+
+def every_module(root) -> dict[str, DetectionDataModule]:
+    few = {"batch_size": 2, "num_workers": 0, "short_sides": [96, 32], "valid_ranges": [(0, 17), (17, None)]}
+    return {
+        "a subclass": ScenesDataModule(Scenes(8), **few, image_size=48),
+        "shapes": ShapesDetectionDataModule(image_size=64, train_size=8, val_size=2, test_size=2, **few),
+        "COCO": CocoDetectionDataModule(str(dataset(dataset(root), "val")), image_size=48, max_size=200, **few),
+    }
+
+
+@pytest.mark.parametrize("name", ["a subclass", "shapes", "COCO"])
+def test_every_data_module_says_what_is_learned(tmp_path, name):
+    batches = train(every_module(tmp_path)[name], epochs=8)
+    sizes = {True: [], False: []}
+    for _, targets in batches:
+        for target in targets:
+            scale = min(target["size"]) / min(target["orig_size"])
+            for size, is_in in zip((sizes_of(target["boxes"]) / scale).tolist(), target["in_range"], strict=True):
+                assert bool(is_in) == ((size <= 17) if min(target["size"]) == 96 else (size >= 17))
+                sizes[bool(is_in)].append((size > 17, min(target["size"])))
+    assert {*sizes[True]} == {(True, 32), (False, 96)}
+    assert {*sizes[False]} == {(True, 96), (False, 32)}
+    data = every_module(tmp_path)[name]
+    data.setup("validate")
+    assert not any("in_range" in target for _, targets in data.val_dataloader() for target in targets)
+
+
+@pytest.mark.parametrize("cls", [ScenesDataModule, ShapesDetectionDataModule, CocoDetectionDataModule])
+@pytest.mark.parametrize(
+    ("given", "sides", "valid_ranges"),
+    [
+        (["--data.short_sides=[24, 32]"], [24, 32], None),
+        (["--data.short_sides={low: 24, high: 40, step: 8}"], {"low": 24, "high": 40, "step": 8}, None),
+        (
+            ["--data.short_sides.low=24", "--data.short_sides.high=40", "--data.short_sides.step=8"],
+            {"low": 24, "high": 40, "step": 8},
+            None,
+        ),
+        (
+            ["--data.short_sides=[24, 32]", "--data.valid_ranges=[[12.5, null], [0, 20]]"],
+            [24, 32],
+            [(12.5, None), (0.0, 20.0)],
+        ),
+    ],
+    ids=["list", "range", "range, by parts", "with ranges"],
+)
+def test_a_configuration_says_them_and_comes_back_the_same(cls, given, sides, valid_ranges):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(DetectionDataModule if cls is ScenesDataModule else cls, "data")
+    config = parser.parse_args([*given, *([] if cls is ShapesDetectionDataModule else ["--data.image_size=40"])])
+    assert (config.data.short_sides, config.data.valid_ranges) == (sides, valid_ranges)
+    again = parser.parse_string(parser.dump(config))
+    assert (again.data.short_sides, again.data.valid_ranges) == (sides, valid_ranges)
+
+
+def test_images_whose_objects_are_all_out_of_the_range_stay_and_so_do_those_without():
+    options = {"image_size": 40, "short_sides": [40, 41], "valid_ranges": [(0, None), (30, None)]}
+    _, target = transformed(options, 1)
+    assert target["in_range"].tolist() == [False, False]
+    assert len(target["boxes"]) == 2
+    _, target = transformed(options, 1, scene(boxes=()))
+    assert target["in_range"].shape == (0,)
+    assert target["in_range"].dtype == torch.bool
+    _, targets = pad_batch([transformed(options, 1), transformed(options, 1, scene(boxes=()))])
+    assert learned(targets) == [[False, False], []]
+
+
+def test_where_a_box_goes_what_says_its_range_goes_along():
+    boxes = ((5, 5, 25, 25), (10, 10, 10, 30), (-30, 2, -10, 20), (30, 30, 38, 36))
+    raw = torch.zeros(3, 40, 60, dtype=torch.uint8), {**scene(boxes=())[1]}
+    raw[1].update(boxes=torch.tensor(boxes, dtype=torch.float32), labels=torch.arange(4))
+    _, target = transformed({"image_size": 40, "short_sides": [40], "valid_ranges": [(0, None)]}, 0, raw)
+    assert target["labels"].tolist() == [0, 3]
+    assert target["in_range"].tolist() == [True, True]
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+def test_ranges_are_exact_whatever_the_precision(precision):
+    expected, found = (train(ScenesDataModule(**SNIP), epochs=2, precision=p) for p in ("32-true", precision))
+    assert [learned(targets) for _, targets in found] == [learned(targets) for _, targets in expected]
+    assert all(target["in_range"].dtype == torch.bool for _, targets in found for target in targets)
+
+
+def test_training_alone_knows_of_ranges():
+    data = ScenesDataModule(**SNIP)
+    assert all("in_range" in target for _, targets in data.train_dataloader() for target in targets)
+    for loader in (data.val_dataloader(), data.test_dataloader(), data.predict_dataloader()):
+        assert not any("in_range" in target for _, targets in loader for target in targets)
+    assert not any(
+        "in_range" in target
+        for _, targets in train(ScenesDataModule(**SNIP | {"valid_ranges": None}))
+        for target in targets
+    )
+    assert data.preprocessing() == ScenesDataModule(image_size=40).preprocessing()
+
+
+def test_ranges_change_from_stage_to_stage_with_the_short_sides():
+    data = ScenesDataModule(Scenes(8), **SNIP)
+    other = {"short_sides": [24], "valid_ranges": [(15, None)]}
+    stages = {1: other, 2: {"short_sides": {"low": 30, "high": 32, "step": 2}, "valid_ranges": None}}
+    with pytest.raises(ValueError, match="valid_ranges are 3, short_sides 1: expected one for"):
+        data.train_in_stages({1: {"short_sides": [24]}})
+    with pytest.raises(ValueError, match="valid_ranges leave objects of 0 to 15 pixels to none of the short_sides"):
+        data.train_in_stages(stages)
+    other["valid_ranges"] = [(0, None)]
+    data.train_in_stages(stages)
+    batches = train(data, epochs=3)
+    assert by_side(batches[:2]).keys() <= {80, 40, 20}
+    assert by_side(batches[2:4]) == {24: [[True, True]] * 8}
+    assert {min(target["size"]) for _, targets in batches[4:] for target in targets} <= {30, 32}
+    assert not any("in_range" in target for _, targets in batches[4:] for target in targets)
+
+
 # What a checkpoint keeps.
 
 
@@ -520,6 +764,10 @@ def test_data_without_classes_takes_a_checkpoints():
 # Arguments.
 
 
+def ranges(*valid_ranges) -> dict:
+    return {"image_size": 8, "short_sides": [8, 16], "valid_ranges": list(valid_ranges)}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -533,6 +781,35 @@ def test_data_without_classes_takes_a_checkpoints():
         ({"max_size": 100}, r"max_size is 100, but image_size is null"),
         ({"image_size": 100, "max_size": 90}, r"max_size is 90: expected at least the short side, 100"),
         ({"image_size": 8, "max_size": 9, "short_sides": [8, 16]}, r"expected at least the short side, 16"),
+        ({"image_size": 8, "short_sides": {"low": 8, "high": 9}}, r"expected a list, or low, high and step in pixels"),
+        ({"image_size": 8, "short_sides": {"low": 8, "high": 9, "step": 1, "by": 2}}, r"expected a list, or low, high"),
+        (
+            {"image_size": 8, "short_sides": {"low": 9, "high": 8, "step": 1}},
+            r"expected whole steps that lead from low",
+        ),
+        (
+            {"image_size": 8, "short_sides": {"low": 8, "high": 9, "step": 0}},
+            r"expected whole steps that lead from low",
+        ),
+        ({"image_size": 8, "short_sides": {"low": 8, "high": 13, "step": 2}}, r"expected whole steps that lead from"),
+        ({"image_size": 8, "short_sides": {"low": 0, "high": 2, "step": 2}}, r"short_sides is 0: expected at least 1"),
+        ({"short_sides": {"low": 8, "high": 9, "step": 1}}, r"short_sides are for training alone"),
+        ({"image_size": 8, "max_size": 9, "short_sides": {"low": 8, "high": 16, "step": 8}}, r"the short side, 16"),
+        ({"valid_ranges": [(0, None)]}, r"valid_ranges are given, but short_sides are null: expected a list"),
+        (
+            {"image_size": 8, "short_sides": {"low": 8, "high": 9, "step": 1}, "valid_ranges": [(0, None)] * 2},
+            r"valid_ranges are given, but short_sides are \{'low': 8, 'high': 9, 'step': 1\}: expected a list, a range",
+        ),
+        ({"square": 8, "valid_ranges": [(0, None)]}, r"valid_ranges are given, but short_sides are null"),
+        (ranges((0, None)), r"valid_ranges are 1, short_sides 2: expected one for each"),
+        (ranges((0, 9), (8, 7)), r"the valid range of short side 16 is \[8, 7\]: expected 0 <= low < high"),
+        (ranges((-1, None), (0, 7)), r"the valid range of short side 8 is \[-1, None\]"),
+        (ranges((0, None), (None, 7)), r"the valid range of short side 16 is \[None, 7\]"),
+        (ranges((0, None), (math.nan, 7)), r"the valid range of short side 16 is \[nan, 7\]"),
+        (ranges((0, None), (3,)), r"the valid range of short side 16 is \[3\]"),
+        (ranges((9, None), (0, 8)), r"leave objects of 8 to 9 pixels to none of the short_sides \[8, 16\]: expected"),
+        (ranges((9, 20), (0, 9)), r"leave objects from 20 pixels on to none of the short_sides \[8, 16\]"),
+        (ranges((1, 20), (9, None)), r"leave objects of 0 to 1 pixels to none of the short_sides"),
         ({"scale_jitter": (0, 2)}, r"scale_jitter is \(0, 2\): expected factors 0 < low <= high"),
         ({"scale_jitter": (2, 1)}, r"expected factors 0 < low <= high"),
         ({"pad_multiple": 0}, r"pad_multiple is 0: expected at least 1"),

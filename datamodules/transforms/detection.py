@@ -5,6 +5,7 @@ choices come from the global generators, which the loader seeds for every sample
 """
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 from torchvision.tv_tensors import BoundingBoxes, Image
+
+from datamodules.transforms.scales import Range, ShortSides, in_range, ranges_of, sides_of
 
 Target = dict[str, Any]
 
@@ -24,13 +27,15 @@ class DetectionTransform:
     a box goes, so do its entries in all other tensors of the target (``labels``, ``iscrowd``, ``area``, ...).
 
     Training: photometric distortion, IoU crop, resize with jitter, flip; then boxes are clamped to the image, and those
-    with a side below one pixel are dropped. Evaluation: resize alone, and no box is ever dropped.
+    with a side below one pixel are dropped; with ``valid_ranges``, ``in_range`` (n,) says which of them are learned.
+    Evaluation: resize alone, and no box is ever dropped.
 
     Args:
         training: Whether the arguments from ``hflip`` on apply.
         image_size: Short side in pixels, up or down to which an image is resized. None: images stay as they are.
         max_size: What the long side may have at most; the short one is then shorter. None: anything.
-        short_sides: In training, short sides of which :meth:`at` takes one.
+        short_sides: In training, short sides of which :meth:`in_batch` takes one.
+        valid_ranges: For each of ``short_sides``, the (least, greatest) size of an object that is learned at it.
         hflip: Probability of a horizontal flip.
         scale_jitter: (low, high): an image is resized to a size that is larger by a factor uniform in this range, and
             cropped at random to what it would have been, if that is less; where ``max_size`` is ``image_size``, to a
@@ -44,7 +49,8 @@ class DetectionTransform:
         training: bool = False,
         image_size: int | None = None,
         max_size: int | None = None,
-        short_sides: Sequence[int] | None = None,
+        short_sides: ShortSides | None = None,
+        valid_ranges: Sequence[Range] | None = None,
         hflip: float = 0.0,
         scale_jitter: tuple[float, float] | None = None,
         iou_crop: float = 0.0,
@@ -53,36 +59,35 @@ class DetectionTransform:
         for name, probability in (("hflip", hflip), ("iou_crop", iou_crop), ("photometric", photometric)):
             if not 0 <= probability <= 1:
                 raise ValueError(f"{name} is {probability}: expected a probability in [0, 1]")
-        for name, side in (
-            ("image_size", image_size),
-            ("max_size", max_size),
-            *(("short_sides", s) for s in short_sides or ()),
-        ):
+        for name, side in (("image_size", image_size), ("max_size", max_size)):
             if side is not None and side < 1:
                 raise ValueError(f"{name} is {side}: expected at least 1 pixel")
-        if short_sides is not None and not short_sides:
-            raise ValueError("short_sides is empty: expected short sides in pixels, or null")
-        shortest = [side for side in (image_size, *(short_sides or ())) if side is not None]
+        sides, ranges = sides_of(short_sides), ranges_of(valid_ranges, short_sides)
+        shortest = [side for side in (image_size, *sides) if side is not None]
         if max_size is not None and not shortest:
             raise ValueError(f"max_size is {max_size}, but image_size is null: expected a short side to resize to")
-        if short_sides and image_size is None:
+        if sides and image_size is None:
             raise ValueError("short_sides are for training alone: expected an image_size for evaluation")
         if max_size is not None and max_size < max(shortest):
             raise ValueError(f"max_size is {max_size}: expected at least the short side, {max(shortest)}")
         if scale_jitter is not None and not 0 < scale_jitter[0] <= scale_jitter[1]:
             raise ValueError(f"scale_jitter is {tuple(scale_jitter)}: expected factors 0 < low <= high")
         self.training, self.image_size, self.max_size = training, image_size, max_size
-        self.short_sides = tuple(short_sides) if training and short_sides else ()
+        self.short_sides, self.valid_ranges = (sides, ranges) if training else ((), ())
+        self.valid_range: Range | None = None
         self.hflip, self.scale_jitter, self.iou_crop = hflip, scale_jitter, iou_crop
         self._crop = v2.RandomIoUCrop()
         self._distort = v2.RandomPhotometricDistort(p=photometric) if photometric else None
         self._clamp = v2.ClampBoundingBoxes()
         self._sanitize = v2.SanitizeBoundingBoxes(labels_getter=_of_each_box)
 
-    def at(self, image_size: int) -> "DetectionTransform":
-        """The same transform with another short side."""
-        changed = copy.copy(self)
-        changed.image_size = image_size
+    def in_batch(self, seed: int) -> "DetectionTransform":
+        """The transform of one batch: this one, but for a short side drawn from ``short_sides``, with its range."""
+        if not self.short_sides:
+            return self
+        drawn, changed = seed % len(self.short_sides), copy.copy(self)
+        changed.image_size = self.short_sides[drawn]
+        changed.valid_range = self.valid_ranges[drawn] if self.valid_ranges else None
         return changed
 
     def __call__(self, image: Tensor, target: Target) -> tuple[Tensor, Target]:
@@ -98,12 +103,20 @@ class DetectionTransform:
             image = self._distort(image)
         if self.iou_crop and len(target["boxes"]) and min(image.shape[-2:]) >= 4 and _chance(self.iou_crop):
             image, target = self._cropped(image, target)
-        image, target = (
-            self._jittered(image, target) if self.scale_jitter else _resize((image, target), self._size(image))
-        )
+        before, (height, width) = _height_and_width(image), self._size(image)
+        size = self._jittered(height, width) if self.scale_jitter else (height, width)
+        image, target = _resize((image, target), size)
+        if self.scale_jitter:
+            if self.max_size and self.max_size == self.image_size:
+                height = width = self.max_size
+            image, target = v2.RandomCrop((min(size[0], height), min(size[1], width)))(image, target)
         if self.hflip and _chance(self.hflip):
             image, target = F.horizontal_flip(image), {**target, "boxes": F.horizontal_flip(target["boxes"])}
-        return self._sanitize(self._clamp(image, target))
+        image, target = self._sanitize(self._clamp(image, target))
+        if self.valid_range is not None:
+            scale = math.sqrt(math.prod(size) / math.prod(before))
+            target = {**target, "in_range": in_range(_plain(target["boxes"]), self.valid_range, scale)}
+        return image, target
 
     def _size(self, image: Tensor) -> tuple[int, int]:
         height, width = _height_and_width(image)
@@ -117,15 +130,11 @@ class DetectionTransform:
             chosen["is_within_crop_area"] = chosen["is_within_crop_area"] | target["iscrowd"]
         return self._crop.transform(image, chosen), {**target, "boxes": self._crop.transform(boxes, chosen)}
 
-    def _jittered(self, image: Tensor, target: Target) -> tuple[Tensor, Target]:
+    def _jittered(self, height: int, width: int) -> tuple[int, int]:
         assert self.scale_jitter
         low, high = self.scale_jitter
         factor = low + (high - low) * torch.rand((), dtype=torch.float32).item()
-        size = self._size(image)
-        height, width = (max(1, round(side * factor)) for side in size)
-        image, target = _resize((image, target), (height, width))
-        most = (self.max_size, self.max_size) if self.max_size and self.max_size == self.image_size else size
-        return v2.RandomCrop((min(height, most[0]), min(width, most[1])))(image, target)
+        return max(1, round(height * factor)), max(1, round(width * factor))
 
 
 def complete(image: Tensor, target: Target, number: int, transform: DetectionTransform) -> tuple[Tensor, Target]:

@@ -25,7 +25,7 @@ def check_valid_ranges(ranges: Sequence[Range], names: Sequence[str]) -> None:
     for name, each in zip(names, ranges, strict=True):
         low, high = (math.inf if end is None else end for end in each) if len(each) == 2 else (math.nan, math.nan)
         if not 0 <= low < high:
-            raise ValueError(f"valid range {list(each)} of {name}: expected 0 <= low < high, or null for no end")
+            raise ValueError(f"the valid range of {name} is {list(each)}: expected 0 <= low < high, or null for no end")
         ends.append((low, high))
     covered = 0.0
     for low, high in sorted(ends):
@@ -35,8 +35,9 @@ def check_valid_ranges(ranges: Sequence[Range], names: Sequence[str]) -> None:
     if covered < math.inf:
         following = min((low for low, _ in ends if low > covered), default=math.inf)
         sizes = f"from {covered:g} pixels on" if following == math.inf else f"of {covered:g} to {following:g} pixels"
-        given = ", ".join(f"{list(each)} of {name}" for each, name in zip(ranges, names, strict=True))
-        raise ValueError(f"valid_ranges {given} leave objects {sizes} to nobody: expected ranges that cover all sizes")
+        raise ValueError(
+            f"valid_ranges leave objects {sizes} to none of {', '.join(names)}: expected all sizes covered"
+        )
 
 
 def within(boxes: Tensor, low: float | Tensor, high: float | Tensor | None) -> Tensor:

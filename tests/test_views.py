@@ -4,6 +4,7 @@ import itertools
 import math
 import re
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -558,6 +559,21 @@ def test_other_errors_stay_what_they_are():
     module.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("something else")))
     with pytest.raises(RuntimeError, match="^something else$"):
         module.detect(two_images(), views=[{"flip": True}])
+
+
+def test_split_weights_take_one_pass_alone():
+    """Each process has its own number of tiles, and those that share weights would wait for each other."""
+
+    class ModelParallelStrategy:
+        pass
+
+    module = exact()
+    module._trainer = SimpleNamespace(strategy=ModelParallelStrategy(), world_size=2)
+    check(module.detect(two_images(), SIZES, views=[{}]), answers())
+    with pytest.raises(ValueError, match="views are not computed under ModelParallelStrategy: .* evaluate with ddp"):
+        module.detect(two_images(), SIZES, views=[{"tile": 32}])
+    module._trainer.world_size = 1
+    check(module.detect(two_images(), SIZES, views=[{"tile": 32, "overlap": 0.5}]), answers())
 
 
 def test_views_are_no_part_of_an_exported_file():

@@ -18,6 +18,7 @@ from zoo.detection.postprocessing import Candidates, non_maximum_suppression, to
 from zoo.detection.scale import merging
 from zoo.detection.scale.ranges import within
 from zoo.detection.scale.views import PAD_MULTIPLE, Crop, Layout, Size, View, lay_out, parse_views, shows_as_given
+from zoo.sharding import is_split
 
 if TYPE_CHECKING:
     from zoo.detection.base import Detector
@@ -53,6 +54,12 @@ def detect(
         return _detect_plain(detector, detector(images) if maps is None else maps, sizes, original_sizes)
     if images is None:
         raise ValueError("views and merge are of images, and these are raw predictions: give the images")
+    trainer = detector._trainer
+    if trainer is not None and trainer.world_size > 1 and is_split(trainer):
+        raise ValueError(
+            f"views are not computed under {type(trainer.strategy).__name__}: processes that share weights run alike, "
+            "and each has its own number of tiles; evaluate with ddp, or on one device"
+        )
 
     def find(batch: Tensor, sizes: Sequence[Size]) -> Candidates:
         return detector.candidates(detector(batch) if maps is None or batch is not images else maps, sizes)

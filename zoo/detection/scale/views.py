@@ -1,8 +1,8 @@
 """Views of images at test time: scales, flips and tiles, each with the sizes of objects that it is asked for.
 
 Every view is shown to the same network, and what that finds in them is merged in pixels of the original image:
-:mod:`zoo.detection.detections`. Scales with valid ranges are the image pyramid of SNIP (Singh and
-Davis 2018, section 5); tiles beside the whole image are slicing aided inference (Akyon et al. 2022, arXiv 2202.06934).
+:mod:`zoo.detection.detections`. Scales with valid ranges are the image pyramid of SNIP (Singh and Davis 2018); tiles
+beside the whole image are slicing aided hyper inference, SAHI (Akyon et al. 2022, arXiv 2202.06934).
 
 A view resizes the images that it is given: for scales above 1, and tiles of large images, let the data module leave
 images as large as they are.

@@ -10,7 +10,8 @@ from test_fpn_detector import pictures, targets
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN as TorchvisionFasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
 
 from zoo import FasterRCNN
@@ -67,29 +68,29 @@ def renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def pair() -> tuple[FasterRCNN, Any]:
+    """Ours and torchvision's, with the same weights and settings."""
     torch.manual_seed(0)
     resnet = torchvision.models.resnet18(weights=None, norm_layer=nn.BatchNorm2d)
-    backbone = _resnet_fpn_extractor(resnet, 5)
-    anchors = AnchorGenerator(tuple((side,) for side in (8, 16, 32, 64, 128)), ((0.5, 1.0, 2.0),) * 5)
+    stages = {f"layer{number}": str(number - 1) for number in range(1, 5)}
+    sides, top_k = (8, 16, 32, 64, 128), {"pre_nms_top_k": (600, 300), "post_nms_top_k": (500, 200)}
     theirs = TorchvisionFasterRCNN(
-        backbone,
-        CLASSES + 1,
-        rpn_anchor_generator=anchors,
-        image_mean=[0.0] * 3,
-        image_std=[1.0] * 3,
+        BackboneWithFPN(resnet, stages, [64, 128, 256, 512], 32),
+        rpn_anchor_generator=AnchorGenerator(tuple((side,) for side in sides), ((0.5, 1.0, 2.0),) * len(sides)),
+        box_head=TwoMLPHead(32 * 7**2, 64),
+        box_predictor=FastRCNNPredictor(64, CLASSES + 1),
+        rpn_pre_nms_top_n_train=600,
+        rpn_pre_nms_top_n_test=300,
+        rpn_post_nms_top_n_train=500,
+        rpn_post_nms_top_n_test=200,
+        rpn_batch_size_per_image=128,
+        box_batch_size_per_image=64,
         box_score_thresh=0.15,
     )
     for layer in (theirs.rpn.head.cls_logits, theirs.rpn.head.bbox_pred, theirs.roi_heads.box_predictor.cls_score):
-        nn.init.normal_(layer.weight, std=0.05)  # else all are nearly alike
-    sizes = [8, 16, 32, 64, 128]
+        nn.init.normal_(layer.weight, std=0.2)  # else all are nearly alike
+    options = {"channels": 32, "head_width": 64, "image_size": 128, "rpn_samples": 128, "region_samples": 64} | top_k
     ours = FasterRCNN(
-        "resnet18",
-        CLASSES,
-        anchors="torchvision",
-        anchor_sizes=sizes,
-        image_size=128,
-        score_threshold=0.15,
-        channels_last=False,
+        "resnet18", CLASSES, 0.15, anchors="torchvision", anchor_sizes=sides, channels_last=False, **options
     )
     ours.load_state_dict(renamed(theirs.state_dict()))
     return ours, theirs

@@ -61,16 +61,10 @@ def assign(
 
     def matched(boxes: Tensor, valid: Tensor, crowd: Tensor | None, unwanted: Tensor | None) -> Tensor:
         match = rules[head](boxes, valid)
-        if crowd is not None:
-            hidden = _inside_share(cells.anchors, _only(boxes, crowd)).amax(1) > 0.5
-            match = torch.where((match == BACKGROUND) & hidden, IGNORE, match)
-        if unwanted is not None:
-            if head == "fcos":
-                theirs = rules[head](boxes, unwanted) != BACKGROUND
-            else:
-                theirs = pairwise_iou(cells.anchors, _only(boxes, unwanted)).amax(1) > UNWANTED_IOU
+        if head == "fcos" and unwanted is not None:
+            theirs, unwanted = rules[head](boxes, unwanted) != BACKGROUND, None
             match = torch.where((match == BACKGROUND) & theirs, IGNORE, match)
-        return match
+        return ignore_near(match, cells.anchors, boxes, crowd, unwanted)
 
     with torch.autocast(cells.anchors.device.type, enabled=False):
         if parts == 1:
@@ -78,6 +72,23 @@ def assign(
         of_slots = (targets.boxes, targets.valid, targets.crowd, targets.unwanted)
         split = [[None] * parts if each is None else each.tensor_split(parts) for each in of_slots]
         return torch.cat([matched(*part) for part in zip(*split, strict=True)])
+
+
+def ignore_near(match: Tensor, anchors: Tensor, boxes: Tensor, crowd: Tensor | None, unwanted: Tensor | None) -> Tensor:
+    """``match`` (B, N) with IGNORE for background in a crowd region, and for what overlaps an unwanted object.
+
+    Args:
+        match: Of the anchors.
+        anchors: (N, 4) or (B, N, 4).
+        boxes: (B, M, 4) xyxy.
+        crowd: (B, M), which of them are regions that hide what is mostly inside. None: none.
+        unwanted: (B, M), which of them are objects to be overlapped by at most UNWANTED_IOU. None: none.
+    """
+    for chosen, measure, limit in ((crowd, _inside_share, 0.5), (unwanted, pairwise_iou, UNWANTED_IOU)):
+        if chosen is not None:
+            near = measure(anchors, torch.where(chosen[..., None], boxes, 0.0)).amax(1) > limit
+            match = torch.where((match == BACKGROUND) & near, IGNORE, match)
+    return match
 
 
 def parts_of_a_batch(cells: Cells, targets: Targets) -> int:
@@ -182,11 +193,6 @@ def pairwise_iou(anchors: Tensor, boxes: Tensor) -> Tensor:
     intersection = _intersection(anchors, boxes)
     union = _area(boxes)[..., None] + _area(anchors).unsqueeze(-2) - intersection
     return intersection / union
-
-
-def _only(boxes: Tensor, chosen: Tensor) -> Tensor:
-    """Boxes (B, M, 4) without area, which overlap nothing, where they are not ``chosen`` (B, M)."""
-    return torch.where(chosen[..., None], boxes, 0.0)
 
 
 def _inside_share(anchors: Tensor, boxes: Tensor) -> Tensor:

@@ -90,12 +90,8 @@ class FasterRCNN(Detector):
         region_samples: Regions of an image that the second stage learns from.
         region_positive: Share of these, at most, with an object.
         learn_targets: Whether the objects themselves are regions to learn from, beside the proposals.
-        views: Views of each image in evaluation and prediction, mappings with the keys of
-            :class:`zoo.detection.scale.views.View`: ``[{}, {"tile": 512, "valid_range": [0, 96]}]`` is the image beside
-            tiles of it, ``[{}, {"scale": 2}, {"flip": True}]`` a pyramid. Losses are of the image alone, and so is
-            what is exported. None: that one.
-        merge: How what is found in views becomes detections: "nms"; "soft_nms", "soft_vote" or "weighted", weighted
-            boxes fusion. See :mod:`zoo.detection.scale.merging`.
+        views: Views of each image in evaluation and prediction: see :class:`zoo.FPNDetector`. None: the image alone.
+        merge: How what is found in views becomes detections: "nms", "soft_nms", "soft_vote" or "weighted".
         tiles_at_once: Tiles in a batch, so that memory does not grow with an image.
         freeze_norm: Whether the backbone's BatchNorm keeps its statistics and weights. Without it they are trained;
             ``Trainer(sync_batchnorm=True)`` shares them over ranks.

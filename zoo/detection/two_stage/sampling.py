@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.detection.assign import BACKGROUND, IGNORE, pairwise_iou
+from zoo.detection.assign import BACKGROUND, IGNORE, ignore_near, pairwise_iou
 from zoo.detection.cells import Targets
 from zoo.detection.two_stage.proposals import Proposals
 
@@ -79,7 +79,8 @@ def sample(match: Tensor, priority: Tensor, count: int, share: float) -> Tensor:
 def match_regions(proposals: Proposals, targets: Targets, with_targets: bool, positive: float = 0.5) -> Regions:
     """Regions and their objects: each belongs to the object that it overlaps most, if by ``positive``.
 
-    Else it is background; mostly inside a crowd region it is ignored (Girshick 2015, "Fast R-CNN", section 2.3).
+    Source: Girshick 2015, "Fast R-CNN", section 2.3. The others are background, or ignored as anchors are: see
+    :func:`zoo.detection.assign.ignore_near`.
 
     Args:
         proposals: R of each image.
@@ -94,4 +95,5 @@ def match_regions(proposals: Proposals, targets: Targets, with_targets: bool, po
     iou = torch.where(targets.valid[..., None], pairwise_iou(boxes, targets.boxes), -1.0)
     best, index = iou.max(1)
     match = torch.where(best < positive, BACKGROUND, index)
+    match = ignore_near(match, boxes, targets.boxes, targets.crowd, targets.unwanted)
     return Regions(boxes, torch.where(there, match, IGNORE))

@@ -18,10 +18,15 @@ from test_detection_parts import (
     outputs_of,
     total_loss,
 )
+from test_fpn_detector import Pyramid
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torchvision import ops
 
+from datamodules.detection import DetectionDataModule
+from datamodules.reading.shape_images import ShapeSettings
+from datamodules.shapes import ShapeSamples
+from zoo import FPNDetector
 from zoo.common.batch import images_and_targets
 from zoo.detection import BACKGROUND, IGNORE, Cells, assign, make_cells, pad_targets
 from zoo.detection.scale.ranges import check_valid_ranges, within
@@ -339,3 +344,74 @@ def test_sizes_are_roots_of_areas_both_ends_included():
     assert within(boxes, low, high).tolist() == [False, False, True, True, False]
     far = torch.tensor([[1000.0, 1000, 1003, 1003]], dtype=torch.float64)
     assert within(far, 3, 3).tolist() == [True]
+
+
+# Training at many sizes.
+
+EVERY_SIZE = {
+    "a list": (
+        {"short_sides": [32, 64, 96], "valid_ranges": [(24, None), (12, 40), (0, 24)], "max_size": None},
+        {(32, 32), (64, 64), (96, 96)},
+    ),
+    "a range, in buckets": (
+        {"short_sides": {"low": 32, "high": 96, "step": 8}, "max_size": 96, "size_buckets": [(64, 64), (96, 96)]},
+        {(64, 64), (96, 96)},
+    ),
+}
+
+
+class SquaresDataModule(DetectionDataModule):
+    """Rendered shapes, with all options of a detection data module."""
+
+    def raw_samples(self, split):
+        return ShapeSamples(ShapeSettings(image_size=64, max_size=51.0), size=16) if split == "train" else None
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", EVERY_SIZE)
+def test_a_compiled_detector_is_compiled_no_more_often_than_there_are_sizes(name):
+    """The network; the loss is one graph for all of them. Nothing is compiled again for a size that was there."""
+    torch._dynamo.reset()
+    options, shapes = EVERY_SIZE[name]
+    module = FPNDetector(Pyramid(), 6, levels=(3, 4), channels=16, head_depth=1, image_size=64)
+    graphs: list[bool] = []
+
+    def backend(graph, inputs):
+        graphs.append(any("conv" in str(node.target) for node in graph.graph.nodes))
+        return graph
+
+    module.compile(fullgraph=True, backend=backend)
+    data = SquaresDataModule(batch_size=2, num_workers=0, image_size=64, **options)
+    seen: set[tuple[int, ...]] = set()
+    for epoch in range(2):
+        loader = data.train_dataloader()
+        loader.sampler.set_epoch(epoch)
+        for batch in loader:
+            images, targets = data.on_after_batch_transfer(batch, 0)
+            before = len(graphs)
+            losses = module.loss(module(images), targets)
+            assert all(loss.isfinite() for loss in losses.values())
+            assert len(graphs) == before or tuple(images.shape[2:]) not in seen
+            seen.add(tuple(images.shape[2:]))
+    assert seen == shapes
+    assert graphs.count(False) == 1
+    assert 1 <= graphs.count(True) <= len(shapes)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_detector_learns_nothing_from_what_is_out_of_the_range(head):
+    """The same step as one on images without those objects, where nothing overlaps them; and no error in evaluation."""
+    module = FPNDetector(Pyramid(), CLASSES, head, levels=(3, 4), channels=16, head_depth=1, image_size=64)
+    maps = module(torch.rand(2, 3, 96, 96))
+    near = {"boxes": torch.tensor([[10.0, 10, 70, 70]]), "labels": torch.tensor([1])}
+    both = {
+        "boxes": torch.cat([near["boxes"], torch.tensor([[500.0, 500, 520, 520]])]),
+        "labels": torch.tensor([1, 2]),
+        "in_range": [True, False],
+    }
+    expected, found = (module.loss(maps, [target, near]) for target in (near, both))
+    for key, value in expected.items():
+        assert torch.equal(found[key], value)
+    none = module.loss(maps, [{**near, "in_range": [False]}] * 2)
+    assert none["box"] == 0 < expected["box"]

@@ -6,8 +6,9 @@
 A target is a dict. A data set's own file gives ``boxes`` float32 (n, 4), xyxy in pixels, and ``labels`` int64 (n,) from
 0, and may give ``iscrowd`` bool (n,), ``area`` float32 (n,) in pixels squared, ``image_id``, and other tensors with an
 entry for each box. A batch's targets have all of these, and ``size`` and ``orig_size``, (height, width) of the image in
-the batch without its padding, and of the image as it was; in training with ``valid_ranges`` also ``in_range`` bool
-(n,), which objects are learned in this batch. Boxes are pixels of the image in the batch, areas of the image as it was.
+the batch without its padding, and of the image as it was. Those of training have ``scale``, pixels of the image in the
+batch by one of the image as it was, also where a part is cropped; and with ``valid_ranges`` ``in_range`` bool (n,),
+which objects are learned in this batch. Boxes are pixels of the image in the batch, areas of the image as it was.
 """
 
 from collections.abc import Callable, Sequence

@@ -591,6 +591,7 @@ def test_a_jittered_object_counts_by_its_own_scale(factor):
                 _, target = changed(*scene())
                 assert torch.equal(target["boxes"], plain["boxes"])
                 assert torch.equal(target["in_range"], expected)
+        assert plain["scale"] == 2 * factor
     assert bool(cut) == (factor > 1)
 
 
@@ -606,6 +607,7 @@ def test_a_cropped_object_counts_by_what_is_left_of_it_in_pixels_of_the_original
             _, target = transformed({"image_size": 40, **options}, number, seed=seed)
             assert torch.equal(target["in_range"], expected)
             assert torch.equal(target["labels"], cropped["labels"])
+            torch.testing.assert_close(sizes_of(target["boxes"]) / target["scale"], sizes, rtol=1e-5, atol=0)
         left += sizes.tolist()
     assert min(left) < 13 < max(left)
     assert len({round(size, 3) for size in left}) > 10
@@ -711,7 +713,7 @@ def test_training_alone_knows_of_ranges():
     data = ScenesDataModule(**SNIP)
     assert all("in_range" in target for _, targets in data.train_dataloader() for target in targets)
     for loader in (data.val_dataloader(), data.test_dataloader(), data.predict_dataloader()):
-        assert not any("in_range" in target for _, targets in loader for target in targets)
+        assert not any({"in_range", "scale"} & target.keys() for _, targets in loader for target in targets)
     assert not any(
         "in_range" in target
         for _, targets in train(ScenesDataModule(**SNIP | {"valid_ranges": None}))

@@ -27,8 +27,9 @@ class DetectionTransform:
     a box goes, so do its entries in all other tensors of the target (``labels``, ``iscrowd``, ``area``, ...).
 
     Training: photometric distortion, IoU crop, resize with jitter, flip; then boxes are clamped to the image, and those
-    with a side below one pixel are dropped; with ``valid_ranges``, ``in_range`` (n,) says which of them are learned.
-    Evaluation: resize alone, and no box is ever dropped.
+    with a side below one pixel are dropped. ``scale`` says by what factor lengths have grown, whatever was cropped, and
+    with ``valid_ranges`` ``in_range`` (n,) says which objects are learned. Evaluation: resize alone, and no box is ever
+    dropped.
 
     Args:
         training: Whether the arguments from ``hflip`` on apply.
@@ -113,9 +114,9 @@ class DetectionTransform:
         if self.hflip and _chance(self.hflip):
             image, target = F.horizontal_flip(image), {**target, "boxes": F.horizontal_flip(target["boxes"])}
         image, target = self._sanitize(self._clamp(image, target))
+        target["scale"] = math.sqrt(math.prod(size) / math.prod(before))
         if self.valid_range is not None:
-            scale = math.sqrt(math.prod(size) / math.prod(before))
-            target = {**target, "in_range": in_range(_plain(target["boxes"]), self.valid_range, scale)}
+            target["in_range"] = in_range(_plain(target["boxes"]), self.valid_range, target["scale"])
         return image, target
 
     def _size(self, image: Tensor) -> tuple[int, int]:

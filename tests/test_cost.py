@@ -98,7 +98,7 @@ def told(text: str) -> tuple[str, dict[str, int]]:
     """The first line that ``zoo cost`` printed, and its numbers."""
     first, *rest = text.splitlines()
     numbers = {line[:16].strip(): int(re.match(r"[\d,]+", line[16:])[0].replace(",", "")) for line in rest}
-    assert list(numbers) == ["parameters", "forward MACs", "training FLOPs"]
+    assert [name for name in numbers if name != "views"] == ["parameters", "forward MACs", "training FLOPs"]
     return first, numbers
 
 
@@ -247,6 +247,17 @@ def test_every_recipe_has_a_cost(name, capsys):
     numbers = cost(capsys, name)[1]
     assert all(number > 0 for number in numbers.values())
     assert numbers["training FLOPs"] <= 6 * numbers["forward MACs"]
+
+
+def test_views_have_a_cost(capsys):
+    args = ("--model", "FPNDetector", "--model.backbone", "test_resnet", "--model.levels", "[3,5]")
+    args = (*args, "--model.image_size", "256")
+    numbers = cost(capsys, *args)[1]
+    assert "views" not in numbers
+    assert cost(capsys, *args, "--model.views", "[{}, {tile: 64, overlap: 0}]")[1] == numbers | {"views": 3}
+    assert main(["cost", *args, "--model.views", "[{}, {tile: 64, overlap: 0}]", "--model.tiles_at_once", "1"]) == 0
+    told = capsys.readouterr().out.splitlines()[-1]
+    assert told == "views           17 passes an image, 2.0 times the pixels of one"
 
 
 def test_known_costs_in_every_spelling(capsys):

@@ -110,7 +110,7 @@ MODULES = {
     FPNDetector: (
         lambda: FPNDetector("test_resnet", num_classes=3, channels=8, head_depth=1),
         "Changeable Pruned ForeignWeights NamesPredictionWriter WordsMetrics DrawsTargets HasPeers HasClasses "
-        "MeasuresDetections",
+        "MeasuresDetections PredictsInViews",
     ),
     GumbelVAE: (
         lambda: GumbelVAE(categories=2, **VAE),

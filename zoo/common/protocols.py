@@ -60,6 +60,14 @@ class PredictsOtherwise(Protocol):
 
 
 @runtime_checkable
+class PredictsInViews(Protocol):
+    """A module that may predict from several views of an image, for ``zoo cost``."""
+
+    def view_cost(self) -> Any:
+        """Passes of an image, ``passes``, and their pixels by those of the image, ``factor``. None without views."""
+
+
+@runtime_checkable
 class DrawsPictures(Protocol):
     """A module that shows what it does, for :class:`zoo.callbacks.SavePictures`."""
 

@@ -30,7 +30,7 @@ from zoo.detection.metrics import TotalLosses, in_words
 from zoo.detection.peers import random_targets
 from zoo.detection.postprocessing import Candidates, fixed_nms, to_original
 from zoo.detection.scale.merging import Merge
-from zoo.detection.scale.views import parse_views
+from zoo.detection.scale.views import Cost, cost, pad_multiple, parse_views
 from zoo.metrics.average_precision import CocoAveragePrecision
 from zoo.sharding import Shardable
 from zoo.weights import load as load_weights
@@ -155,6 +155,11 @@ class Detector(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, Lig
     def input_shape(self) -> tuple[int, int, int]:
         """Shape (C, H, W) of the images that ``zoo cost`` counts for."""
         return self.hparams.in_channels, *to_2tuple(self.hparams.image_size)
+
+    def view_cost(self) -> Cost | None:
+        """Cost of an image of ``image_size`` in the module's views; None without."""
+        hp, size, multiple = self.hparams, self.input_shape[1:], pad_multiple(self.maps.strides)
+        return None if hp.views is None else cost(hp.views, size, None, hp.tiles_at_once, multiple)
 
     def check_images(self, shape: Sequence[int]) -> None:
         """Raises ValueError for the shape (C, H, W) of images that it does not take."""

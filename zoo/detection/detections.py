@@ -17,7 +17,7 @@ from torchvision.ops import batched_nms
 from zoo.detection.postprocessing import Candidates, non_maximum_suppression, to_original
 from zoo.detection.scale import merging
 from zoo.detection.scale.ranges import within
-from zoo.detection.scale.views import PAD_MULTIPLE, Crop, Layout, Size, View, lay_out, parse_views, shows_as_given
+from zoo.detection.scale.views import Crop, Layout, Size, View, lay_out, pad_multiple, parse_views, shows_as_given
 from zoo.sharding import is_split
 
 if TYPE_CHECKING:
@@ -66,8 +66,8 @@ def detect(
 
     sizes = [whole] * len(images) if sizes is None else sizes
     original_sizes = sizes if original_sizes is None else original_sizes
-    multiple = max(PAD_MULTIPLE, detector.maps.strides[-1])
-    limits = hp.score_threshold, hp.tiles_at_once, multiple, detector.strides[-1]
+    multiple, stride = pad_multiple(detector.maps.strides), detector.strides[-1]
+    limits = hp.score_threshold, hp.tiles_at_once, multiple, stride
     every = find_in_views(find, images, sizes, original_sizes, views, *limits)
     if method in AFTER_NMS:
         every = [after_nms(found, hp.nms_threshold) for found in every]
@@ -117,7 +117,7 @@ def find_in_views(
     views: Sequence[View],
     score_threshold: float,
     tiles_at_once: int = 8,
-    multiple: int = PAD_MULTIPLE,
+    multiple: int = 32,
     stride: float = 1,
 ) -> list[Found]:
     """Candidates of images out of all views, those in the valid range of their view.

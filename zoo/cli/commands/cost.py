@@ -28,6 +28,7 @@ def _run(line: Line) -> int:
     plan = Asked.by(line, _arguments(), recipe_required=False).plan()
     from zoo.cli.outputs import input_shape
     from zoo.common.cost import count
+    from zoo.common.protocols import PredictsInViews
 
     if told := plan.try_classes():
         print(f"zoo: counted with {told}", file=sys.stderr)
@@ -49,6 +50,9 @@ def _run(line: Line) -> int:
     print(f"parameters      {found.parameters:,}")
     print(f"forward MACs    {found.macs:,} an image")
     print(f"training FLOPs  {found.training_flops:,} an image, three times {part}")
+    views = model.view_cost() if isinstance(model, PredictsInViews) else None
+    if views is not None:
+        print(f"views           {views.passes:,} passes an image, {views.factor:.1f} times the pixels of one")
     return 0
 
 

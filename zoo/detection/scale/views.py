@@ -16,9 +16,6 @@ from zoo.detection.scale.ranges import Range, check_valid_ranges
 
 Size = tuple[int, int]  # height and width
 
-PAD_MULTIPLE = 32
-"""Sides of batches are multiples of this, as the data modules pad them, or of the backbone's coarsest stride."""
-
 
 class View(NamedTuple):
     """A view of an image; as plain data a mapping with these keys.
@@ -148,7 +145,7 @@ def lay_out(
     sizes: Sequence[Size],
     original_sizes: Sequence[Size],
     tiles_at_once: int,
-    multiple: int = PAD_MULTIPLE,
+    multiple: int = 32,
     stride: float = 1,
 ) -> Layout:
     """The parts of images that a view shows.
@@ -212,6 +209,11 @@ def shows_as_given(views: Sequence[View], sizes: Sequence[Size], original_sizes:
     return len(views) == 1 and lay_out(views[0], (0, 0), sizes, original_sizes, tiles_at_once=1).plain
 
 
+def pad_multiple(strides: Sequence[int]) -> int:
+    """Number that sides are padded to multiples of: 32, as data modules do, or a backbone's coarsest stride."""
+    return max(32, *strides)
+
+
 class Cost(NamedTuple):
     """Cost of views of one image.
 
@@ -236,7 +238,7 @@ def cost(
     size: Size,
     original_size: Size | None = None,
     tiles_at_once: int = 8,
-    multiple: int = PAD_MULTIPLE,
+    multiple: int = 32,
 ) -> Cost:
     """Counts what views of an image cost.
 

@@ -366,6 +366,7 @@ def test_a_checkpoint_with_no_configuration_in_it_is_of_another_run(config, tmp_
 def test_what_only_evaluation_reads_may_change() -> None:
     for name, options in {
         "FPNDetector": ("score_threshold", "nms_threshold", "max_detections", "views", "merge", "tiles_at_once"),
+        "FasterRCNN": ("score_threshold", "nms_threshold", "max_detections", "views", "merge", "tiles_at_once"),
         "GumbelVAE": ("elbo_samples", "iw_samples"),
         "MAEPretrainer": ("predict_ratio",),
     }.items():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import datamodules.preprocessing
-from zoo import FPNDetector
+from zoo import FasterRCNN, FPNDetector
 from zoo._lightning import Trainer
 from zoo.detection.detections import Found, after_nms, find_in_views
 from zoo.detection.scale import merging
@@ -160,13 +160,20 @@ def values(module: FPNDetector) -> FPNDetector:
     return module.eval()
 
 
-REAL = [{"head": head, "levels": (3, 5)} for head in HEADS]
-REAL += [{"neck": "single", "levels": (4, 4)}, {"backbone": "test_vit", "levels": (3, 5)}]
+REAL: dict[str, dict[str, Any]] = {head: {"head": head, "levels": (3, 5)} for head in HEADS}
+REAL |= {"one level": {"neck": "single", "levels": (4, 4)}, "ViT": {"backbone": "test_vit", "levels": (3, 5)}}
 
 
-@pytest.fixture(scope="module", params=REAL, ids=lambda options: "-".join(map(str, options.values())))
-def real(request) -> FPNDetector:
-    return values(small(score_threshold=0.2, **request.param))
+@pytest.fixture(scope="module", params=[*REAL, "two stages"])
+def real(request) -> Any:
+    if request.param != "two stages":
+        return values(small(score_threshold=0.2, **REAL[request.param]))
+    torch.manual_seed(0)
+    made: dict[str, Any] = {"levels": (3, 5), "channels": 16, "head_width": 32, "post_nms_top_k": (100, 50)}
+    module = FasterRCNN("test_resnet", num_classes=3, score_threshold=0.2, image_size=64, **made).eval()
+    for layer, deviation in ((module.cls_out, 1.0), (module.box_out, 0.3)):
+        nn.init.normal_(layer.weight, std=deviation, generator=torch.Generator().manual_seed(1))
+    return module
 
 
 @pytest.mark.parametrize("views", [[{}], [{"tile": 1000.0}], [{"tile": 64, "overlap": 0.5, "scale": 1.0}]])
@@ -185,8 +192,9 @@ def test_a_view_of_the_image_as_it_is_changes_no_bit(real, views):
 def test_so_does_the_way_that_other_views_go(real):
     """In pixels of the images given, candidates of a single view are merged into what NMS makes of them."""
     images, sizes = pictures(3), [(64, 64), (40, 64), (64, 33)]
-    every = find_in_views(lambda batch, _: real.candidates(real(batch)), images, sizes, sizes, parse_views([{}]), 0.2)
-    found = [merging.merge(*each, "nms", 0.6, 0.2, 100) for each in every]
+    find = lambda batch, sizes: real.candidates(real(batch), sizes)  # noqa: E731
+    every = find_in_views(find, images, sizes, sizes, parse_views([{}]), 0.2)
+    found = [merging.merge(*each, "nms", real.hparams.nms_threshold, 0.2, 100) for each in every]
     assert same_detections(found, real.detect(images, sizes))
 
 
@@ -240,7 +248,7 @@ def test_tiles_shifted_by_strides_find_the_same_as_the_image():
         layer.weight.data.zero_()
         layer.weight.data[:, :, 1, 1] = centre
     module.head.box_out.weight.data *= 0.2
-    find = lambda batch, _: module.candidates(module(batch))  # noqa: E731
+    find = lambda batch, sizes: module.candidates(module(batch), sizes)  # noqa: E731
     look = partial(find_in_views, find, pictures(1), [(64, 64)], [(64, 64)], score_threshold=0.2)
     (plain,), (tiled,) = look(views=[View()]), look(views=[View(tile=32, overlap=0.5)])
     whole = tiled.boxes[~tiled.cut]
@@ -286,7 +294,7 @@ def test_boxes_that_a_tile_cuts_are_marked():
     """The one across the border of two tiles is cut in both; those at the image's own borders are whole."""
     boxes = [[0, 0, 16, 64], [24, 8, 40, 24], [48, 56, 64, 64]]
     module = exact()
-    find = lambda batch, _: module.candidates(module(batch))  # noqa: E731
+    find = lambda batch, sizes: module.candidates(module(batch), sizes)  # noqa: E731
     for flip in (False, True):
         view = View(tile=32, overlap=0, flip=flip)
         (found,) = find_in_views(find, drawn(boxes, (64, 64))[None], [(64, 64)], [(64, 64)], [view], 0.5)
@@ -476,14 +484,14 @@ def test_checkpoints_have_them_as_plain_data(tmp_path):
         ([{"valid_range": 3}], "valid_range of views[0] is 3: expected two numbers of pixels"),
         ([{"valid_range": [1]}], "valid_range of views[0] is [1]: expected two numbers of pixels"),
         ([{"valid_range": "ab"}], "valid_range of views[0] is 'ab': expected two numbers of pixels"),
-        ([{"valid_range": [5, 3]}], "valid range [5, 3] of views[0] (scale 1): expected 0 <= low < high"),
+        ([{"valid_range": [5, 3]}], "expected 0 <= low < high"),
         (
             [{"valid_range": [0, 32]}],
-            "valid_ranges [0, 32] of views[0] (scale 1) leave objects from 32 pixels on to nobody",
+            "valid_ranges leave objects from 32 pixels on to none of views[0] (scale 1)",
         ),
         (
             [{"valid_range": [0, 32]}, {"scale": 0.5, "flip": True, "valid_range": [48, None]}],
-            "[48, None] of views[1] (scale 0.5, flip) leave objects of 32 to 48 pixels to nobody",
+            "leave objects of 32 to 48 pixels to none of views[0] (scale 1), views[1] (scale 0.5, flip)",
         ),
         (
             [{"tile": 31}],

@@ -1,6 +1,5 @@
 """Steps of a detector between its technique and a Trainer: losses, average precision, pictures, predictions."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
@@ -24,6 +23,7 @@ from zoo.common.ranges import check_ranges
 from zoo.common.results import named_detections
 from zoo.common.seeding import differ_between_ranks
 from zoo.detection import detections
+from zoo.detection.batch import image_id_of, images_and_sizes
 from zoo.detection.cells import Cells
 from zoo.detection.maps import Maps
 from zoo.detection.metrics import TotalLosses, in_words
@@ -188,7 +188,7 @@ class Detector(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, Lig
     @torch.no_grad()
     def pictures(self, batch: Any) -> dict[str, Tensor]:
         """Images (B, 3, h, w) in [0, 1] with what is detected in them, and thin, where it is known, what is there."""
-        images, sizes, originals = _images_and_sizes(batch)
+        images, sizes, originals = images_and_sizes(batch)
         classes = self.classes or names_of(getattr(self._trainer, "datamodule", None))
         targets = self._own(batches.images_and_targets(batch)[1]) if batches.has_targets(batch) else None
         found = self.detect(images, sizes, originals)
@@ -231,7 +231,7 @@ class Detector(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, Lig
 
     def evaluation_step(self, batch: Any, batch_idx: int, dataloader_idx: int, stage: str) -> None:
         images, targets = self._checked(batch, 0)  # the metric looks at all values, too
-        _, sizes, originals = _images_and_sizes(batch)
+        _, sizes, originals = images_and_sizes(batch)
         maps = self(images)
         loaders.metric(self, f"{stage}_losses", dataloader_idx).update(self.loss_sums(maps, targets))
         true = [
@@ -267,8 +267,8 @@ class Detector(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, Lig
                 low, high = labels.min().item(), labels.max().item()
                 if low < 0 or high >= classes:
                     raise ValueError(
-                        f"label {low if low < 0 else high} of sample {_own_id(target, i)} is out of range: num_classes "
-                        f"is {classes}, labels run from 0"
+                        f"label {low if low < 0 else high} of sample {image_id_of(target, i)} is out of range: "
+                        f"num_classes is {classes}, labels run from 0"
                     )
         return images, self._own(targets)
 
@@ -291,10 +291,10 @@ class Detector(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, Lig
         return fixed_nms(*candidates, sizes, hp.score_threshold, hp.nms_threshold, hp.max_detections)
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
-        images, sizes, originals = _images_and_sizes(batch)
+        images, sizes, originals = images_and_sizes(batch)
         found: list[dict[str, Any]] = list(self.detect(images, sizes, originals))
         for detection, about in zip(found, batches.about_images(batch), strict=True):
-            if (image_id := _own_id(about)) is not None:  # a number, or a text
+            if (image_id := image_id_of(about)) is not None:  # a number, or a text
                 detection["image_id"] = image_id
         return found
 
@@ -309,27 +309,6 @@ class Detector(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, Lig
         )
         milestones = tuple(hp.milestones) if hp.schedule == "steps" else None
         return optim.lightning_schedule(self, optimizer, hp.warmup_epochs, hp.min_lr, milestones=milestones)
-
-
-def _images_and_sizes(batch: Any) -> tuple[Tensor, list[tuple[int, int]], list[tuple[int, int]]]:
-    """Images, and the (height, width) of each before padding and before resizing, where the batch says so."""
-    images, about = batches.images(batch), batches.about_images(batch)  # also where there are sizes, but no boxes
-    whole = (images.shape[2], images.shape[3])
-    sizes = [_pair(each.get("size", whole)) for each in about]
-    return images, sizes, [_pair(each.get("orig_size", size)) for each, size in zip(about, sizes, strict=True)]
-
-
-def _own_id(about: Mapping[str, Any], otherwise: int | None = None) -> Any:
-    """An image's ``image_id``, out of a tensor or an array of one; its number where it has none."""
-    image_id = about.get("image_id")
-    if image_id is None:
-        return otherwise
-    return image_id.item() if hasattr(image_id, "item") and math.prod(image_id.shape) == 1 else image_id
-
-
-def _pair(size: Any) -> tuple[int, int]:
-    height, width = size.tolist() if isinstance(size, Tensor) else size
-    return int(height), int(width)
 
 
 def batch_norms(module: nn.Module) -> list[_BatchNorm]:

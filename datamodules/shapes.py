@@ -22,9 +22,10 @@ from datamodules.reading.listing import Split
 from datamodules.reading.shape_images import CLASSES, Boxes, ShapeSettings, render
 from datamodules.transforms.detection import Target
 
-Preset = Literal["easy", "default", "hard", "tiny", "huge"]
+Preset = Literal["easy", "default", "hard", "tiny", "huge", "aerial"]
 
-# By preset, the knobs that differ from ShapeSettings' own; the size of "huge" is a share of the image's side.
+# By preset, the knobs that differ from ShapeSettings' own; the size of "huge" is a share of the image's side, and the
+# objects of "aerial" are those of 1024 pixels squared.
 PRESETS: dict[str, dict[str, Any]] = {
     "easy": {
         "min_size": 16.0,
@@ -47,6 +48,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "tiny": {"max_size": 16.0, "max_objects": 16},
     "huge": {"min_size": 0.4, "max_objects": 3, "occlusion": 0.6},
+    "aerial": {
+        "min_size": 10.0,
+        "max_size": 14.0,
+        "min_objects": 16,
+        "max_objects": 48,
+        "occlusion": 0.0,
+        "patch_size": 128,
+    },
 }
 
 HIDDEN = 0.4
@@ -126,10 +135,12 @@ class ShapesDetectionDataModule(DetectionDataModule):
     40 % is visible are marked as ``iscrowd``. For the keys of a target see :class:`ShapeSamples`.
 
     Args:
-        preset: Sets the knobs from ``min_size`` to ``rotation``; one that is given all the same wins.
+        preset: Sets the knobs from ``min_size`` to ``patch_size``; one that is given all the same wins.
             ``easy``: up to 4 upright shapes of one colour each, from 16 pixels on, side by side on a plain background;
             ``default``: as those below say; ``hard``: up to 16, turned and stretched, textures and clutter strong,
-            contrast low; ``tiny``: up to 16, 8 to 16 pixels; ``huge``: up to 3, 0.4 to 0.8 of the image's side.
+            contrast low; ``tiny``: up to 16, 8 to 16 pixels; ``huge``: up to 3, 0.4 to 0.8 of the image's side;
+            ``aerial``, for large images: 16 to 48 in each 1024 pixels squared, so that one of 4096 pixels has 256 to
+            768, 10 to 14 pixels, none hidden, on patches of 128 pixels, each like a default image's background.
         image_size: Side S of the images in pixels, from 32 on.
         train_size: Number of training images.
         val_size: Number of validation images.
@@ -143,16 +154,19 @@ class ShapesDetectionDataModule(DetectionDataModule):
         shapes: How many of the classes there are, 3 to 6.
         min_size: The smallest size (8).
         max_size: The largest size (0.8 S, or 256 if that is less).
-        max_objects: Each image has 1 to this many, fewer where there is no room (8).
+        max_objects: Each image has up to this many, fewer where there is no room (8).
         occlusion: How much of a shape others may hide, from 0 to 1 (1).
         texture: How far a texture departs from its mean, from 0 to 1 (0.18).
-        clutter: Each image has 0 to this many line segments (6).
+        clutter: Each image has 0 to this many line segments (6), or each patch where there are several.
         contrast: How far a shape's colour is at least from the mean of what it covers, in one of red, green and blue,
             from 0 to 0.5 (0.25).
         aspect: Shapes are stretched, to a ratio of sides of up to this (1.5).
         rotation: They are turned by up to this many degrees either way (20).
         cache_mb: How much memory each split's images may take that are kept once they are rendered, in each process
             that renders. Images beyond it are rendered each time.
+        min_objects: Each image has this many objects or more, as far as there is room (1).
+        patch_size: Side in pixels of the squares that the background is made of, each of a colour and with line
+            segments of its own (the image's side).
         mean: Mean of each channel, of images in [0, 1]; the training pixels' unless given.
         std: Standard deviation of each channel, likewise.
         options: See :class:`datamodules.detection.DetectionDataModule`. What changes the size of an image also brings
@@ -186,6 +200,8 @@ class ShapesDetectionDataModule(DetectionDataModule):
         rotation: float | None = None,
         cache_mb: int = 512,
         *,
+        min_objects: int | None = None,
+        patch_size: int | None = None,
         mean: tuple[float, ...] = (0.5, 0.5, 0.5),
         std: tuple[float, ...] = (0.23, 0.23, 0.23),
         **options: Unpack[BoxOptions],
@@ -203,10 +219,17 @@ class ShapesDetectionDataModule(DetectionDataModule):
             "contrast": contrast,
             "aspect": aspect,
             "rotation": rotation,
+            "min_objects": min_objects,
+            "patch_size": patch_size,
         }
         chosen = {"max_size": min(256.0, 0.8 * image_size)} | PRESETS[preset]
         if preset == "huge":
             chosen["min_size"] *= image_size
+        if preset == "aerial":
+            for name in ("min_objects", "max_objects"):
+                chosen[name] = min(max(1, round(chosen[name] * (image_size / 1024) ** 2)), 1000)
+            if max_objects is not None:
+                chosen["min_objects"] = min(chosen["min_objects"], max_objects)
         chosen |= {name: value for name, value in knobs.items() if value is not None}
         self.settings = ShapeSettings(image_size=image_size, shapes=shapes, boxes=boxes, **chosen)
         self.train_settings = self.settings

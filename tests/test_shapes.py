@@ -423,6 +423,68 @@ def test_max_objects_is_reached_and_not_exceeded():
     assert max(counts) == 5
 
 
+def test_min_objects_is_reached():
+    counts = [len(scene.labels) for scene in scenes(100, min_objects=3, max_objects=5, max_size=16.0)]
+    assert np.bincount(counts, minlength=6)[3:].min() > 20
+    assert (min(counts), max(counts)) == (3, 5)
+
+
+def test_a_background_is_of_patches():
+    """One as large as the image is the image's own background; smaller ones have a colour each."""
+
+    def apart(patch_size: int | None, inner: slice, outer: slice) -> float:
+        """How far the colours of two opposite corners are apart, in their best channel. Median over images."""
+        found = scenes(30, max_objects=1, max_size=12.0, clutter=0, patch_size=patch_size)
+        images = [np.median(np.stack([s.image[inner, inner], s.image[outer, outer]]), axis=(1, 2)) for s in found]
+        return float(np.median([np.abs(np.diff(colors, axis=0)).max() for colors in images]))
+
+    for whole, same in zip(scenes(5), scenes(5, patch_size=64), strict=True):
+        assert np.array_equal(whole.image, same.image)
+    assert apart(None, slice(16), slice(48, None)) < 40
+    assert apart(32, slice(16), slice(48, None)) > 60
+    assert apart(48, slice(16), slice(48, None)) > 60
+    assert apart(48, slice(16), slice(32, 48)) < 40
+    assert apart(200, slice(16), slice(48, None)) < 40
+
+
+def test_aerial_images_have_hundreds_of_objects_on_a_background_as_a_small_image_has():
+    sizes_of, densities = [], []
+    for side in (512, 2048):
+        module = data(preset="aerial", image_size=side)
+        found = [render(module.settings, 0, index) for index in range(2048 // side)]
+        densities += [len(scene.labels) * (1024 / side) ** 2 for scene in found]
+        sizes_of += np.sqrt(of_all("area", found)).tolist()
+        assert of_all("visible", found).min() == 1
+        for scene in found:
+            patches = scene.image.reshape(side // 128, 128, side // 128, 128, 3).astype(np.float32)
+            assert patches.std(axis=(1, 3)).mean() < 0.6 * scene.image.std(axis=(0, 1)).mean()
+    assert 14 <= min(densities) < max(densities) <= 50
+    assert 11 < np.median(sizes_of) < 13
+    assert np.quantile(sizes_of, 0.05) > 9
+    assert np.quantile(sizes_of, 0.95) < 17
+    counts = {size: data(preset="aerial", image_size=size).settings for size in (128, 1024, 4096, 8192)}
+    found = {size: (settings.min_objects, settings.max_objects) for size, settings in counts.items()}
+    assert found == {128: (1, 1), 1024: (16, 48), 4096: (256, 768), 8192: (1000, 1000)}
+    assert data(preset="aerial", image_size=4096, max_objects=100).settings.min_objects == 100
+
+
+def test_placing_looks_only_at_the_objects_below(monkeypatch):
+    """Of 1000 objects each is asked for its pixels a few times, not by each that comes after it."""
+    asked = 0
+
+    class Counted(shape_images._Placed):
+        @property
+        def pixels(self) -> int:
+            nonlocal asked
+            asked += 1
+            return self[4]
+
+    monkeypatch.setattr(shape_images, "_Placed", Counted)
+    thousand = {"min_objects": 1000, "max_objects": 1000, "min_size": 8.0, "max_size": 12.0}
+    assert len(render(ShapeSettings(image_size=1024, **thousand), 0, 0).labels) > 900
+    assert 3000 < asked < 10_000
+
+
 @pytest.mark.parametrize("shapes", [3, 4, 5, 6])
 def test_shapes_is_the_number_of_classes(shapes):
     assert set(of_all("labels", scenes(100, shapes=shapes))) == set(range(shapes))
@@ -462,6 +524,9 @@ def test_aspect_stretches_and_rotation_turns():
         ({"shapes": 2}, "shapes is 2: expected 3 to 6, of disc, square, triangle, ring, plus, star"),
         ({"shapes": 7}, "shapes is 7: expected 3 to 6"),
         ({"max_objects": 0}, "max_objects is 0: expected 1 to 1000"),
+        ({"min_objects": 0}, "min_objects is 0: expected 1 to 8, the max_objects"),
+        ({"min_objects": 9}, "min_objects is 9: expected 1 to 8, the max_objects"),
+        ({"patch_size": 15}, "patch_size is 15: expected at least 16 pixels"),
         ({"clutter": -1}, "clutter is -1: expected 0 or more line segments"),
         ({"occlusion": 1.5}, "occlusion is 1.5: expected 0 to 1"),
         ({"texture": -0.1}, "texture is -0.1: expected 0 to 1"),

@@ -55,6 +55,8 @@ class ShapeSettings:
     aspect: float = 1.5
     rotation: float = 20.0
     boxes: Boxes = "amodal"
+    min_objects: int = 1
+    patch_size: int | None = None
     without: tuple[float, float] | None = None
     """A band of sizes in pixels, [low, high), that no object's size lies in, nor the root of its box's area."""
 
@@ -71,6 +73,10 @@ class ShapeSettings:
             raise ValueError(f"shapes is {self.shapes}: expected 3 to {len(CLASSES)}, of {', '.join(CLASSES)}")
         if not 1 <= self.max_objects <= 1000:
             raise ValueError(f"max_objects is {self.max_objects}: expected 1 to 1000")
+        if not 1 <= self.min_objects <= self.max_objects:
+            raise ValueError(f"min_objects is {self.min_objects}: expected 1 to {self.max_objects}, the max_objects")
+        if self.patch_size is not None and self.patch_size < BLOCK:
+            raise ValueError(f"patch_size is {self.patch_size}: expected at least {BLOCK} pixels")
         if self.clutter < 0:
             raise ValueError(f"clutter is {self.clutter}: expected 0 or more line segments")
         for name, value, limit in (
@@ -110,9 +116,9 @@ def render(settings: ShapeSettings, seed: int, index: int) -> Scene:
     """Image number ``index``, in [0, 2**63), of the set that settings and seed describe."""
     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, index])))
     side = settings.image_size
-    image = _background(rng, side, settings.clutter)
+    image = _background(rng, side, settings.clutter, settings.patch_size or side)
     owner = np.full((side, side), -1, np.int16)
-    count = 1 + int(rng.random() * settings.max_objects)
+    count = settings.min_objects + int(rng.random() * (settings.max_objects - settings.min_objects + 1))
     placed: list[_Placed] = []
     left: list[int] = []  # pixels still to be seen, by object
     for size in sorted(_sizes(rng, settings, count), reverse=True):
@@ -123,12 +129,14 @@ def render(settings: ShapeSettings, seed: int, index: int) -> Scene:
             if shape.pixels < SMALLEST_MASK or _between(math.sqrt(shape.area), settings.without):
                 continue
             under = owner[shape.window][shape.mask]
-            hidden = np.bincount(under[under >= 0], minlength=len(placed))
-            if all(left[i] - hidden[i] >= (1 - settings.occlusion) * placed[i].pixels for i in range(len(placed))):
+            hidden = dict(np.stack(np.unique(under[under >= 0], return_counts=True), axis=1).tolist())
+            if all(left[i] - gone >= (1 - settings.occlusion) * placed[i].pixels for i, gone in hidden.items()):
                 break
         else:
             continue
-        left = [*(left - hidden).tolist(), shape.pixels]
+        for i, gone in hidden.items():
+            left[i] -= gone
+        left.append(shape.pixels)
         _paint(rng, image, shape, color, kind, settings)
         owner[shape.window][shape.mask] = len(placed)
         placed.append(shape)
@@ -237,8 +245,20 @@ def _star(across: np.ndarray, v: np.ndarray) -> np.ndarray:
     return across * (x / length) + up * (y / length) - STAR * y / length
 
 
-def _background(rng: np.random.Generator, side: int, clutter: int) -> np.ndarray:
-    """A colour in blocks of slightly different shades, pixel noise, and line segments. float32 (3, S, S)."""
+def _background(rng: np.random.Generator, side: int, clutter: int, patch: int) -> np.ndarray:
+    """Patches side by side, cut off at the image's right and lower edge. float32 (3, S, S)."""
+    if patch == side:
+        return _patch(rng, side, clutter)
+    image = np.empty((3, side, side), np.float32)
+    for top in range(0, side, patch):
+        for left in range(0, side, patch):
+            part = image[:, top : top + patch, left : left + patch]
+            part[:] = _patch(rng, patch, clutter)[:, : part.shape[1], : part.shape[2]]
+    return image
+
+
+def _patch(rng: np.random.Generator, side: int, clutter: int) -> np.ndarray:
+    """A colour in blocks of slightly different shades, pixel noise, and line segments. float32 (3, side, side)."""
     base = 0.2 + 0.6 * rng.random((3, 1, 1), dtype=np.float32)
     blocks = base + BLOCK_CONTRAST * _noise(rng, (3, -(-side // BLOCK), -(-side // BLOCK)))
     image = blocks.repeat(BLOCK, axis=1).repeat(BLOCK, axis=2)[:, :side, :side]
@@ -316,8 +336,11 @@ def _scene(image: np.ndarray, owner: np.ndarray, placed: list[_Placed], left: li
         shape.box if boxes == "amodal" else _box(owner[shape.window] == i, shape.window)
         for i, shape in enumerate(placed[j] for j in kept)
     ]
+    np.clip(image, 0, 1, out=image)  # in place: of a large image there may be no room for another one
+    image *= 255
+    image += 0.5
     return Scene(
-        image=(np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8).transpose(1, 2, 0),
+        image=image.astype(np.uint8).transpose(1, 2, 0),
         boxes=np.array(found, np.float32).reshape(-1, 4),
         labels=np.array([placed[i].label for i in kept], np.int64),
         visible=np.array([left[i] / placed[i].pixels for i in kept], np.float32),

@@ -322,11 +322,12 @@ def _first(joined: Tensor, numbers: Tensor, none: int) -> Tensor:
 def _held(boxes: Tensor, scores: Tensor, labels: Tensor, whole: dict[str, Tensor], threshold: float) -> Tensor:
     """Cut boxes, as a mask (n,), in whose place a whole detection of their class stands; :func:`merge` says when."""
     held = torch.zeros_like(labels, dtype=torch.bool)
-    for some in torch.arange(len(boxes), device=boxes.device).split(BLOCK):
-        for other in torch.arange(len(whole["boxes"]), device=boxes.device).split(BLOCK):
-            cut, holder = boxes[some, None], whole["boxes"][other]
-            common, better = _common(cut, holder), whole["scores"][other] >= scores[some, None]
-            areas = _area(cut).where(~better, _area(cut).minimum(_area(holder)))
-            joined = (common / areas).double() > threshold
-            held[some] |= (joined & (whole["labels"][other] == labels[some, None])).any(1)
+    for label in labels.unique():
+        holders = (whole["labels"] == label).nonzero()[:, 0].split(BLOCK)
+        for some in (labels == label).nonzero()[:, 0].split(BLOCK):
+            for other in holders:
+                cut, holder = boxes[some, None], whole["boxes"][other]
+                common, better = _common(cut, holder), whole["scores"][other] >= scores[some, None]
+                areas = _area(cut).where(~better, _area(cut).minimum(_area(holder)))
+                held[some] |= ((common / areas).double() > threshold).any(1)
     return held

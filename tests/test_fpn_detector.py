@@ -284,6 +284,8 @@ def layout(**options) -> Any:
 
 TWO: dict[str, Any] = {"views": [{}, {"scale": 0.5}]}
 TILES = {"levels": (3, 4), "views": [{"tile": 32}]}
+DILATABLE = {"backbone": "test_byobnet"}  # test_resnet has no convolution of stride 1 in its stage of stride 16
+TRIDENT = DILATABLE | {"trident": True}
 MATTERS = {
     "backbone": (shapes, {}, {"backbone": "test_convnext"}),
     "num_classes": (shapes, {}, {"num_classes": 4}),
@@ -313,6 +315,11 @@ MATTERS = {
     "norm_eps": (lambda **options: small(**options).backbone.bn1.eps, {}, {"norm_eps": 1e-3}),
     "frozen_stages": (trained, {}, {"frozen_stages": 2}),
     "grad_checkpointing": (lambda **options: recomputed(**options), {}, {"grad_checkpointing": True}),
+    "trident": (lambda **options: small(**options)(pictures(1)).logits.shape, DILATABLE, TRIDENT),
+    "dilations": (lambda **options: dilations(**options), DILATABLE, DILATABLE | {"dilations": [2]}),
+    "scale_aware": (losses, TRIDENT, TRIDENT | {"scale_aware": False}),
+    "valid_ranges": (losses, TRIDENT, TRIDENT | {"valid_ranges": [(0, 20), (10, 40), (30, None)]}),
+    "branch": (detections, TRIDENT, TRIDENT | {"branch": 1}),
     "channels_last": (layout, {}, {"channels_last": False}),
     "optimizer": (rates, {}, {"optimizer": "adamw"}),
     "lr": (rates, {}, {"lr": 2e-3}),
@@ -343,6 +350,10 @@ def passes(**options) -> list[int]:
     module.register_forward_hook(lambda _, images, maps: seen.append(len(images[0])))
     module.detect(pictures(1))
     return seen
+
+
+def dilations(**options) -> list[Any]:
+    return [part.dilation for part in small(**options).backbone.modules() if isinstance(part, nn.Conv2d)]
 
 
 def values(**options) -> float:

@@ -28,8 +28,9 @@ from zoo.detection.cells import Cells
 from zoo.detection.maps import Maps
 from zoo.detection.metrics import TotalLosses, in_words
 from zoo.detection.peers import random_targets
-from zoo.detection.postprocessing import Candidates, fixed_nms, to_original
+from zoo.detection.postprocessing import Candidates, fixed_nms, in_range, to_original
 from zoo.detection.scale.merging import Merge
+from zoo.detection.scale.trident import Branches, check_same_branches
 from zoo.detection.scale.views import Cost, cost, pad_multiple, parse_views
 from zoo.metrics.average_precision import CocoAveragePrecision
 from zoo.sharding import Shardable
@@ -68,6 +69,7 @@ class Detector(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, Lig
     neck: Any
     pruned: Any
     strides: tuple[float, ...]
+    trident: Branches | None
 
     def finish(self, weights: str | None) -> None:
         """Ends the constructor: views, metrics and logs, weights to start from, the order in memory, compilation."""
@@ -87,6 +89,8 @@ class Detector(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, Lig
     def features(self, images: Tensor) -> list[Tensor]:
         """The maps (B, channels, h, w) that the head reads, finest first, of images (B, C, H, W).
 
+        With TridentNet they are (branches * B, channels, h, w), see :attr:`branches`.
+
         Raises:
             ValueError: For images with other channels than ``in_channels``.
         """
@@ -95,7 +99,15 @@ class Detector(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, Lig
             raise ValueError(f"images are {tuple(images.shape)}: expected (B, {channels}, H, W), by in_channels")
         if self.hparams.channels_last:
             images = images.to(memory_format=torch.channels_last)
-        return self.neck(self.maps(self.backbone, images))
+        maps = self.maps(self.backbone, images)
+        return self.neck(
+            maps if self.trident is None else self.trident.repeated(maps, self.maps.levels, images.shape[0])
+        )
+
+    @property
+    def branches(self) -> tuple[int, ...]:
+        """Numbers of the branches whose maps a batch has now, one behind the other; (0,) without TridentNet."""
+        return (0,) if self.trident is None else self.trident.running()
 
     def detect(
         self,
@@ -184,6 +196,10 @@ class Detector(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, Lig
             if self.hparams.freeze_norm or (module.weight is not None and not module.weight.requires_grad):
                 module.eval()
         return self
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        check_same_branches(self.hparams, checkpoint)
+        super().on_load_checkpoint(checkpoint)
 
     @torch.no_grad()
     def pictures(self, batch: Any) -> dict[str, Tensor]:
@@ -287,8 +303,8 @@ class Detector(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, Lig
         hp = self.hparams
         if hp.views is not None or hp.merge != "nms":
             raise ValueError("views and merge are no part of an exported file: set hparams.views to None, merge to nms")
-        candidates = self.candidates(self(images), sizes)
-        return fixed_nms(*candidates, sizes, hp.score_threshold, hp.nms_threshold, hp.max_detections)
+        candidates = in_range(self.candidates(self(images), sizes), sizes)
+        return fixed_nms(*candidates[:3], sizes, hp.score_threshold, hp.nms_threshold, hp.max_detections)
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         images, sizes, originals = images_and_sizes(batch)

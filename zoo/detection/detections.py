@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import batched_nms
 
-from zoo.detection.postprocessing import Candidates, non_maximum_suppression, to_original
+from zoo.detection.postprocessing import Candidates, in_range, non_maximum_suppression, to_original
 from zoo.detection.scale import merging
 from zoo.detection.scale.ranges import within
 from zoo.detection.scale.views import Crop, Layout, Size, View, lay_out, pad_multiple, parse_views, shows_as_given
@@ -79,11 +79,11 @@ def _detect_plain(
     detector: "Detector", maps: Any, sizes: Sequence[Size] | None, original_sizes: Sequence[Size] | None
 ) -> list[dict[str, Tensor]]:
     """Detections of one pass."""
-    sizes = [maps.image_size] * len(maps.boxes) if sizes is None else sizes
-    hp, candidates = detector.hparams, detector.candidates(maps, sizes)
+    sizes = [maps.image_size] * (len(maps.boxes) // len(maps.branches)) if sizes is None else sizes
+    hp, candidates = detector.hparams, in_range(detector.candidates(maps, sizes), sizes, original_sizes)
     found = [
         non_maximum_suppression(boxes, scores, labels, size, hp.score_threshold, hp.nms_threshold, hp.max_detections)
-        for boxes, scores, labels, size in zip(*candidates, sizes, strict=True)
+        for boxes, scores, labels, size in zip(*candidates[:3], sizes, strict=True)
     ]
     if original_sizes is not None:
         for detection, size, original in zip(found, sizes, original_sizes, strict=True):
@@ -214,6 +214,8 @@ def _in_original(
         boxes = torch.stack([ends[..., 0] - x2, y1, ends[..., 0] - x1, y2], -1)
     boxes = boxes * factor + corner
     counts &= within(boxes, *view.valid_range)
+    if found.ranges is not None:
+        counts &= within(boxes, *found.ranges.unbind(1))
     sides = (boxes[..., 2:] - boxes[..., :2]).repeat(1, 1, 2)
     cut = ((boxes - border).abs() <= NEAR * sides).any(-1)
     images = torch.tensor([crop.image for crop in crops], device=boxes.device)[:, None].expand_as(counts)

@@ -28,6 +28,8 @@ from zoo.detection.necks import ExtraFrom, Neck
 from zoo.detection.peers import PEERS
 from zoo.detection.postprocessing import Candidates, pre_nms_top_k
 from zoo.detection.scale.merging import Merge
+from zoo.detection.scale.ranges import Range
+from zoo.detection.scale.trident import by_image, original_scales
 
 HeadNorm = Literal["group", "none"]
 Normalizer = Literal["batch", "image"]
@@ -95,6 +97,17 @@ class FPNDetector(Detector):
         frozen_stages: Number of the backbone's first stages that are not trained, the stem being the first; their
             BatchNorm keeps its statistics.
         grad_checkpointing: Recompute the backbone in the backward pass: less memory, more time.
+        trident: TridentNet (Li et al. 2019): branches of the stage that gives level 4, with the same weights and other
+            dilations: see :mod:`zoo.detection.scale.trident`. Train it with ``freeze_norm``, as the paper, where the
+            backbone begins with weights.
+        dilations: Of each branch. None: (1, 2, 3). Without ``trident`` one number for the whole stage, as in the
+            paper's pilot study, or None for the backbone's own.
+        scale_aware: Whether each branch learns and detects objects of its valid range alone. False is how TridentNet
+            Fast is trained.
+        valid_ranges: For each branch the least and the greatest square root of an object's area, in pixels of the
+            original image; null: there is none. None: the paper's, [0, 90], [30, 160] and [90, null].
+        branch: The branch that alone is evaluated, at the cost of a network without branches, for objects of all sizes:
+            1 of three in TridentNet Fast. None: all, each within its range, and one NMS.
         channels_last: Keep images and weights in the memory order that convolutions are faster in.
         optimizer: Name of an optimizer of timm.
         lr: Learning rate, as it is used.
@@ -114,7 +127,9 @@ class FPNDetector(Detector):
     """
 
     # While a run goes on: they say how it is evaluated.
-    changeable: ClassVar = ("score_threshold", "nms_threshold", "max_detections", "views", "merge", "tiles_at_once")
+    changeable: ClassVar = (
+        *("score_threshold", "nms_threshold", "max_detections", "branch", "views", "merge", "tiles_at_once"),
+    )
     exports: ClassVar = {"detections": "exported_detections", "maps": "exported_maps"}
     sums: ClassVar = LossSums
     compiled: ClassVar = ("_local_loss", "_dense_loss")  # assignment and loss as one graph, the same for all sizes
@@ -151,6 +166,11 @@ class FPNDetector(Detector):
         norm_eps: float | None = None,
         frozen_stages: int = 0,
         grad_checkpointing: bool = False,
+        trident: bool = False,
+        dilations: Sequence[int] | None = None,
+        scale_aware: bool = True,
+        valid_ranges: Sequence[Range] | None = None,
+        branch: int | None = None,
         channels_last: bool = True,
         optimizer: str = "sgd",
         lr: float = 0.01,
@@ -202,7 +222,7 @@ class FPNDetector(Detector):
         features = self.features(images)
         logits, boxes, centerness = self.head(features)
         shapes = tuple((each.shape[2], each.shape[3]) for each in features)
-        return DenseMaps(logits, boxes, centerness, shapes, (images.shape[2], images.shape[3]))
+        return DenseMaps(logits, boxes, centerness, shapes, (images.shape[2], images.shape[3]), self.branches)
 
     def loss(self, maps: DenseMaps, targets: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """The losses of a batch, float32 scalars; training descends their sum.
@@ -234,6 +254,9 @@ class FPNDetector(Detector):
         outputs = (maps.logits, maps.boxes, maps.centerness)
         cells, padded = self.cells(maps), pad_targets(targets, maps.logits.device)
         padded = padded._replace(labels=self.label_watch(self, padded.labels, self.hparams.num_classes))
+        if self.trident is not None:
+            scales = original_scales(targets, maps.image_size, maps.logits.device)
+            padded = self.trident.targets(padded, scales, maps.branches)
         if self.compiled[0] in self.__dict__:
             mark_sizes(outputs, cells, padded)
         return outputs, cells, padded, parts_of_a_batch(cells, padded)
@@ -255,12 +278,16 @@ class FPNDetector(Detector):
         return make_cells(self.hparams.head, shapes, self.strides, image_size, self.hparams.anchors, device)
 
     def exported_maps(self, images: Tensor) -> dict[str, Tensor]:
-        """Raw predictions: ``logits`` (B, N, K), ``boxes`` (B, N, 4), and ``centerness`` (B, N) where there is one."""
+        """Raw predictions: ``logits`` (B, N, K), ``boxes`` (B, N, 4), and ``centerness`` (B, N) where there is one.
+
+        Of branches each has its N, one branch behind the other.
+        """
         maps = self(images)
         found = {"logits": maps.logits, "boxes": maps.boxes, "centerness": maps.centerness}
-        return {name: each for name, each in found.items() if each is not None}
+        return {name: by_image(each, len(maps.branches)) for name, each in found.items() if each is not None}
 
     def candidates(self, maps: DenseMaps, sizes: Any = None) -> Candidates:
         """The candidates of :func:`zoo.detection.postprocessing.pre_nms_top_k`, whatever sizes the images have."""
         outputs = (maps.logits, maps.boxes, maps.centerness)
-        return pre_nms_top_k(self.hparams.head, *outputs, self.cells(maps), self.hparams.top_candidates)
+        found = pre_nms_top_k(self.hparams.head, *outputs, self.cells(maps), self.hparams.top_candidates)
+        return found if self.trident is None else self.trident.candidates(found, maps.branches)

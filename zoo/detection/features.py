@@ -9,10 +9,11 @@ from zoo.detection.base import Detector, batch_norms
 from zoo.detection.checks import check_levels
 from zoo.detection.maps import Maps, create_pyramid_backbone, freeze_stages
 from zoo.detection.necks import Extra, create_neck
+from zoo.detection.scale.trident import create_branches
 
 
 def build_features(detector: Detector, backbone: str | nn.Module, levels: tuple[int, int], extra_from: Extra) -> None:
-    """Gives a detector its ``backbone``, ``maps``, ``neck`` and ``strides``, as its hyperparameters say.
+    """Gives a detector its ``backbone``, ``maps``, ``trident``, ``neck`` and ``strides``, as its hyperparameters say.
 
     What is frozen is so afterwards, and the detector in the mode in which Lightning trains.
 
@@ -23,13 +24,14 @@ def build_features(detector: Detector, backbone: str | nn.Module, levels: tuple[
         extra_from: See :class:`zoo.detection.necks.FPN`.
 
     Raises:
-        ValueError: For levels that backbone or neck do not have.
+        ValueError: For levels that backbone or neck do not have, and for branches that it cannot have.
     """
     hp: Any = detector.hparams
     check_levels(levels, hp.neck)
     detector.backbone = create_pyramid_backbone(backbone, hp.in_channels, hp.image_size)
     detector.maps = Maps(detector.backbone, levels)
     detector.pruned = detector.maps.pruned
+    detector.trident = create_branches(hp, detector.backbone, detector.maps)
     if hp.neck == "single" and levels[0] not in detector.maps.levels:
         raise ValueError(f"levels are {list(levels)}: the one map of {name_of(backbone)} is level 4, take [4, 4]")
     detector.neck = create_neck(hp.neck, detector.maps, hp.channels, levels, extra_from)

@@ -18,6 +18,8 @@ class DenseMaps(NamedTuple):
         centerness: (B, N) logits, or None.
         shapes: (rows, columns) of each level's map.
         image_size: (H, W) of the images.
+        branches: Numbers of TridentNet's branches that the batch is of, the images of one behind those of another;
+            one without.
     """
 
     logits: Tensor
@@ -25,6 +27,7 @@ class DenseMaps(NamedTuple):
     centerness: Tensor | None
     shapes: tuple[tuple[int, int], ...]
     image_size: tuple[int, int]
+    branches: tuple[int, ...] = (0,)
 
 
 class ConvNormAct(nn.Module):

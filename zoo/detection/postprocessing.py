@@ -12,6 +12,7 @@ from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from zoo.detection.cells import Cells, Head
 from zoo.detection.losses import decode
+from zoo.detection.scale.ranges import within
 
 
 class Candidates(NamedTuple):
@@ -21,11 +22,14 @@ class Candidates(NamedTuple):
         boxes: (B, n, 4) xyxy in pixels of these images, float32.
         scores: (B, n).
         labels: (B, n) int64.
+        ranges: (n, 2): the least and the greatest size that a detection may have, as in
+            :mod:`zoo.detection.scale.ranges`. None: each may be of every size.
     """
 
     boxes: Tensor
     scores: Tensor
     labels: Tensor
+    ranges: Tensor | None = None
 
 
 def pre_nms_top_k(
@@ -58,6 +62,30 @@ def pre_nms_top_k(
         start += cells_of_level
     all_boxes, all_scores, all_labels = zip(*found, strict=True)
     return Candidates(torch.cat(all_boxes, 1), torch.cat(all_scores, 1), torch.cat(all_labels, 1))
+
+
+def in_range(candidates: Candidates, sizes: Any, original_sizes: Any = None) -> Candidates:
+    """Candidates of which those out of their range have the score 0, with which none is a detection.
+
+    Args:
+        candidates: Of a batch.
+        sizes: (B, 2) height and width that boxes end at.
+        original_sizes: The same before the images were resized. None: they were not.
+    """
+    if candidates.ranges is None:
+        return candidates
+    sizes = torch.as_tensor(sizes, dtype=torch.float32, device=candidates.boxes.device)
+    boxes = _clipped(candidates.boxes, sizes)
+    if original_sizes is not None:
+        scales = torch.as_tensor(original_sizes, dtype=torch.float32, device=sizes.device) / sizes
+        boxes = boxes * scales.flip(1).repeat(1, 2)[:, None]
+    kept = within(boxes, *candidates.ranges.unbind(1))
+    return candidates._replace(scores=candidates.scores.where(kept, 0), ranges=None)
+
+
+def _clipped(boxes: Tensor, sizes: Tensor) -> Tensor:
+    """Boxes (B, n, 4) that end with their images, of the sizes (B, 2) height and width."""
+    return boxes.clamp(min=0).minimum(sizes.flip(1).repeat(1, 2)[:, None].to(boxes.dtype))
 
 
 def non_maximum_suppression(
@@ -108,8 +136,7 @@ def fixed_nms(
         ``boxes`` (B, max_detections, 4), ``scores`` and ``labels`` (B, max_detections), best first, and ``count`` (B,),
         how many there are; behind them boxes and scores are 0, labels -1.
     """
-    ends = sizes.flip(1).repeat(1, 2)[:, None].to(boxes.dtype)
-    boxes = boxes.clamp(min=0).minimum(ends)
+    boxes = _clipped(boxes, sizes)
     above = (scores > score_threshold) & (boxes[..., 2:] > boxes[..., :2]).all(dim=2)
     # Side by side in memory, and none a view of another, which a loop in a graph may not have.
     left, top, right, bottom = (side.clone() for side in (boxes + _class_offsets(boxes, labels, above)).unbind(2))

@@ -35,6 +35,7 @@ class RegionMaps(NamedTuple):
         features: Maps (B, channels, h, w) of the levels.
         shapes: (rows, columns) of each.
         image_size: (H, W) of the images.
+        branches: See :class:`zoo.detection.DenseMaps`.
     """
 
     objectness: Tensor
@@ -42,6 +43,7 @@ class RegionMaps(NamedTuple):
     features: tuple[Tensor, ...]
     shapes: tuple[tuple[int, int], ...]
     image_size: tuple[int, int]
+    branches: tuple[int, ...] = (0,)
 
 
 class Proposals(NamedTuple):

@@ -1,6 +1,7 @@
 """TridentNet: its branches against plain dilated convolutions, on timm's networks, and as a detector that learns."""
 
 import copy
+import pickle
 from functools import partial
 from typing import Any
 
@@ -8,16 +9,34 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from test_fpn_detector import pictures
+from test_detection_parts import NeverWaits
+from test_fpn_detector import (
+    QUIET,
+    Gradients,
+    TrainsOnWhatItValidates,
+    fit,
+    loader,
+    pictures,
+    same_detections,
+    targets,
+)
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision import ops
 from torchvision.models import resnet50
 
 from zoo import FPNDetector
+from zoo._lightning import Trainer
+from zoo.cli.continuing import differences
 from zoo.common.cost import Blueprint
 from zoo.detection import pad_targets
 from zoo.detection.maps import Maps, create_pyramid_backbone
+from zoo.detection.postprocessing import Candidates, in_range
+from zoo.detection.scale.ranges import within
 from zoo.detection.scale.stage import dilate
 from zoo.detection.scale.trident import RANGES, SWAPPED, Branches, TridentConv2d, branch_out, original_scales
+from zoo.serving.loading import restored
 
 SMALL = {"backbone": "test_byobnet", "num_classes": 3, "channels": 16, "head_depth": 1, "image_size": 64}
 FITTING = [(0, 16), (8, 32), (24, None)]
@@ -26,7 +45,12 @@ FITTING = [(0, 16), (8, 32), (24, None)]
 
 def small(**options: Any) -> FPNDetector:
     torch.manual_seed(0)
-    return FPNDetector(**SMALL | {"trident": True, "valid_ranges": FITTING, "neck": "single"} | options)
+    module = FPNDetector(**SMALL | {"trident": True, "valid_ranges": FITTING, "neck": "single"} | options)
+    random_norms(module.backbone)
+    with torch.no_grad():
+        module.head.box_out.weight.mul_(30)  # boxes of many sizes
+        module.head.cls_out.weight.mul_(30)
+    return module
 
 
 def random_norms(network: nn.Module) -> nn.Module:
@@ -416,3 +440,388 @@ def test_sizes_are_those_in_the_original_image(kind):
     about = {"size": kind((100, 50)), "orig_size": kind((200, 150))}
     assert trained((10, 36, 40), **about) == [[10, 36], [36, 40], [40]]
     assert trained((45,), orig_size=kind((400, 400))) == [[45], [45], [45]]  # without a size: of the images given
+
+
+@pytest.mark.parametrize("head", ["fcos", "atss", "retinanet"])
+def test_losses_are_of_all_branches_each_with_its_own_objects(head):
+    """The sums of a batch are those of three detectors, each with one dilation, that know which objects are theirs."""
+    module = small(head=head, levels=(3, 5), neck="fpn").eval()
+    images, about = pictures(4), targets()
+    about[3] |= {"size": (64, 64), "orig_size": (128, 64)}
+    found = module.loss_sums(module(images), about)
+    assert found.positives.shape == (12,)
+    scales = original_scales(about, (64, 64), "cpu")
+    for branch, (low, high) in enumerate(FITTING):
+        plain = small(head=head, levels=(3, 5), neck="fpn", trident=False, valid_ranges=None, dilations=[branch + 1])
+        plain.load_state_dict(module.state_dict())
+        own = [
+            each | {"in_range": within(each["boxes"] * scale, low, high)}
+            for each, scale in zip(about, scales, strict=True)
+        ]
+        expected = plain.eval().loss_sums(plain(images), own)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one[4 * branch : 4 * branch + 4], other, rtol=1e-4, atol=1e-5)
+    assert found.positives.view(3, 4).sum(1).unique().numel() == 3  # not the same objects
+
+
+def test_objects_that_a_data_set_leaves_out_are_learned_by_no_branch():
+    target = {"boxes": squares(20, 20), "labels": torch.tensor([0, 1]), "in_range": torch.tensor([True, False])}
+    branches = Branches(nn.Identity(), (1, 2, 3), RANGES, {"branch": None})
+    found = branches.targets(pad_targets([target]), torch.ones(1), (0, 1, 2))
+    assert found.valid[:, :2].tolist() == [[True, False], [False, False], [False, False]]
+    assert found.unwanted[:, :2].tolist() == [[False, True], [True, True], [True, True]]
+
+
+@pytest.mark.parametrize(
+    "sizes", [{}, {"size": (64, 60), "orig_size": (640, 600)}, {"orig_size": torch.tensor([9, 9])}]
+)
+def test_a_training_step_waits_for_nothing(sizes):
+    module = small()
+    images, about = pictures(4), [each | sizes for each in targets()]
+    module.cells(module(images))  # once for each size of images
+    with NeverWaits():
+        losses = module.loss(module(images), about)
+        torch.stack(list(losses.values())).sum().backward()
+    assert all(parameter.grad is not None for parameter in module.parameters())
+
+
+# What is detected.
+
+
+def candidates(*sides: float) -> Candidates:
+    """Candidates of one image, the same of each of three branches, apart from each other and of falling scores."""
+    boxes = squares(*sides) + 400 * torch.arange(len(sides))[:, None]
+    scores = torch.linspace(0.9, 0.5, len(sides))
+    one = boxes[None], scores[None], torch.zeros(1, len(sides), dtype=torch.int64)
+    return Candidates(*(each.repeat(3, *[1] * (each.ndim - 1)) for each in one))
+
+
+def kept(found: Candidates, sizes: Any, originals: Any = None) -> list[list[float]]:
+    """Sides of what is left of the candidates of each branch, in pixels of the images."""
+    left = in_range(found, sizes, originals)
+    sides = (left.boxes[..., 2] - left.boxes[..., 0])[0].view(3, -1)
+    return [
+        [round(side, 1) for side, score in zip(*rows, strict=True) if score > 0]
+        for rows in zip(sides.tolist(), left.scores[0].view(3, -1).tolist(), strict=True)
+    ]
+
+
+def test_what_a_branch_finds_out_of_its_range_is_dropped():
+    branches = Branches(nn.Identity(), (1, 2, 3), RANGES, {"branch": None})
+    found = branches.candidates(candidates(5, 30, 90, 91, 160, 200), (0, 1, 2))
+    assert found.boxes.shape == (1, 18, 4)
+    whole = [(4000, 4000)]
+    assert kept(found, whole) == [[5, 30, 90], [30, 90, 91, 160], [90, 91, 160, 200]]
+    # Twice as wide and half as high: the same areas. Twice as large on both axes: half of the sides.
+    assert kept(found, whole, [(2000, 8000)]) == kept(found, whole)
+    assert kept(found, whole, [(8000, 8000)]) == [[5, 30], [30], [90, 91, 160, 200]]
+    # Boxes end with the image: of 200 pixels from 2010 on, 60 are left.
+    assert kept(found, [(2070, 2070)])[0] == [5, 30, 90, 200]
+    alone = Candidates(*(each[:1] for each in candidates(5, 30)[:3]))
+    assert branches.candidates(alone, (1,)).ranges is None  # a branch alone is to find all sizes
+    branches.ranges = None
+    assert branches.candidates(candidates(5, 30), (0, 1, 2)).ranges is None
+
+
+@torch.no_grad()
+def test_detections_are_those_of_all_branches_in_their_ranges_after_one_nms():
+    module = small(score_threshold=0.0, nms_threshold=0.3, max_detections=1000).eval()
+    images, sizes, originals = pictures(3), [(64, 64), (48, 64), (64, 40)], [(64, 64), (96, 128), (64, 40)]
+    found = module.detect(images, sizes, originals)
+    parts = []
+    for branch, (low, high) in enumerate(FITTING):
+        module.hparams.branch, module.hparams.nms_threshold = branch, 1.0
+        alone = module.detect(images, sizes, originals)
+        masks = [within(each["boxes"], low, high) for each in alone]
+        assert not all(mask.all() for mask in masks)
+        parts.append([{k: v[mask] for k, v in each.items()} for each, mask in zip(alone, masks, strict=True)])
+    for image, detections in enumerate(found):
+        boxes, scores, labels = (torch.cat([p[image][key] for p in parts]) for key in ("boxes", "scores", "labels"))
+        order = scores.argsort(descending=True, stable=True)
+        boxes, scores, labels = boxes[order], scores[order], labels[order]
+        chosen = ops.batched_nms(boxes, scores, labels, 0.3)
+        assert 0 < len(chosen) < len(boxes)
+        torch.testing.assert_close(detections["scores"], scores[chosen], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(detections["boxes"], boxes[chosen], rtol=1e-4, atol=1e-3)
+
+
+@torch.no_grad()
+def test_the_middle_branch_alone_is_a_network_without_branches():
+    module = small(branch=1, scale_aware=False, valid_ranges=None)
+    plain = small(trident=False, valid_ranges=None, dilations=[2])
+    assert list(plain.state_dict()) == list(module.state_dict())
+    plain.load_state_dict(module.state_dict())
+    module.eval(), plain.eval()
+    assert torch.equal(module(pictures(2)).logits, plain(pictures(2)).logits)
+    assert same_detections(module.detect(pictures(2)), plain.detect(pictures(2)))
+    operations = []
+    for each in (module, plain):
+        with Operations() as counted:
+            each(pictures(2))
+        operations.append(counted.names)
+    assert operations[0] == operations[1]  # at its cost: nothing is repeated, cut or put together
+    assert module.train()(pictures(2)).branches == (0, 1, 2)
+
+
+class Operations(TorchDispatchMode):
+    """The operations that are computed, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_exported_detections_and_maps_are_those_of_all_branches():
+    module = small(score_threshold=0.0, max_detections=20).eval()
+    images, sizes = pictures(2), [(64, 64), (40, 64)]
+    found, expected = module.exported_detections(images, torch.tensor(sizes)), module.detect(images, sizes)
+    for image, detections in enumerate(expected):
+        count = int(found["count"][image])
+        assert all(torch.equal(found[key][image, :count], detections[key]) for key in detections)
+    maps = module(images)
+    for name, value in module.exported_maps(images).items():
+        assert torch.equal(torch.cat(value.chunk(3, 1)), getattr(maps, name))
+
+
+def test_views_keep_the_ranges_of_branches():
+    """Of an image shown twice as large, objects are as large as they are in the original."""
+    module = small(score_threshold=0.0, nms_threshold=1.0, max_detections=10_000).eval()
+    module.hparams.valid_ranges = None
+    module.trident.ranges = ((0, 16), (1000, None), (1000, None))
+    (found,) = module.detect(pictures(1), views=[{"scale": 2.0}])
+    assert len(found["boxes"]) > 0
+    assert within(found["boxes"], 0, 16.01).all()
+
+
+def test_the_learned_weights_are_those_of_the_branches_together():
+    """The gradient of the weights is the sum of those of three networks, each of one dilation."""
+    conv = nn.Conv2d(4, 4, 3, padding=1).double()
+    stage = branched(Staged(conv).double()).stage
+    x = torch.randn(2, 4, 12, 12, dtype=torch.float64)
+    stage(x).square().sum().backward()
+    inside = stage[0].forward(x).relu()  # forward() alone repeats nothing
+    expected = torch.zeros_like(conv.weight)
+    for dilation in (1, 2, 3):
+        weight = conv.weight.detach().clone().requires_grad_()
+        F.conv2d(inside.detach(), weight, conv.bias, 1, dilation, dilation).square().sum().backward()
+        expected += weight.grad
+    torch.testing.assert_close(conv.weight.grad, expected)
+
+
+def test_receptive_fields_are_those_of_the_closed_form():
+    """Five 3x3 convolutions of dilation d see 1 + 10 d cells; the one of stride 2 before them doubles the steps."""
+    network = timm.create_model("resnet50d", channels=(4, 4, 4, 4), stem_width=4, num_classes=0).double().eval()
+    for each in network.layer3.parameters():
+        nn.init.ones_(each) if each.ndim == 1 else nn.init.constant_(each, 0.1)  # nothing is cut off by a ReLU
+    x = torch.ones(1, 16, 72, 72, dtype=torch.float64, requires_grad=True)
+    found = branched(network).layer3(x)
+    seen = []
+    for branch in range(3):
+        (gradient,) = torch.autograd.grad(found[branch, 0, 18, 18], x, retain_graph=True)
+        rows = gradient[0].sum((0, 2)).nonzero()
+        seen.append((rows.max() - rows.min() + 1).item())
+    assert seen == [(1 + 2 * 5 * dilation - 1) * 2 + 3 for dilation in (1, 2, 3)] == [23, 43, 63]
+
+
+# As a module of torch and Lightning.
+
+
+def gradients(module: FPNDetector) -> dict[str, Tensor]:
+    sum(module.loss(module(pictures(4)), targets()).values()).backward()
+    return {name: each.grad for name, each in module.named_parameters()}
+
+
+@pytest.mark.parametrize("name", ["test_byobnet", "test_convnext", "test_nfnet", "mobilenetv3_small_050"])
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_recomputed_activations_give_the_same_gradients(name, channels_last):
+    """timm calls the units of a stage one by one then, and not the stage."""
+    options = {"backbone": name, "levels": (3, 5), "neck": "fpn", "freeze_norm": True, "channels_last": channels_last}
+    plain, module = small(**options), small(**options, grad_checkpointing=True)
+    module.load_state_dict(plain.state_dict())
+    expected = gradients(plain)
+    for name, gradient in gradients(module).items():
+        if expected[name] is not None:
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_maps_keep_the_order_in_memory():
+    found: list[Tensor] = []
+    for channels_last in (True, False):
+        module = small(channels_last=channels_last)
+        (part,) = (part for part in module.backbone.modules() if isinstance(part, TridentConv2d))
+        part.register_forward_hook(lambda _, inputs, output: found.extend((inputs[0], output)))
+        module(pictures(2))
+    in_order = [each.is_contiguous(memory_format=torch.channels_last) for each in found]
+    assert in_order == [True, True, False, False]
+
+
+def test_timms_lists_of_features_have_branches():
+    network = random_norms(timm.create_model("test_byobnet"))
+    features = timm.create_model("test_byobnet", features_only=True)
+    features.load_state_dict(
+        {k.replace("stages.", "stages_"): v for k, v in network.state_dict().items()}, strict=False
+    )
+    ours, theirs = (small(backbone=each).eval() for each in (network, features))
+    theirs.neck, theirs.head = ours.neck, ours.head
+    expected = ours(pictures(2)).logits
+    assert expected.shape[0] == 6
+    torch.testing.assert_close(theirs(pictures(2)).logits, expected)
+
+
+def test_copies_have_branches_of_their_own():
+    module = small().eval()
+    expected = module(pictures(2)).logits
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert torch.equal(twin(pictures(2)).logits, expected)
+        twin.hparams.branch = 1
+        assert twin(pictures(2)).branches == (1,)
+        assert torch.equal(module(pictures(2)).logits, expected)
+        assert twin.trident.backbone is twin.backbone
+
+
+def test_a_frozen_norm_stays_frozen_and_all_branches_train_with_it():
+    module = small(freeze_norm=True, branch=1)
+    assert module(pictures(1)).branches == (0, 1, 2)
+    assert not any(part.training for part in module.backbone.modules() if isinstance(part, nn.BatchNorm2d))
+
+
+@pytest.mark.timeout(600)
+def test_a_compiled_loss_of_branches_is_one_graph_for_all_sizes():
+    torch._dynamo.reset()
+    plain, module = (small(backbone=Staged(nn.Conv2d(4, 4, 3, padding=1))) for _ in range(2))
+    module.load_state_dict(plain.state_dict())
+    counter = CompileCounterWithBackend("eager")
+    module.compile(fullgraph=True, backend=counter)
+    for images, height, width, most in ((2, 64, 96, 3), (3, 96, 64, 9), (2, 128, 64, 0), (4, 64, 64, 40)):
+        maps = plain(pictures(images, 128)[:, :, :height, :width])
+        true = [each | {"orig_size": (300, 200)} for each in targets([most, *[1] * (images - 1)])]
+        expected = plain.loss(maps, true)
+        for name, loss in module.loss(maps, true).items():
+            torch.testing.assert_close(loss, expected[name], rtol=1e-5, atol=1e-6)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_compiled_detector_with_branches_is_one_graph_each_for_training_and_a_branch_alone():
+    torch._dynamo.reset()
+    plain, module = (small(backbone=Staged(nn.Conv2d(4, 4, 3, padding=1)), branch=1) for _ in range(2))
+    module.load_state_dict(plain.state_dict())
+    counter = CompileCounterWithBackend("aot_eager")
+    module.compile(fullgraph=True, backend=counter)
+    expected = gradients(plain)
+    for name, gradient in gradients(module).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+    assert counter.frame_count == 2  # network and loss
+    torch.testing.assert_close(module.eval()(pictures(4)).logits, plain.eval()(pictures(4)).logits)
+    module.train()(pictures(4))
+    assert counter.frame_count == 3
+
+
+@pytest.mark.slow
+def test_two_processes_learn_as_one_with_all_of_their_objects():
+    for processes in (2, 1):
+        torch.manual_seed(0)
+        module = Gradients(**SMALL, neck="single", trident=True, valid_ranges=FITTING, freeze_norm=True)
+        several = {"devices": 2, "strategy": "ddp_fork", "use_distributed_sampler": True} if processes == 2 else {}
+        options = {"max_steps": 1, "limit_val_batches": 0} | several
+        Trainer(**QUIET | options).fit(module, loader((6, 1, 5, 0), batch_size=4 // processes))
+    expected = torch.load("gradients_1_0.pt")
+    for rank in range(2):
+        for name, value in torch.load(f"gradients_2_{rank}.pt").items():
+            if value is not None:
+                torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+# Checkpoints.
+
+
+TWO = {"dilations": (1, 2), "valid_ranges": [(0, 32), (16, None)]}
+PLAIN = {"trident": False, "valid_ranges": None}
+
+
+def test_checkpoints_come_back_with_their_branches(tmp_path):
+    module = small()
+    fit(module).save_checkpoint(tmp_path / "a.ckpt")
+    assert torch.load(tmp_path / "a.ckpt", weights_only=True)["hyper_parameters"]["trident"] is True
+    expected = module.eval().detect(pictures(2))
+    again = FPNDetector.load_from_checkpoint(tmp_path / "a.ckpt").eval()
+    content = torch.load(tmp_path / "a.ckpt", weights_only=True) | {"module": "zoo.FPNDetector"}
+    torch.save(content, tmp_path / "b.ckpt")
+    for each in (again, restored(tmp_path / "b.ckpt")):
+        assert same_detections(each.detect(pictures(2)), expected)
+    fast = FPNDetector.load_from_checkpoint(tmp_path / "a.ckpt", branch=1).eval()
+    assert fast(pictures(2)).branches == (1,)
+    for options, ours in ((TWO, r"2 branches of dilations \[1, 2\]"), (PLAIN, "no branches")):
+        message = (
+            rf"^the checkpoint is of a detector with 3 branches of dilations \[1, 2, 3\], and this one has {ours}$"
+        )
+        with pytest.raises(ValueError, match=message):
+            fit(small(**options), ckpt_path=tmp_path / "a.ckpt")
+        with pytest.raises(ValueError, match=message):
+            restored(tmp_path / "a.ckpt", small(**options))
+    fit(small(branch=1), ckpt_path=tmp_path / "a.ckpt", max_epochs=2)
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "goes"),
+    [
+        ({"dilations": [1, 2, 3]}, {}, True),
+        ({"dilations": [3, 2, 1]}, {}, False),
+        (PLAIN, PLAIN, True),
+        (PLAIN, {}, False),
+        (PLAIN | {"dilations": [2]}, PLAIN, False),
+        (PLAIN | {"dilations": [2]}, PLAIN | {"dilations": [2]}, True),
+        (PLAIN | {"dilations": [2]}, PLAIN | {"dilations": [3]}, False),
+        ({"branch": 1}, {"branch": 2}, True),
+    ],
+)
+def test_checkpoints_of_other_dilations_are_refused(there, here, goes):
+    content = {"hyper_parameters": dict(small(**there).hparams)}
+    module = small(**here)
+    if goes:
+        module.on_load_checkpoint(content)
+    else:
+        with pytest.raises(ValueError, match="^the checkpoint is of a detector with .*, and this one has .*"):
+            module.on_load_checkpoint(content)
+
+
+def test_checkpoints_from_before_branches():
+    old = dict(small(**PLAIN).hparams)
+    for name in ("trident", "dilations", "scale_aware", "valid_ranges", "branch"):
+        del old[name]
+    small(**PLAIN).on_load_checkpoint({"hyper_parameters": old})
+    small().on_load_checkpoint({"state_dict": {}})  # weights alone do not say
+    with pytest.raises(ValueError, match="detector with no branches, and this one has 3 branches"):
+        small().on_load_checkpoint({"hyper_parameters": old})
+
+
+def test_another_branch_is_the_same_run_and_other_dilations_are_not():
+    def settings(**options: Any) -> dict[str, Any]:
+        return {"model": {"class_path": "zoo.FPNDetector", "init_args": {"trident": True} | options}, "data": None}
+
+    now = settings(branch=1, dilations=[1, 2, 4])
+    assert differences(now, settings(branch=None, dilations=[1, 2, 4])) == []
+    assert differences(now, settings(branch=1)) == ["model.dilations is null there, [1, 2, 4] here"]
+
+
+@pytest.mark.parametrize("branch", [None, pytest.param(1, marks=pytest.mark.slow)])
+def test_it_learns_eight_images_by_heart(branch):
+    data = TrainsOnWhatItValidates(
+        preset="easy", image_size=64, train_size=8, val_size=8, test_size=8, batch_size=8, num_workers=0
+    )
+    options = {"optimizer": "adamw", "lr": 3e-3, "warmup_epochs": 5.0, "levels": (3, 5), "channels": 32, "neck": "fpn"}
+    fast = {"scale_aware": False, "valid_ranges": None, "branch": 1} if branch else {}
+    torch.manual_seed(0)
+    module = FPNDetector(
+        **SMALL | {"trident": True, "valid_ranges": FITTING} | options | fast | {"num_classes": data.num_classes}
+    )
+    trainer = Trainer(**QUIET, max_epochs=70, check_val_every_n_epoch=70, gradient_clip_val=10.0)
+    trainer.fit(module, datamodule=data)
+    assert trainer.callback_metrics["val/ap50"] > 0.95
+    assert trainer.callback_metrics["val/loss"] < 1

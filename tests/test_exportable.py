@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.export import Dim
 
-from zoo import EfficientNetClassifier, FPNDetector, GaussianVAE, GumbelVAE, MAEPretrainer, ViTClassifier
+from zoo import EfficientNetClassifier, FasterRCNN, FPNDetector, GaussianVAE, GumbelVAE, MAEPretrainer, ViTClassifier
 from zoo.common.exporting import Variant
 from zoo.detection.heads import DenseMaps
 from zoo.detection.postprocessing import fixed_nms, non_maximum_suppression
@@ -22,6 +22,11 @@ from zoo.detection.postprocessing import fixed_nms, non_maximum_suppression
 VIT = {"backbone": "vit_tiny_patch16_224", "width": 12, "depth": 1, "heads": 2, "image_size": (32, 48)}
 MAE = {"decoder_dim": 8, "decoder_depth": 1, "decoder_heads": 2}
 FPN = {"num_classes": 3, "channels": 8, "head_depth": 1, "levels": (3, 4), "image_size": (32, 48), "max_detections": 9}
+RCNN = {name: value for name, value in FPN.items() if name != "head_depth"} | {
+    "head_width": 8,
+    "pre_nms_top_k": (40, 40),
+    "post_nms_top_k": (20, 20),
+}
 MLP = {"latents": 3, "image_size": (8, 12), "hidden": (8,)}
 CONV = {"latents": (3, 4), "image_size": (12, 16), "network": "conv", "width": 8, "blocks": 1}
 ROTARY = {"backbone": "vit_small_patch16_dinov3", "width": 24, "depth": 1, "heads": 2}
@@ -79,6 +84,7 @@ SLOWER = {
         "detections",
     ),
     "ViTDet": (lambda: FPNDetector("test_vit", **FPN | {"in_channels": 1}), "detections"),
+    "Faster R-CNN": (lambda: FasterRCNN("test_resnet", **RCNN), "detections"),
 }
 MODULES = QUICK | SLOWER
 EACH = [*QUICK, *(pytest.param(name, marks=SLOW) for name in SLOWER)]
@@ -110,6 +116,9 @@ def randomized(module):
         for out in (module.head.cls_out, module.head.box_out):
             nn.init.normal_(out.weight, std=0.3)
         nn.init.constant_(module.head.cls_out.bias, -1.0)
+    elif isinstance(module, FasterRCNN):
+        for out in (module.rpn.cls_out, module.rpn.box_out, module.cls_out, module.box_out):
+            nn.init.normal_(out.weight, std=0.3)
     else:
         for parameter in module.parameters():
             if parameter.ndim == 2:

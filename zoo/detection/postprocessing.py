@@ -6,6 +6,7 @@ All of it is float32. In bfloat16 boxes of different classes, which are kept apa
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchvision.ops import batched_nms, clip_boxes_to_image
@@ -183,8 +184,8 @@ def _class_offsets(boxes: Tensor, labels: Tensor, above: Tensor) -> Tensor:
 
 def at_most(threshold: float) -> float:
     """The greatest float32 that is not above a threshold: torchvision compares float32 with float64."""
-    nearest = torch.tensor(threshold, dtype=torch.float32)
-    return (nearest if nearest.item() <= threshold else nearest.nextafter(torch.tensor(-1.0))).item()
+    nearest = np.float32(threshold)  # no tensor: where nobody may wait, none is made of a number
+    return float(nearest if float(nearest) <= threshold else np.nextafter(nearest, np.float32(-1)))
 
 
 def repeat(condition: Callable[..., Tensor], step: Callable[..., Any], state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -34,17 +34,16 @@ def pool_regions(
     images, regions = boxes.shape[:2]
     number = torch.arange(images, device=boxes.device, dtype=torch.float32)[:, None, None].expand(-1, regions, 1)
     levels, dtype = region_levels(boxes, strides), features[0].dtype
-    with torch.autocast(boxes.device.type, enabled=False):
-        pooled = None
-        for level, (each, stride) in enumerate(zip(features, strides, strict=True)):
-            placed = boxes.float()
-            if len(features) > 1:
-                placed = torch.where((levels == level)[..., None], placed, -16.0 * stride)
-            rows = torch.cat([number, placed], -1).flatten(0, 1)
-            part = roi_align(each.float(), rows, resolution, 1 / stride, SAMPLES, aligned)
-            pooled = part if pooled is None else pooled + part
-        assert pooled is not None
-        return pooled.to(dtype)
+    pooled = None
+    for level, (each, stride) in enumerate(zip(features, strides, strict=True)):
+        placed = boxes.float()
+        if len(features) > 1:
+            placed = torch.where((levels == level)[..., None], placed, -16.0 * stride)
+        rows = torch.cat([number, placed], -1).flatten(0, 1)
+        part = roi_align(each.float(), rows, resolution, 1 / stride, SAMPLES, aligned)
+        pooled = part if pooled is None else pooled + part
+    assert pooled is not None
+    return pooled.to(dtype)
 
 
 def region_levels(boxes: Tensor, strides: Sequence[float]) -> Tensor:

@@ -1,5 +1,6 @@
 """Weights for FasterRCNN: torchvision's detects the same here, and backbones go where their stages are."""
 
+from collections import OrderedDict
 from functools import cache
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from safetensors.torch import load_file
 from test_detection_weights import (
     USED,
     assert_the_same_detections,
@@ -20,7 +22,7 @@ from test_detection_weights import (
 from torch import Tensor, nn
 from torchvision.models.detection import faster_rcnn, fasterrcnn_resnet50_fpn
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
-from torchvision.ops import FrozenBatchNorm2d
+from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from zoo import FasterRCNN, FPNDetector, weights
@@ -56,10 +58,10 @@ def randomize(model: Any) -> None:
         if name.endswith("bias") and "body" not in name:
             nn.init.normal_(parameter, std=0.1)
     rpn, heads = model.rpn.head, model.roi_heads
-    for layer in (rpn.conv[0][0], heads.box_head.fc6, heads.box_head.fc7):
+    for layer in (rpn.conv[0][0], *(layer for layer in heads.box_head.modules() if isinstance(layer, nn.Linear))):
         nn.init.kaiming_normal_(layer.weight)
     images, _ = model.transform(pictures())
-    features = model.backbone(images.tensors)
+    features = maps_of(model, images.tensors)
     scale(rpn.cls_logits, rpn.conv, list(features.values()), 0.0, 2.0)
     scale(rpn.bbox_pred, rpn.conv, list(features.values()), 0.0, 0.3)
     regions, _ = model.rpn(images, features)
@@ -69,6 +71,11 @@ def randomize(model: Any) -> None:
         factor = deviation / values.std(0)  # each output varies over the regions, around about 0
         layer.weight.mul_(factor[:, None])
         layer.bias.sub_(values.mean(0)).mul_(factor).add_(torch.randn_like(layer.bias), alpha=0.1)
+
+
+def maps_of(model: Any, images: Tensor) -> dict[str, Tensor]:
+    maps = model.backbone(images)
+    return {"0": maps} if isinstance(maps, Tensor) else maps
 
 
 @cache
@@ -88,7 +95,7 @@ def assert_parity(ours: FasterRCNN, theirs: Any, labels: list[int]) -> None:
     """Maps of all levels and detections, in pixels of the original images; ``labels``: what ours are there."""
     batch = pictures()
     padded, _ = theirs.transform(batch)
-    features = theirs.backbone(padded.tensors)
+    features = maps_of(theirs, padded.tensors)
     maps = ours(padded.tensors)
     for mine, level in zip(maps.features, features.values(), strict=True):
         torch.testing.assert_close(mine, level, rtol=1e-5, atol=1e-5)
@@ -330,6 +337,86 @@ def test_weights_of_a_backbone_alone_leave_the_rest_fresh(tmp_path):
     assert all(
         torch.equal(after[f"backbone.{name}"], value) for name, value in theirs.state_dict().items() if "fc" not in name
     )
+
+
+# On one map, with the backbone's last stage as box head.
+
+ON_ONE_MAP: dict[str, Any] = {"neck": "none", "box_head": "stage"}
+
+
+def on_one_map(seed: int = 1, **options: Any) -> FasterRCNN:
+    return small(seed, **ON_ONE_MAP | options)
+
+
+def torchvisions_on_one_map(num_classes: int) -> Any:
+    """As one builds it of torchvision's parts: a ResNet's layer4 as head, on what its layer3 gives."""
+    resnet = torchvision.models.resnet18(weights=None)
+    stage = nn.Sequential(resnet.layer4, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    body = nn.Sequential(OrderedDict(list(resnet.named_children())[:7]))
+    body.out_channels = 256
+    model = faster_rcnn.FasterRCNN(
+        body,
+        rpn_anchor_generator=faster_rcnn.AnchorGenerator(((32, 64, 128, 256, 512),), ((0.5, 1.0, 2.0),)),
+        box_roi_pool=MultiScaleRoIAlign(["0"], 14, 2),
+        box_head=stage,
+        box_predictor=faster_rcnn.FastRCNNPredictor(512, 1 + num_classes),
+        rpn_post_nms_top_n_test=40,
+        min_size=64,
+        max_size=80,
+    ).eval()
+    randomize(model)
+    return model
+
+
+def test_torchvisions_on_one_map_detects_the_same_here(tmp_path):
+    torch.manual_seed(5)
+    theirs = torchvisions_on_one_map(7)
+    state = {
+        name.replace("roi_heads.box_head.0.", "backbone.layer4."): value for name, value in theirs.state_dict().items()
+    }
+    ours = detector(7, channels=256, post_nms_top_k=(2000, 40), **ON_ONE_MAP)
+    report = weights.load(ours, file_of(state, tmp_path / "a.pth"))
+    assert report.loaded == report.total == len(ours.state_dict())
+    assert_parity(ours, theirs, list(range(1, 8)))
+
+
+@pytest.mark.parametrize("counters", [True, False])
+@pytest.mark.parametrize("name", ["test_resnet", "test_convnext"])
+def test_weights_of_a_whole_backbone_reach_the_stage_that_is_the_box_head(tmp_path, name, counters):
+    """Also without counters of batches, as frozen BatchNorm leaves them out."""
+    torch.manual_seed(3)
+    theirs = timm.create_model(name, num_classes=5)
+    state = {key: value for key, value in theirs.state_dict().items() if counters or "num_batches" not in key}
+    ours = on_one_map(backbone=name)
+    stage = {"test_resnet": "layer4.", "test_convnext": "stages.3."}[name]
+    report = weights.load(ours, file_of(state, tmp_path / "a.pth"))
+    assert {key.split(".")[0] for key in report.fresh} == {"rpn", "cls_out", "box_out"}
+    found = ours.state_dict()
+    for key, value in state.items():
+        inside = f"box_head.stage.{key.removeprefix(stage)}" if key.startswith(stage) else f"backbone.{key}"
+        assert torch.equal(found[inside], value) if inside in found else key in report.left_out
+    assert all(key.startswith(("fc.", "head.")) for key in report.left_out)
+
+
+def test_the_file_of_a_detector_on_one_map(tmp_path):
+    weights.save(trained := on_one_map(1), tmp_path / "a.safetensors")
+    report = weights.load(ours := on_one_map(2), tmp_path / "a.safetensors")
+    assert report.loaded == report.total == len(ours.state_dict())
+    assert same(snapshot(ours), snapshot(trained))
+
+
+def test_weights_without_the_stage_that_is_the_box_head_are_refused(tmp_path):
+    path = tmp_path / "a.safetensors"
+    weights.save(dense(neck="single"), path)
+    state = {key.removeprefix("backbone."): value for key, value in load_file(path).items() if "backbone" in key}
+    ours = on_one_map()
+    before = snapshot(ours)
+    with pytest.raises(ValueError, match="lacks layer4, the stage of the backbone that is the box head: take weights"):
+        weights.load(ours, file_of(state, tmp_path / "b.pth"))
+    weights.save(small(neck="none"), path)
+    with pytest.raises(ValueError, match="box_head is mlp there and stage here; build with box_head='mlp', or start"):
+        weights.load(ours, path)
+    assert same(before, snapshot(ours))
 
 
 # The same by torchvision, to measure against.

@@ -7,7 +7,8 @@ import torch
 from test_families import FAMILIES, STATED
 from torch import nn
 
-from zoo.common.cost import Blueprint
+from zoo import FasterRCNN
+from zoo.common.cost import Blueprint, count
 from zoo.detection.maps import Maps, create_pyramid_backbone
 from zoo.detection.two_stage.stage import StageBoxHead, last_stage
 
@@ -49,8 +50,9 @@ def test_the_stage_makes_the_backbones_last_map_and_leaves_it(name):
 def test_features_are_the_mean_of_what_the_stage_makes_of_each_region():
     torch.manual_seed(0)
     backbone = create_pyramid_backbone("test_resnet", 3, 64).eval()
-    _, stage, channels = last_stage(backbone)
-    head = StageBoxHead(stage, channels)
+    head = StageBoxHead(*last_stage(backbone))
+    stage, channels = backbone.layer4, head.out_channels
+    assert head.stage is stage
     regions = torch.randn(3, backbone.feature_info[3]["num_chs"], head.pool_size, head.pool_size)
     found = head(regions)
     assert found.shape == (3, channels) == (3, head.out_channels)
@@ -93,3 +95,89 @@ def test_every_family_of_timm_has_such_a_stage_or_is_refused():
         else:
             with pytest.raises(ValueError, match=f"^{type(backbone).__name__} {REFUSED}"):
                 last_stage(backbone)
+
+
+# In a detector.
+
+ON_ONE_MAP = {
+    "backbone": "test_resnet",
+    "num_classes": 3,
+    "neck": "none",
+    "box_head": "stage",
+    "channels": 16,
+    "image_size": 64,
+    "pre_nms_top_k": (100, 60),
+    "post_nms_top_k": (50, 20),
+    "region_samples": 16,
+}
+
+
+def detector(**options) -> FasterRCNN:
+    torch.manual_seed(0)
+    return FasterRCNN(**ON_ONE_MAP | options)
+
+
+def test_both_stages_read_the_backbones_map_and_everything_learns():
+    module = detector(class_agnostic=True)
+    images = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(1))
+    maps = module(images)
+    assert [tuple(each.shape) for each in maps.features] == [(2, 192, 4, 6)]
+    assert torch.equal(maps.features[0], module.maps(module.backbone, images)[0])
+    assert maps.objectness.shape == (2, 15 * 4 * 6)  # five sizes, three ratios
+    losses = module.loss(maps, module.random_targets(images, torch.Generator().manual_seed(2)))
+    torch.stack(list(losses.values())).sum().backward()
+    assert [name for name, parameter in module.named_parameters() if parameter.grad is None] == []
+    assert module.box_out.out_features == 4
+    whole = detector(box_head="mlp", neck="fpn", levels=(2, 5)).backbone.state_dict()
+    split = {*module.backbone.state_dict(), *(f"layer4.{name}" for name in module.box_head.stage.state_dict())}
+    assert split == set(whole)
+
+
+def test_batch_norm_of_the_stage_is_frozen_with_the_backbones():
+    module = detector(freeze_norm=True, norm_eps=1e-3).train()
+    norms = [each for each in module.modules() if isinstance(each, nn.BatchNorm2d)]
+    assert any(each in norms for each in module.box_head.modules())
+    assert {each.eps for each in norms} == {1e-3}
+    assert not any(each.training or each.weight.requires_grad for each in norms)
+    before = {name: value.clone() for name, value in module.state_dict().items() if "running" in name}
+    images = torch.randn(2, 3, 64, 96)
+    module.loss(module(images), module.random_targets(images, torch.Generator().manual_seed(2)))
+    assert all(torch.equal(module.state_dict()[name], value) for name, value in before.items())
+    learns = detector().train()
+    assert all(each.training for each in learns.modules() if isinstance(each, nn.BatchNorm2d))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"neck": "fpn"},
+            r"box_head 'stage' .* neck is 'fpn', levels are \[2, 6\]: take neck='none' and levels",
+        ),
+        (
+            {"levels": (3, 3)},
+            r"neck is 'none', levels are \[3, 3\]: take neck='none' and levels \[4, 4\], or box",
+        ),
+        ({"levels": (3, 4), "box_head": "mlp"}, r"levels are \[3, 4\]: expected one level, such as \[4, 4\]"),
+        ({"backbone": "test_vit"}, "VisionTransformer has no stage for box_head 'stage'"),
+        ({"neck": "bifpn"}, "unknown neck 'bifpn': expected one of fpn, single, none"),
+        ({"box_head": "c5"}, "unknown box_head 'c5': expected one of mlp, stage"),
+    ],
+)
+def test_what_does_not_go_together_is_one_line(options, message):
+    with pytest.raises(ValueError, match=message) as error:
+        detector(**options)
+    assert "\n" not in str(error.value)
+
+
+def test_its_cost_counts_the_stage_for_each_region():
+    def macs(**options) -> int:
+        with torch.device("meta"), Blueprint():
+            module = detector(**options)
+        return count(module.eval(), module.input_shape).macs
+
+    few, many = (macs(post_nms_top_k=(50, regions)) for regions in (10, 30))
+    _, stage, channels = last_stage(create_pyramid_backbone("test_resnet", 3, 64))
+    stage.input_shape = (192, 14, 14)
+    of_a_region = count(stage.eval(), stage.input_shape).macs + channels * (4 + 4 * 3)
+    assert many - few == 20 * of_a_region

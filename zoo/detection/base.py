@@ -192,7 +192,7 @@ class Detector(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, Lig
     def train(self, mode: bool = True) -> Self:
         """Sets the mode; BatchNorm whose weights are frozen keeps its statistics as well."""
         super().train(mode)
-        for module in batch_norms(self.backbone):
+        for module in batch_norms(self):  # of the backbone, a part of which may be a head
             if self.hparams.freeze_norm or (module.weight is not None and not module.weight.requires_grad):
                 module.eval()
         return self

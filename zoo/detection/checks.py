@@ -38,6 +38,6 @@ def check_shares(values: Mapping[str, Any], *names: str) -> None:
 def check_levels(levels: tuple[int, int], neck: str) -> None:
     """Raises ValueError for levels that a neck cannot have."""
     first, last = levels
-    if not 0 < first <= last or (neck == "single" and first != last):
-        expected = "one level, such as [4, 4]" if neck == "single" else "the finest and the coarsest, such as [3, 7]"
+    if not 0 < first <= last or (neck != "fpn" and first != last):
+        expected = "one level, such as [4, 4]" if neck != "fpn" else "the finest and the coarsest, such as [3, 7]"
         raise ValueError(f"levels are {list(levels)}: expected {expected}")

@@ -32,16 +32,21 @@ def build_features(detector: Detector, backbone: str | nn.Module, levels: tuple[
     detector.maps = Maps(detector.backbone, levels)
     detector.pruned = detector.maps.pruned
     detector.trident = create_branches(hp, detector.backbone, detector.maps)
-    if hp.neck == "single" and levels[0] not in detector.maps.levels:
+    if hp.neck != "fpn" and levels[0] not in detector.maps.levels:
         raise ValueError(f"levels are {list(levels)}: the one map of {name_of(backbone)} is level 4, take [4, 4]")
     detector.neck = create_neck(hp.neck, detector.maps, hp.channels, levels, extra_from)
     detector.strides = detector.maps.pyramid_strides(levels)
     freeze_stages(detector.backbone, hp.frozen_stages)
-    for module in batch_norms(detector.backbone):
-        if hp.norm_eps is not None:
-            module.eps = hp.norm_eps
-        if hp.freeze_norm:
-            module.requires_grad_(False)
+    settle_norms(detector.backbone, hp)
     detector.train()  # but for what is frozen: Lightning trains in the mode that it finds
     if hp.grad_checkpointing:
         recompute_activations(detector.backbone)
+
+
+def settle_norms(module: nn.Module, hp: Any) -> None:
+    """Gives the BatchNorm of a backbone, or of a part of one, its epsilon, and freezes its weights if asked for."""
+    for norm in batch_norms(module):
+        if hp.norm_eps is not None:
+            norm.eps = hp.norm_eps
+        if hp.freeze_norm:
+            norm.requires_grad_(False)

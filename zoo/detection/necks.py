@@ -10,12 +10,15 @@ from torch import Tensor, nn
 from zoo.detection.maps import Maps
 
 Neck = Literal["fpn", "single"]
+AnyNeck = Literal["fpn", "single", "none"]
 ExtraFrom = Literal["output", "backbone"]
 Extra = Literal["output", "backbone", "subsampled"]
 
 
-def create_neck(neck: Neck, maps: Maps, channels: int, levels: tuple[int, int], extra_from: Extra) -> nn.Module:
-    """The neck for a backbone's maps: a feature pyramid, a simple one for a plain ViT, or a single level."""
+def create_neck(neck: AnyNeck, maps: Maps, channels: int, levels: tuple[int, int], extra_from: Extra) -> nn.Module:
+    """The neck for a backbone's maps: a feature pyramid, a simple one for a plain ViT, a single level, or nothing."""
+    if neck == "none":
+        return nn.Identity()
     if neck == "single":
         return SingleLevel(maps.channels[0], channels)
     if maps.plain:

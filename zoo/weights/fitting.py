@@ -104,7 +104,8 @@ def _drop_partial(module: nn.Module, source: Source, layout: Layout, done: Fit) 
         if not is_encoder(name, own):
             parts.setdefault(part_of(name, layout.optional), []).append(name)
     for part, names in parts.items():
-        wrong = [name for name in names if name not in values or values[name][1].shape != own[name].shape]
+        needed = [name for name in names if not name.endswith("num_batches_tracked")]  # frozen BatchNorm has none
+        wrong = [name for name in needed if name not in values or values[name][1].shape != own[name].shape]
         if wrong and part not in layout.optional and any(name in values for name in names):
             there = f"{tuple(values[wrong[0]][1].shape)} there" if wrong[0] in values else "missing there"
             raise ValueError(

@@ -1,7 +1,13 @@
 """Box heads: features of pooled regions, out of which their classes and boxes are predicted."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from zoo.detection.cells import decode_deltas
+from zoo.detection.postprocessing import Candidates
+from zoo.detection.two_stage.losses import REGION_WEIGHTS
+from zoo.detection.two_stage.proposals import Proposals
 
 
 class MLPBoxHead(nn.Module):
@@ -29,3 +35,19 @@ class MLPBoxHead(nn.Module):
     def forward(self, regions: Tensor) -> Tensor:
         """Features (n, out_channels) of pooled regions (n, channels, pool_size, pool_size)."""
         return F.relu(self.fc2(F.relu(self.fc1(regions.flatten(1)))))
+
+
+def region_candidates(proposals: Proposals, logits: Tensor, deltas: Tensor) -> Candidates:
+    """Boxes and scores of each proposal and class, in float32; those of no proposal have a score of 0.
+
+    Args:
+        proposals: R of each image.
+        logits: (B, R, K + 1), background last.
+        deltas: (B, R, K * 4), or (B, R, 4) for all classes.
+    """
+    with torch.autocast(deltas.device.type, enabled=False):
+        scores = logits.float().softmax(2)[..., :-1] * proposals.valid[..., None]
+        labels = torch.arange(scores.shape[2], device=scores.device).expand(scores.shape)
+        boxes = decode_deltas(deltas.float().unflatten(2, (-1, 4)), proposals.boxes[:, :, None], REGION_WEIGHTS)
+    boxes = boxes.expand(*scores.shape, 4)
+    return Candidates(boxes.flatten(1, 2), scores.flatten(1), labels.flatten(1))

@@ -19,17 +19,17 @@ from zoo.common.backbones import name_of
 from zoo.common.ranges import check_ranges
 from zoo.detection.assign import assign, parts_of_a_batch
 from zoo.detection.base import Detector
-from zoo.detection.cells import Anchors, Cells, Targets, decode_deltas, pad_targets
+from zoo.detection.cells import Anchors, Cells, Targets, pad_targets
 from zoo.detection.checks import Schedule, check_choices, check_detector, check_shares
-from zoo.detection.features import build_features
+from zoo.detection.features import build_features, settle_norms
 from zoo.detection.losses import mark_sizes
-from zoo.detection.necks import Neck
+from zoo.detection.necks import AnyNeck
 from zoo.detection.peers import TWO_STAGE_PEERS
 from zoo.detection.postprocessing import Candidates
 from zoo.detection.scale.merging import Merge
-from zoo.detection.two_stage.box_heads import MLPBoxHead
+from zoo.detection.two_stage.box_heads import MLPBoxHead, region_candidates
 from zoo.detection.two_stage.layouts import TwoStageLayout
-from zoo.detection.two_stage.losses import REGION_WEIGHTS, RegionLossSums, proposal_losses, region_losses
+from zoo.detection.two_stage.losses import RegionLossSums, proposal_losses, region_losses
 from zoo.detection.two_stage.pooling import pool_regions
 from zoo.detection.two_stage.proposals import (
     RATIOS,
@@ -42,9 +42,10 @@ from zoo.detection.two_stage.proposals import (
     propose,
 )
 from zoo.detection.two_stage.sampling import EMPTY, Regions, Samples, match_regions, priorities, sample
+from zoo.detection.two_stage.stage import backbone_and_stage
 
 BoxLoss = Literal["smooth_l1", "l1"]
-BoxHead = Literal["mlp"]
+BoxHead = Literal["mlp", "stage"]
 BETAS = {"smooth_l1": 1 / 9, "l1": 0.0}
 COARSEST_POOLED = 5
 """The coarsest level that regions are pooled from; those beyond have proposals alone."""
@@ -70,11 +71,12 @@ class FasterRCNN(Detector):
         in_channels: Channels of the images.
         image_size: Side in pixels, or (height, width), that ``zoo cost`` counts for and a ViT's position embeddings are
             made for. Images of every size are taken.
-        neck: "fpn"; or "single", one level alone, to compare with.
+        neck: "fpn"; "single", one level alone, to compare with; or "none", a map of the backbone as it is.
         levels: Finest and coarsest level; level l has a stride of 2**l pixels. Those beyond 5 are subsampled, and have
-            proposals alone. None: (2, 6); for "single" (4, 4).
+            proposals alone. None: (2, 6); for "single" and "none" (4, 4).
         channels: Channels of neck and head of the proposals.
-        box_head: "mlp": two fully connected layers on regions of 7x7.
+        box_head: "mlp", two fully connected layers on regions of 7x7; or "stage", the backbone's last stage on regions
+            of 14x14, with ``neck="none"``: see :class:`zoo.detection.two_stage.stage.StageBoxHead`.
         head_width: Width of the layers of the box head "mlp".
         class_agnostic: Whether a region has one box, not one for each class.
         anchors: Where anchors lie, and how regions are pooled: "centered", around centres of cells; or "torchvision",
@@ -122,7 +124,7 @@ class FasterRCNN(Detector):
     changeable: ClassVar = ("score_threshold", "nms_threshold", "max_detections", "views", "merge", "tiles_at_once")
     exports: ClassVar = {"detections": "exported_detections", "proposals": "exported_proposals"}
     sums: ClassVar = RegionLossSums
-    foreign_weights: ClassVar = TwoStageLayout()
+    foreign_weights = TwoStageLayout()
     peers: ClassVar = TWO_STAGE_PEERS
     compiled: ClassVar = ("_proposal_sums", "_region_sums")  # each one graph, the same for all sizes
 
@@ -136,7 +138,7 @@ class FasterRCNN(Detector):
         weights: str | None = None,
         in_channels: int = 3,
         image_size: int | tuple[int, int] = 800,
-        neck: Neck = "fpn",
+        neck: AnyNeck = "fpn",
         levels: tuple[int, int] | None = None,
         channels: int = 256,
         box_head: BoxHead = "mlp",
@@ -176,19 +178,26 @@ class FasterRCNN(Detector):
         super().__init__()
         self.save_hyperparameters(ignore=["backbone", "weights"])
         self.hparams["backbone"] = name_of(backbone)
-        check_choices(self.hparams, anchors=Anchors, neck=Neck, box_head=BoxHead, box_loss=BoxLoss, merge=Merge)
+        check_choices(self.hparams, anchors=Anchors, neck=AnyNeck, box_head=BoxHead, box_loss=BoxLoss, merge=Merge)
         check_detector(self.hparams)
         check_ranges(pre_nms_top_k=(pre_nms_top_k, 1, None), post_nms_top_k=(post_nms_top_k, 1, None))
         check_ranges(
             **{name: (self.hparams[name], 1, None) for name in ("head_width", "rpn_samples", "region_samples")}
         )
         check_shares(self.hparams, "proposal_nms", "rpn_positive", "region_positive")
-        build_features(self, backbone, levels or ((2, 6) if neck == "fpn" else (4, 4)), "subsampled")
+        levels = levels or ((2, 6) if neck == "fpn" else (4, 4))
+        stage = None
+        if box_head == "stage":  # which the backbone then loses
+            backbone, stage = backbone_and_stage(backbone, self.hparams, levels)
+            self.foreign_weights = TwoStageLayout(stage.place)
+        build_features(self, backbone, levels, "subsampled")
         self.sides = anchor_sides(anchor_sizes, self.strides)
-        finest = levels[0] if levels else (2 if neck == "fpn" else 4)
-        self.pooled = max(1, min(len(self.strides), COARSEST_POOLED - finest + 1))
-        self.rpn = ProposalHead(channels, RATIOS * len(self.sides[0]))
-        self.box_head = MLPBoxHead(channels, head_width)
+        self.pooled = max(1, min(len(self.strides), COARSEST_POOLED - levels[0] + 1))
+        in_maps = self.maps.channels[0] if neck == "none" else channels
+        self.rpn = ProposalHead(in_maps, channels, RATIOS * len(self.sides[0]))
+        self.box_head: Any = MLPBoxHead(in_maps, head_width) if stage is None else stage
+        settle_norms(self.box_head, self.hparams)
+        self.train()  # but for what is frozen
         self.cls_out = nn.Linear(self.box_head.out_channels, num_classes + 1)
         self.box_out = nn.Linear(self.box_head.out_channels, 4 if class_agnostic else 4 * num_classes)
         for layer, deviation in ((self.cls_out, 0.01), (self.box_out, 0.001)):
@@ -315,13 +324,7 @@ class FasterRCNN(Detector):
     def candidates(self, maps: RegionMaps, sizes: Any = None) -> Candidates:
         """Boxes and scores of each proposal and class; in an image of few proposals the last have a score of 0."""
         proposals = self.proposals(maps, sizes)
-        logits, deltas = self.predict_regions(maps.features, proposals.boxes)
-        with torch.autocast(deltas.device.type, enabled=False):
-            scores = logits.float().softmax(2)[..., :-1] * proposals.valid[..., None]
-            labels = torch.arange(scores.shape[2], device=scores.device).expand(scores.shape)
-            boxes = decode_deltas(deltas.float().unflatten(2, (-1, 4)), proposals.boxes[:, :, None], REGION_WEIGHTS)
-        boxes = boxes.expand(*scores.shape, 4)
-        return Candidates(boxes.flatten(1, 2), scores.flatten(1), labels.flatten(1))
+        return region_candidates(proposals, *self.predict_regions(maps.features, proposals.boxes))
 
     def exported_proposals(self, images: Tensor, sizes: Tensor) -> dict[str, Tensor]:
         """Proposals in tensors of fixed shapes, best first: ``boxes`` (B, R, 4), ``scores`` (B, R), 0 where none is."""

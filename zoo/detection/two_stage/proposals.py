@@ -67,13 +67,14 @@ class ProposalHead(nn.Module):
     """A 3x3 convolution, and objectness and box of each anchor (Ren et al. 2015, section 3.1), shared by all levels.
 
     Args:
-        channels: Of the maps.
+        in_channels: Of the maps.
+        channels: Of what the convolution gives.
         anchors: Anchors a cell, A.
     """
 
-    def __init__(self, channels: int, anchors: int) -> None:
+    def __init__(self, in_channels: int, channels: int, anchors: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = nn.Conv2d(in_channels, channels, 3, padding=1)
         self.cls_out, self.box_out = nn.Conv2d(channels, anchors, 1), nn.Conv2d(channels, anchors * 4, 1)
         for layer in (self.conv, self.cls_out, self.box_out):
             nn.init.normal_(layer.weight, std=0.01)

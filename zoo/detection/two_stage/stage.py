@@ -1,10 +1,13 @@
 """Box head of a single map: the last stage of the backbone, on pooled regions."""
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from zoo.detection.maps import create_pyramid_backbone
 
 POOL_SIZE = 14
 """Cells of a side of a pooled region."""
@@ -18,19 +21,40 @@ class StageBoxHead(nn.Module):
     they are pooled to 7x7, and the stage has no stride.
 
     Args:
+        place: Its name in the backbone.
         stage: Of :func:`last_stage`.
         out_channels: D, the channels of what it gives.
     """
 
     pool_size = POOL_SIZE
 
-    def __init__(self, stage: nn.Module, out_channels: int) -> None:
+    def __init__(self, place: str, stage: nn.Module, out_channels: int) -> None:
         super().__init__()
-        self.stage, self.out_channels = stage, out_channels
+        self.place, self.stage, self.out_channels = place, stage, out_channels
 
     def forward(self, regions: Tensor) -> Tensor:
         """Features (n, D) of pooled regions (n, C, 14, 14)."""
         return self.stage(regions).mean((2, 3))
+
+
+def backbone_and_stage(backbone: str | nn.Module, hp: Any, levels: Sequence[int]) -> tuple[Any, StageBoxHead]:
+    """A detector's backbone, and its last stage as box head, which is there until maps are selected.
+
+    Args:
+        backbone: By name, or as a module.
+        hp: The detector's hyperparameters.
+        levels: Finest and coarsest.
+
+    Raises:
+        ValueError: For a neck or levels that do not end at the map of stride 16; and as :func:`last_stage`.
+    """
+    if hp.neck != "none" or tuple(levels) != (4, 4):
+        raise ValueError(
+            f"box_head 'stage' goes on from the backbone's map of stride 16, and neck is {hp.neck!r}, levels are "
+            f"{list(levels)}: take neck='none' and levels [4, 4], or box_head='mlp'"
+        )
+    network = create_pyramid_backbone(backbone, hp.in_channels, hp.image_size)
+    return network, StageBoxHead(*last_stage(network))
 
 
 def last_stage(backbone: Any) -> tuple[str, nn.Module, int]:

@@ -30,6 +30,7 @@ SMALL_MODEL = {
     "zoo.GumbelVAE": SMALL_VAE,
     "zoo.GaussianVAE": SMALL_VAE,
     "zoo.FPNDetector": ["--model.image_size", "64", "--model.channels", "8", "--model.head_depth", "1"],
+    "zoo.FasterRCNN": ["--model.image_size", "64", "--model.channels", "8", "--model.head_width", "8"],
 }
 SMALL_BACKBONE = {"vit": "test_vit", "resnet50": "test_resnet", "test": "test_resnet"}  # by the first part of a name
 # Options of a detection recipe's data that say sizes.
@@ -217,17 +218,17 @@ def test_recipe_for_cifar_has_the_largest_network_of_its_budget():
     assert cost[0].macs <= 50e6 < cost[1].macs
 
 
-@pytest.mark.parametrize("head", ["fcos", "retinanet", "atss"])
-def test_recipe_for_coco_is_the_schedule_called_1x(head):
+@pytest.mark.parametrize(("head", "lr"), [("fcos", 0.01), ("retinanet", 0.01), ("atss", 0.01), ("faster_rcnn", 0.02)])
+def test_recipe_for_coco_is_the_schedule_called_1x(head, lr):
     recipe = yaml.safe_load(recipes()[f"detection/coco_{head}_r50"].read_text())
     trainer, model, data = recipe["trainer"], recipe["model"]["init_args"], recipe["data"]["init_args"]
     steps = 117_266 // (data["batch_size"] * trainer["devices"])  # COCO's training images with boxes; the rest is left
-    assert model["head"] == head
+    assert head == model.get("head", "faster_rcnn")
     assert model["schedule"] == "steps"
     assert (trainer["max_epochs"], model["milestones"]) == (12, [8, 11])
     assert round(model["warmup_epochs"] * steps) == 1000
     assert f"{steps:,} steps an epoch" in recipes()[f"detection/coco_{head}_r50"].read_text()
-    assert (model["lr"], model["momentum"], model["weight_decay"]) == (0.01, 0.9, 1e-4)
+    assert (model["lr"], model["momentum"], model["weight_decay"]) == (lr, 0.9, 1e-4)
     assert not timm.optim.get_optimizer_info(model["optimizer"]).defaults["nesterov"]
     assert (data["image_size"], data["max_size"], data["hflip"], data["keep_empty"]) == (800, 1333, 0.5, False)
     assert data.get("scale_jitter") is data.get("short_sides") is None
@@ -260,6 +261,14 @@ def test_recipe_for_coco_has_the_network_of_torchvision(name, options, peer, cap
     assert "images of 3 x 800 x 800" in printed
     parameters = int(printed.split("parameters")[1].split()[0].replace(",", ""))
     assert parameters == sum(parameter.numel() for parameter in network.parameters())
+
+
+def test_recipe_of_faster_r_cnn_has_the_network_of_torchvision_but_for_the_box_of_background(capsys):
+    with torch.device("meta"):
+        network = detection.fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=1 + 80)
+    assert main(["cost", "-c", "detection/coco_faster_rcnn_r50"]) == 0
+    parameters = int(capsys.readouterr().out.split("parameters")[1].split()[0].replace(",", ""))
+    assert parameters == sum(parameter.numel() for parameter in network.parameters()) - 4 * (1024 + 1)
 
 
 def test_recipe_for_shapes_trains_as_long_as_it_says():

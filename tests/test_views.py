@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 import datamodules.preprocessing
 from zoo import FasterRCNN, FPNDetector
 from zoo._lightning import Trainer
+from zoo.detection import detections
 from zoo.detection.detections import Found, after_nms, find_in_views
 from zoo.detection.scale import merging
 from zoo.detection.scale.views import Cost, View, cost, lay_out, parse_views, starts
@@ -332,6 +333,20 @@ def test_valid_ranges_are_sizes_in_the_original():
         middle = [] if not low else [{"valid_range": (0.5, 23.8), "scale": 0.01}]
         found = look(views=[{"valid_range": (low, high)}, rest, *middle])
         assert [sorted(each["labels"].tolist()) for each in found] == expected
+
+
+def test_the_best_candidates_are_merged(monkeypatch):
+    """As many as there is time for: an untrained network finds tens of thousands in tiles."""
+    found = Found(torch.rand(5, 4), torch.tensor([0.5, 0.9, 0.8, 0.7, 0.6]), *torch.arange(15).view(3, 5))
+    assert found.best(5) is found
+    assert found.best(3).scores.tolist() == pytest.approx([0.9, 0.8, 0.7])
+    assert found.best(3).cut.tolist() == [11, 12, 13]
+    merged = []
+    monkeypatch.setattr(merging, "merge", lambda *found: merged.append(len(found[0])))
+    for most in (40, 4):
+        monkeypatch.setattr(detections, "MOST", most)
+        exact(max_detections=1).detect(two_images(), SIZES, views=[{"flip": True}] * 12)
+    assert merged == [36, 24, 30, 24]  # of 3 and 2 in each view; thirty times the detections, if that is more
 
 
 def test_each_view_is_thinned_out_before_votes():

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 NEAR = 0.05
 """Share of a box's side: it ends at a tile's border if it is not farther from it. Networks are not exact."""
+MOST = 10_000
+"""Candidates of an image that are merged, the best of all views: the time goes with the square of their number."""
 AFTER_NMS = ("soft_vote", "weighted")
 """Ways to merge that take what NMS leaves of each view."""
 
@@ -68,7 +70,8 @@ def detect(
     original_sizes = sizes if original_sizes is None else original_sizes
     multiple, stride = pad_multiple(detector.maps.strides), detector.strides[-1]
     limits = hp.score_threshold, hp.tiles_at_once, multiple, stride
-    every = find_in_views(find, images, sizes, original_sizes, views, *limits)
+    most = max(MOST, 30 * hp.max_detections)
+    every = [found.best(most) for found in find_in_views(find, images, sizes, original_sizes, views, *limits)]
     if method in AFTER_NMS:
         every = [after_nms(found, hp.nms_threshold) for found in every]
     thresholds = hp.nms_threshold, hp.score_threshold, hp.max_detections
@@ -107,6 +110,13 @@ class Found(NamedTuple):
     labels: Tensor
     views: Tensor
     cut: Tensor
+
+    def best(self, count: int) -> "Found":
+        """The best so many of them."""
+        if len(self.scores) <= count:
+            return self
+        kept = self.scores.topk(count).indices
+        return Found(*(each[kept] for each in self))
 
 
 def find_in_views(

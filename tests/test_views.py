@@ -184,6 +184,7 @@ def test_a_view_of_the_image_as_it_is_changes_no_bit(real, views):
         expected = real.detect(real(images), sizes, originals)
         assert sum(len(each["scores"]) for each in expected) > 20
         assert same_detections(real.detect(images, sizes, originals, views=views), expected)
+        assert same_detections(real.detect(images, torch.tensor(sizes), originals), expected)
     originals = [(1000, 640), (77, 99), (640, 333)]
     expected = real.detect(real(images), sizes, originals)
     assert same_detections(real.detect(images, sizes, originals, views=[{}]), expected)

@@ -88,7 +88,8 @@ class FPNDetector(Detector):
             tiles of it, ``[{}, {"scale": 2}, {"flip": True}]`` a pyramid. Losses are of the image alone, and so is
             what is exported. None: that one.
         merge: How what is found in views becomes detections: "nms"; "soft_nms", "soft_vote" or "weighted", weighted
-            boxes fusion. See :mod:`zoo.detection.scale.merging`.
+            boxes fusion, for views of one valid range: scores fall with each that did not find the object. See
+            :mod:`zoo.detection.scale.merging`.
         tiles_at_once: Tiles in a batch, so that memory does not grow with an image.
         freeze_norm: Whether the backbone's BatchNorm keeps its statistics and weights. Without it they are trained;
             ``Trainer(sync_batchnorm=True)`` shares them over ranks.

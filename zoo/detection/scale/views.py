@@ -206,7 +206,9 @@ def starts(length: int, side: int, overlap: float) -> list[int]:
 
 def shows_as_given(views: Sequence[View], sizes: Sequence[Size], original_sizes: Sequence[Size]) -> bool:
     """Tells whether there is one view, and it shows images of these sizes as they are: plain detection."""
-    return len(views) == 1 and lay_out(views[0], (0, 0), sizes, original_sizes, tiles_at_once=1).plain
+    if len(views) != 1 or views[0].flip or views[0].scale != 1:
+        return False
+    return views[0].tile is None or lay_out(views[0], (0, 0), sizes, original_sizes, tiles_at_once=1).plain
 
 
 def pad_multiple(strides: Sequence[int]) -> int:

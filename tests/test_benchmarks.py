@@ -8,6 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from zoo import MAEPretrainer
+from zoo.cli.mistakes import Mistake
 from zoo.gumbel_vae import estimators
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -52,19 +53,112 @@ def test_what_is_compared_of_detectors_has_one_loss():
     assert ours.loss(images).item() == pytest.approx(theirs.loss(images).item(), rel=1e-4)
 
 
-def test_the_table_of_detection_has_the_ratio_of_the_means(capsys, monkeypatch):
-    import detection_shapes
+class StubbedGrid:
+    """benchmarks/detection_scale.py with runs that take no time.
 
-    found = {"pyramid, strides 8 to 32": [0.5, 0.54], "one level, stride 16": [0.2, 0.32]}
-    runs = {neck: iter(values) for neck, values in found.items()}
-    made = lambda recipe, neck, *_: {"ap": next(runs[neck]), "ap_8_16": 0.0, "seconds": 60.0}  # noqa: E731
-    monkeypatch.setattr(detection_shapes, "run", made)
-    monkeypatch.setattr(sys, "argv", ["detection_shapes.py", "--seeds", "0", "1"])
-    detection_shapes.main()
+    Attributes:
+        started: Names of the runs, as they started.
+        failing: Those that fail.
+    """
+
+    def __init__(self, monkeypatch) -> None:
+        import detection_scale
+
+        self.script, self.started, self.failing = detection_scale, [], set()
+        self.monkeypatch = monkeypatch
+        rows = {
+            "plain": detection_scale.Row("plain", "detection/shapes_one_level"),
+            "other": detection_scale.Row("other", "detection/shapes_pyramid"),
+            "views": detection_scale.Row("views", "detection/shapes_one_level", of="plain", options=["--model.x=1"]),
+        }
+        monkeypatch.setattr(detection_scale, "ROWS", rows)
+        monkeypatch.setattr(detection_scale, "measured", self.measured)
+
+    def measured(self, run, options, out) -> dict[str, float]:
+        self.started.append(run.name)
+        if run.name in self.failing:
+            raise Mistake("lr of FPNDetector: expected float")
+        ap = {"plain": 0.2, "other": 0.5, "views": 0.3}[run.row] + run.seed / 25
+        sizes = {"test/ap_8_16": 0.0, "test/ap_16_32": ap / 2, "test/ap_by_class/disc": 1.0}
+        seconds = {"train/seconds": 90.0 + run.seed * 20, "test/seconds": 2.5}
+        return {"test/ap": ap, "test/ap50": 0.75, "test/ap75": 0.25, **sizes, **seconds}
+
+    def __call__(self, *args: str) -> int:
+        self.started.clear()
+        self.monkeypatch.setattr(sys, "argv", ["detection_scale.py", "--out", "there", *args])
+        return self.script.main()
+
+
+@pytest.fixture
+def grid(monkeypatch, tmp_path) -> StubbedGrid:
+    monkeypatch.chdir(tmp_path)
+    return StubbedGrid(monkeypatch)
+
+
+def test_the_grid_of_detectors_is_a_table_and_a_plot_by_object_size(grid, capsys):
+    assert grid("--seeds", "0", "1", "--splits", "all") == 0
+    names = ["plain", "views", "other"]  # a checkpoint is tested by all that need it when it is there
+    assert grid.started == [f"{name}_all_seed{seed}" for seed in range(2) for name in names]
     printed = capsys.readouterr().out
-    assert "| | AP | 8 to 16 px | seconds |" in printed
-    assert "| pyramid, strides 8 to 32 | 52.0 ± 2.8 | 0.0 ± 0.0 | 60 |" in printed
-    assert "| ratio | 2.0 | no other | |" in printed
+    head = "|  | AP | AP50 | AP75 | 8 to 16 px | 16 to 32 px | training s | test s | seeds |"
+    assert [line for line in printed.splitlines() if line.startswith("|")] == [
+        head,
+        "|---|---|---|---|---|---|---|---|---|",
+        "| plain | 22.0 ± 2.8 | 75.0 ± 0.0 | 25.0 ± 0.0 | 0.0 ± 0.0 | 11.0 ± 1.4 | 100 | 2.5 | 2 |",
+        "| other | 52.0 ± 2.8 | 75.0 ± 0.0 | 25.0 ± 0.0 | 0.0 ± 0.0 | 26.0 ± 1.4 | 100 | 2.5 | 2 |",
+        "| views | 32.0 ± 2.8 | 75.0 ± 0.0 | 25.0 ± 0.0 | 0.0 ± 0.0 | 16.0 ± 1.4 |  | 2.5 | 2 |",
+    ]
+    assert Path("there", "table.md").read_text() == printed
+    assert Path("there", "all.png").stat().st_size > 1000
+    assert not Path("there", "held_out.png").exists()
+
+
+def test_the_grid_goes_on_with_what_is_missing(grid, capsys):
+    assert grid("--seeds", "0", "--rows", "plain") == 0
+    assert grid.started == ["plain_all_seed0", "plain_held_out_seed0"]
+    assert grid("--seeds", "0", "--rows", "views") == 0  # which needs the other's checkpoint, and finds it
+    assert grid.started == ["views_all_seed0", "views_held_out_seed0"]
+    assert "4 runs, 2 of them finished already" in capsys.readouterr().err
+    assert grid("--seeds", "0", "--rows", "views") == 0
+    assert grid.started == []
+    assert "Sizes of 32 to 64 pixels held out of training:" in capsys.readouterr().out
+
+
+def test_the_grid_refuses_runs_of_other_settings(grid, capsys):
+    """Its own options, those of a row, and the recipe: also where only the checkpoint is of another one."""
+    assert grid("--seeds", "0", "--splits", "all", "--model.lr=1") == 0
+    rows = grid.script.ROWS
+    changed = {"plain": rows["plain"]._replace(recipe="detection/shapes_pyramid")}
+    for others, args in (({}, ["--model.lr=2"]), ({"views": rows["views"]._replace(options=[])}, ["--model.lr=1"])):
+        grid.monkeypatch.setattr(grid.script, "ROWS", rows | others)
+        with pytest.raises(SystemExit) as end:
+            grid("--seeds", "0", "--splits", "all", *args)
+        assert end.value.code == 2
+        assert grid.started == []
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert "is of other settings than" in said
+        assert "remove it, or choose another --out" in said
+    grid.monkeypatch.setattr(grid.script, "ROWS", rows | changed)
+    Path("there", "plain_all_seed0.json").unlink()
+    with pytest.raises(SystemExit):
+        grid("--seeds", "0", "--splits", "all", "--model.lr=1")
+    assert "views_all_seed0.json is of other settings than views has now" in capsys.readouterr().err
+
+
+def test_a_failure_in_the_grid_costs_no_other_run(grid, capsys):
+    grid.failing.add("plain_all_seed0")
+    assert grid("--seeds", "0", "1", "--splits", "all") == 1
+    assert "views_all_seed0" not in grid.started
+    said = capsys.readouterr()
+    assert said.err.splitlines()[-2:] == [
+        "plain_all_seed0: lr of FPNDetector: expected float",
+        "views_all_seed0: not tested, as plain_all_seed0 failed",
+    ]
+    assert "| plain | 24.0 |" in said.out  # of the seed that did not fail
+    assert "| other | 52.0 ± 2.8 |" in said.out
+    grid.failing.clear()
+    assert grid("--seeds", "0", "1", "--splits", "all") == 0
+    assert grid.started == ["plain_all_seed0", "views_all_seed0"]
 
 
 def test_what_is_compared_of_autoencoders_has_one_loss():

@@ -32,7 +32,8 @@ SMALL_MODEL = {
     "zoo.FPNDetector": ["--model.image_size", "64", "--model.channels", "8", "--model.head_depth", "1"],
     "zoo.FasterRCNN": ["--model.image_size", "64", "--model.channels", "8", "--model.head_width", "8"],
 }
-SMALL_BACKBONE = {"vit": "test_vit", "resnet50": "test_resnet", "test": "test_resnet"}  # by the first part of a name
+# By the first part of a name; test_byobnet has a convolution in the stage of stride 16 that can be dilated.
+SMALL_BACKBONE = {"vit": "test_vit", "resnet50": "test_resnet", "test": "test_resnet", "regnetx": "test_byobnet"}
 # Options of a detection recipe's data that say sizes.
 SMALL_IMAGES = {"image_size": "64", "max_size": "96", "square": "64", "short_sides": "[48,64]"}
 # COCO's ids run from 1 to 90, with ten gaps.
@@ -106,7 +107,14 @@ def small(name: str, root: Path, monkeypatch) -> list[str]:
     return ["-c", name, *model, *SMALL_RUN, *data, *weights]
 
 
-@pytest.mark.parametrize("name", list(recipes()))
+# They differ from another one of these by an option, and from detection/shapes_one_level by what SCALES says.
+VARIANTS = re.compile("detection/shapes_(pyramid|multi_scale|snip|image_pyramid|tiles|trident_fast)")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) if VARIANTS.fullmatch(name) else name for name in recipes()],
+)
 def test_recipe_runs(name, tmp_path, monkeypatch):
     assert main(["fit", *small(name, tmp_path / "data", monkeypatch), "--trainer.fast_dev_run", "true"]) == 0
 
@@ -129,7 +137,7 @@ SIZES = re.compile("efficientnet/b[1-7]_imagenet|mae/(large|huge)_imagenet")
     [
         name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
         for name in recipes()
-        if not SIZES.fullmatch(name)
+        if not SIZES.fullmatch(name) and not VARIANTS.fullmatch(name)
     ],
 )
 def test_recipe_is_continued_bit_for_bit(name, tmp_path, monkeypatch, caplog):
@@ -271,13 +279,42 @@ def test_recipe_of_faster_r_cnn_has_the_network_of_torchvision_but_for_the_box_o
     assert parameters == sum(parameter.numel() for parameter in network.parameters()) - 4 * (1024 + 1)
 
 
-def test_recipe_for_shapes_trains_as_long_as_it_says():
-    text = recipes()["detection/shapes"].read_text()
+@pytest.mark.parametrize("name", [name for name in recipes() if name.startswith("detection/shapes")])
+def test_recipe_for_shapes_trains_as_long_as_it_says(name):
+    text = recipes()[name].read_text()
     recipe = yaml.safe_load(text)
     data, epochs = recipe["data"]["init_args"], recipe["trainer"]["max_epochs"]
     steps = data["train_size"] // data["batch_size"]
     assert f"{data['train_size']:,} training images make {steps:,} steps an epoch, {epochs * steps:,} in all" in text
     assert recipe["trainer"]["check_val_every_n_epoch"] == epochs, "validation is only at the end"
+
+
+# By recipe of the comparison at many scales, what it has that detection/shapes_one_level has not or has otherwise.
+SCALES = {
+    "pyramid": {"model.neck": "fpn", "model.levels": [3, 5]},
+}
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_recipe_of_the_comparison_differs_from_its_base_in_what_it_is_about(name):
+    """Backbone, images, length and everything else that is not named here are the same."""
+    base, recipe = (settings(f"detection/shapes_{each}") for each in ("one_level", name))
+    assert recipe["trainer.logger.init_args.name"] == f"detection/shapes_{name}"
+    assert recipe == base | SCALES[name] | {"trainer.logger.init_args.name": f"detection/shapes_{name}"}
+
+
+def settings(name: str) -> dict:
+    """Settings of a recipe by their dotted names, as in the options of the command line."""
+    recipe = yaml.safe_load(recipes()[name].read_text())
+    found, left = {}, [("", recipe | {part: recipe[part]["init_args"] for part in ("model", "data")})]
+    while left:
+        prefix, values = left.pop()
+        for key, value in values.items():
+            if isinstance(value, dict):
+                left.append((f"{prefix}{key}.", value))
+            else:
+                found[prefix + key] = value
+    return found
 
 
 @pytest.mark.parametrize("name", list(hardware()))

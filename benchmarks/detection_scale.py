@@ -63,6 +63,11 @@ SINGLE = ["--model.neck=single", "--model.levels=[4,4]"]
 ROWS = {
     "one_level": Row("one level, stride 16", "detection/shapes_one_level"),
     "pyramid": Row("feature pyramid, strides 8 to 32", "detection/shapes_pyramid"),
+    "image_pyramid": Row("one level, image pyramid at test", "detection/shapes_image_pyramid", of="one_level"),
+    "tiles": Row("one level, tiles and whole image at test", "detection/shapes_tiles", of="one_level"),
+    "multi_scale": Row("one level, multi-scale training", "detection/shapes_multi_scale"),
+    "snip": Row("one level, SNIP, image pyramid at test", "detection/shapes_snip"),
+    "faster_rcnn": Row("one level, Faster R-CNN", "detection/shapes_faster_rcnn"),
     "shapes": Row("detection/shapes: strides 8 to 32", "detection/shapes"),
     "shapes_single": Row("detection/shapes, one level", "detection/shapes", options=SINGLE),
 }

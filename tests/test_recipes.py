@@ -36,6 +36,7 @@ SMALL_MODEL = {
 SMALL_BACKBONE = {"vit": "test_vit", "resnet50": "test_resnet", "test": "test_resnet", "regnetx": "test_byobnet"}
 # Options of a detection recipe's data that say sizes.
 SMALL_IMAGES = {"image_size": "64", "max_size": "96", "square": "64", "short_sides": "[48,64]"}
+SMALL_IMAGES |= {"valid_ranges": "[[16,null],[0,32]]"}
 # COCO's ids run from 1 to 90, with ten gaps.
 COCO = {i: name for i, name in enumerate(_COCO_CATEGORIES) if name not in ("__background__", "N/A")}
 LARGE = ("b4", "b5", "b6", "b7")  # they take long to train: B0 runs in their place, with all of their settings
@@ -289,9 +290,39 @@ def test_recipe_for_shapes_trains_as_long_as_it_says(name):
     assert recipe["trainer"]["check_val_every_n_epoch"] == epochs, "validation is only at the end"
 
 
-# By recipe of the comparison at many scales, what it has that detection/shapes_one_level has not or has otherwise.
+# By recipe of the comparison at many scales, what it has other than detection/shapes_one_level; None: nothing.
 SCALES = {
     "pyramid": {"model.neck": "fpn", "model.levels": [3, 5]},
+    "multi_scale": {"data.short_sides": [64, 128, 256]},
+    "snip": {
+        "data.short_sides": [64, 128, 256],
+        "data.valid_ranges": [[32, None], [16, 64], [0, 32]],
+        "model.views": [
+            {"scale": 0.5, "valid_range": [32, None]},
+            {"scale": 1.0, "valid_range": [16, 64]},
+            {"scale": 2.0, "valid_range": [0, 32]},
+        ],
+    },
+    "image_pyramid": {
+        "model.views": [{"scale": 1.0, "valid_range": [24, None]}, {"scale": 2.0, "valid_range": [0, 48]}]
+    },
+    "tiles": {
+        "model.views": [
+            {"scale": 1.0, "valid_range": [24, None]},
+            {"scale": 2.0, "tile": 64, "overlap": 0.25, "valid_range": [0, 48]},
+        ]
+    },
+    "faster_rcnn": {
+        "model.class_path": "zoo.FasterRCNN",
+        "model.anchor_sizes": [8, 16, 32, 64, 96],
+        "model.head_width": 256,
+        "model.pre_nms_top_k": [500, 500],
+        "model.post_nms_top_k": [100, 100],
+        "model.rpn_samples": 64,
+        "model.region_samples": 64,
+        "model.head": None,
+        "model.head_depth": None,
+    },
 }
 
 
@@ -299,14 +330,15 @@ SCALES = {
 def test_recipe_of_the_comparison_differs_from_its_base_in_what_it_is_about(name):
     """Backbone, images, length and everything else that is not named here are the same."""
     base, recipe = (settings(f"detection/shapes_{each}") for each in ("one_level", name))
-    assert recipe["trainer.logger.init_args.name"] == f"detection/shapes_{name}"
-    assert recipe == base | SCALES[name] | {"trainer.logger.init_args.name": f"detection/shapes_{name}"}
+    expected = base | SCALES[name] | {"trainer.logger.init_args.name": f"detection/shapes_{name}"}
+    assert recipe == {key: value for key, value in expected.items() if value is not None}
 
 
 def settings(name: str) -> dict:
     """Settings of a recipe by their dotted names, as in the options of the command line."""
     recipe = yaml.safe_load(recipes()[name].read_text())
-    found, left = {}, [("", recipe | {part: recipe[part]["init_args"] for part in ("model", "data")})]
+    parts = {part: recipe[part]["init_args"] | {"class_path": recipe[part]["class_path"]} for part in ("model", "data")}
+    found, left = {}, [("", recipe | parts)]
     while left:
         prefix, values = left.pop()
         for key, value in values.items():

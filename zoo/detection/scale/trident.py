@@ -89,13 +89,24 @@ class Branches:
         targets = Targets(*repeated)
         if self.ranges is None:
             return targets
-        originals = (targets.boxes.unflatten(0, (len(running), -1)) * scales[:, None, None]).unbind()
-        wanted = torch.cat([within(boxes, *self.ranges[b]) for boxes, b in zip(originals, running, strict=True)])
+        wanted = self.wanted(targets.boxes, scales, running)
         unwanted = targets.valid & ~wanted
         return targets._replace(
             valid=targets.valid & wanted,
             unwanted=unwanted if targets.unwanted is None else targets.unwanted | unwanted,
         )
+
+    def wanted(self, boxes: Tensor, scales: Tensor, running: Sequence[int]) -> Tensor:
+        """Tells which boxes (running branches * B, n, 4) are in the range of their branch: (running branches * B, n).
+
+        Args:
+            boxes: xyxy in pixels of the batch.
+            scales, running: See :meth:`targets`.
+        """
+        if self.ranges is None:
+            return torch.ones_like(boxes[..., 0], dtype=torch.bool)
+        originals = (boxes.unflatten(0, (len(running), -1)) * scales[:, None, None]).unbind()
+        return torch.cat([within(each, *self.ranges[b]) for each, b in zip(originals, running, strict=True)])
 
     def candidates(self, candidates: Candidates, running: Sequence[int]) -> Candidates:
         """Candidates (B, branches * n) of images, of candidates (branches * B, n).

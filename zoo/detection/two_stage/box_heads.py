@@ -37,6 +37,15 @@ class MLPBoxHead(nn.Module):
         return F.relu(self.fc2(F.relu(self.fc1(regions.flatten(1)))))
 
 
+def create_predictors(width: int, num_classes: int, class_agnostic: bool) -> tuple[nn.Linear, nn.Linear]:
+    """Layers that predict classes, background last, and boxes (Girshick 2015, "Fast R-CNN", section 3.1)."""
+    cls_out, box_out = nn.Linear(width, num_classes + 1), nn.Linear(width, 4 if class_agnostic else 4 * num_classes)
+    for layer, deviation in ((cls_out, 0.01), (box_out, 0.001)):
+        nn.init.normal_(layer.weight, std=deviation)
+        nn.init.zeros_(layer.bias)
+    return cls_out, box_out
+
+
 def region_candidates(proposals: Proposals, logits: Tensor, deltas: Tensor) -> Candidates:
     """Boxes and scores of each proposal and class, in float32; those of no proposal have a score of 0.
 

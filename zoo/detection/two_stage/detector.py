@@ -27,10 +27,11 @@ from zoo.detection.necks import AnyNeck
 from zoo.detection.peers import TWO_STAGE_PEERS
 from zoo.detection.postprocessing import Candidates
 from zoo.detection.scale.merging import Merge
-from zoo.detection.two_stage.box_heads import MLPBoxHead, region_candidates
+from zoo.detection.scale.trident import by_image, original_scales
+from zoo.detection.two_stage.box_heads import MLPBoxHead, create_predictors, region_candidates
 from zoo.detection.two_stage.layouts import TwoStageLayout
 from zoo.detection.two_stage.losses import RegionLossSums, proposal_losses, region_losses
-from zoo.detection.two_stage.pooling import pool_regions
+from zoo.detection.two_stage.pooling import COARSEST_POOLED, pool_regions
 from zoo.detection.two_stage.proposals import (
     RATIOS,
     ProposalHead,
@@ -41,14 +42,12 @@ from zoo.detection.two_stage.proposals import (
     proposal_cells,
     propose,
 )
-from zoo.detection.two_stage.sampling import EMPTY, Regions, Samples, match_regions, priorities, sample
+from zoo.detection.two_stage.sampling import Samples, match_regions, priorities, sample, take
 from zoo.detection.two_stage.stage import backbone_and_stage
 
 BoxLoss = Literal["smooth_l1", "l1"]
 BoxHead = Literal["mlp", "stage"]
 BETAS = {"smooth_l1": 1 / 9, "l1": 0.0}
-COARSEST_POOLED = 5
-"""The coarsest level that regions are pooled from; those beyond have proposals alone."""
 
 
 class FasterRCNN(Detector):
@@ -60,17 +59,14 @@ class FasterRCNN(Detector):
     time, whatever batch it is in.
 
     Args:
-        backbone: A timm network by name, with maps at the levels' strides, or a plain ViT, which gets a simple feature
-            pyramid; or a module: one of timm's, or one that returns a list of maps and states ``strides`` and
-            ``channels``.
+        backbone: A timm network by name, or a module, as of :class:`zoo.FPNDetector`.
         num_classes: Number of classes, K.
         score_threshold: Least score of a detection.
         nms_threshold: IoU above which NMS drops the lower of two detections of a class.
         max_detections: Most detections of an image, after NMS.
         weights: Weights to start from, of the backbone alone or of a whole detector: see :func:`zoo.weights.load`.
         in_channels: Channels of the images.
-        image_size: Side in pixels, or (height, width), that ``zoo cost`` counts for and a ViT's position embeddings are
-            made for. Images of every size are taken.
+        image_size: Side in pixels, or (height, width), that ``zoo cost`` counts for and a ViT is made for.
         neck: "fpn"; "single", one level alone, to compare with; or "none", a map of the backbone as it is.
         levels: Finest and coarsest level; level l has a stride of 2**l pixels. Those beyond 5 are subsampled, and have
             proposals alone. None: (2, 6); for "single" and "none" (4, 4).
@@ -95,13 +91,15 @@ class FasterRCNN(Detector):
         views: Views of each image in evaluation and prediction: see :class:`zoo.FPNDetector`. None: the image alone.
         merge: How what is found in views becomes detections: "nms", "soft_nms", "soft_vote" or "weighted".
         tiles_at_once: Tiles in a batch, so that memory does not grow with an image.
-        freeze_norm: Whether the backbone's BatchNorm keeps its statistics and weights. Without it they are trained;
-            ``Trainer(sync_batchnorm=True)`` shares them over ranks.
-        norm_eps: Epsilon of the backbone's BatchNorm: 0, with ``freeze_norm``, is what torchvision's first COCO weights
-            were trained with. None: the backbone's own.
-        frozen_stages: Number of the backbone's first stages that are not trained, the stem being the first; their
-            BatchNorm keeps its statistics.
+        freeze_norm: Whether the backbone's BatchNorm keeps its statistics and weights. Without it they are trained.
+        norm_eps: Epsilon of the backbone's BatchNorm; 0 with ``freeze_norm`` alone. None: the backbone's own.
+        frozen_stages: Number of the backbone's first stages that are not trained, the stem being the first.
         grad_checkpointing: Recompute the backbone in the backward pass: less memory, more time.
+        trident: TridentNet: branches of the stage that gives level 4, which differ in dilation.
+        dilations: Of each branch, (1, 2, 3) if None; without ``trident`` one for the whole stage.
+        scale_aware: Whether each branch learns and detects objects of its valid range alone.
+        valid_ranges: Least and greatest size for each branch. None: the paper's. See :class:`zoo.FPNDetector`.
+        branch: The branch that alone is evaluated, 1 in TridentNet Fast. None: all of them.
         channels_last: Keep images and weights in the memory order that convolutions are faster in.
         optimizer: Name of an optimizer of timm.
         lr: Learning rate, as it is used.
@@ -121,7 +119,9 @@ class FasterRCNN(Detector):
     """
 
     # While a run goes on: they say how it is evaluated.
-    changeable: ClassVar = ("score_threshold", "nms_threshold", "max_detections", "views", "merge", "tiles_at_once")
+    changeable: ClassVar = (
+        *("score_threshold", "nms_threshold", "max_detections", "branch", "views", "merge", "tiles_at_once"),
+    )
     exports: ClassVar = {"detections": "exported_detections", "proposals": "exported_proposals"}
     sums: ClassVar = RegionLossSums
     foreign_weights = TwoStageLayout()
@@ -162,6 +162,11 @@ class FasterRCNN(Detector):
         norm_eps: float | None = None,
         frozen_stages: int = 0,
         grad_checkpointing: bool = False,
+        trident: bool = False,
+        dilations: Sequence[int] | None = None,
+        scale_aware: bool = True,
+        valid_ranges: Sequence[tuple[float, float | None]] | None = None,
+        branch: int | None = None,
         channels_last: bool = True,
         optimizer: str = "sgd",
         lr: float = 0.02,
@@ -180,10 +185,8 @@ class FasterRCNN(Detector):
         self.hparams["backbone"] = name_of(backbone)
         check_choices(self.hparams, anchors=Anchors, neck=AnyNeck, box_head=BoxHead, box_loss=BoxLoss, merge=Merge)
         check_detector(self.hparams)
-        check_ranges(pre_nms_top_k=(pre_nms_top_k, 1, None), post_nms_top_k=(post_nms_top_k, 1, None))
-        check_ranges(
-            **{name: (self.hparams[name], 1, None) for name in ("head_width", "rpn_samples", "region_samples")}
-        )
+        counts = ("pre_nms_top_k", "post_nms_top_k", "head_width", "rpn_samples", "region_samples")
+        check_ranges(**{name: (self.hparams[name], 1, None) for name in counts})
         check_shares(self.hparams, "proposal_nms", "rpn_positive", "region_positive")
         levels = levels or ((2, 6) if neck == "fpn" else (4, 4))
         stage = None
@@ -198,11 +201,7 @@ class FasterRCNN(Detector):
         self.box_head: Any = MLPBoxHead(in_maps, head_width) if stage is None else stage
         settle_norms(self.box_head, self.hparams)
         self.train()  # but for what is frozen
-        self.cls_out = nn.Linear(self.box_head.out_channels, num_classes + 1)
-        self.box_out = nn.Linear(self.box_head.out_channels, 4 if class_agnostic else 4 * num_classes)
-        for layer, deviation in ((self.cls_out, 0.01), (self.box_out, 0.001)):
-            nn.init.normal_(layer.weight, std=deviation)
-            nn.init.zeros_(layer.bias)
+        self.cls_out, self.box_out = create_predictors(self.box_head.out_channels, num_classes, class_agnostic)
         self.finish(weights)
 
     # The technique.
@@ -216,7 +215,7 @@ class FasterRCNN(Detector):
         features = self.features(images)
         objectness, boxes = self.rpn(features)
         shapes = tuple((each.shape[2], each.shape[3]) for each in features)
-        return RegionMaps(objectness, boxes, tuple(features), shapes, (images.shape[2], images.shape[3]))
+        return RegionMaps(objectness, boxes, tuple(features), shapes, (images.shape[2], images.shape[3]), self.branches)
 
     def predict_regions(self, features: Sequence[Tensor], boxes: Tensor) -> tuple[Tensor, Tensor]:
         """Raw predictions of the second stage: logits (B, R, K + 1), background last, and deltas (B, R, K * 4).
@@ -260,18 +259,18 @@ class FasterRCNN(Detector):
         padded = padded._replace(labels=self.label_watch(self, padded.labels, self.hparams.num_classes))
         sizes = [target.get("size", maps.image_size) for target in targets]
         proposals = self.proposals(maps, sizes, waits=not self.training)
+        if self.trident is not None:
+            scales = original_scales(targets, maps.image_size, maps.boxes.device)
+            padded = self.trident.targets(padded, scales, maps.branches)
+            proposals = proposals.only(self.trident.wanted(proposals.boxes, scales, maps.branches))
         count = maps.objectness.shape[1], proposals.scores.shape[1] + padded.labels.shape[1]
-        anchors, regions = (
-            [priorities(maps.boxes, each, self.training) for each in count] if samples is None else samples
-        )
+        anchors, regions = samples or [priorities(maps.boxes, each, self.training) for each in count]
         if self.compiled[0] in self.__dict__:
             mark_sizes((maps.objectness, maps.boxes, *proposals, anchors, regions), cells, padded)
             for each in maps.features:
                 torch._dynamo.maybe_mark_dynamic(each, [0, 2, 3])
-        drawn = samples is None
-        first = self._proposal_sums(
-            maps.objectness, maps.boxes, cells, padded, anchors, drawn, parts_of_a_batch(cells, padded)
-        )
+        drawn, parts = samples is None, parts_of_a_batch(cells, padded)
+        first = self._proposal_sums(maps.objectness, maps.boxes, cells, padded, anchors, drawn, parts)
         second = self._region_sums(maps.features, proposals, padded, regions, drawn)
         return RegionLossSums(*first[:2], *second[:2], first[2], second[2])
 
@@ -294,14 +293,12 @@ class FasterRCNN(Detector):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Sums of the second stage. ``chosen`` are the regions to learn from, or by ``drawn`` priorities of all."""
         hp = self.hparams
-        boxes, match = match_regions(proposals, targets, hp.learn_targets)
+        regions = match_regions(proposals, targets, hp.learn_targets)
         if drawn:
-            chosen = sample(match, chosen[:, : match.shape[1]], hp.region_samples, hp.region_positive)
-        there, index = chosen != EMPTY, chosen.clamp(min=0)
-        boxes = boxes.gather(1, index[..., None].expand(-1, -1, 4))
-        boxes = torch.cat([boxes[..., :2], boxes[..., 2:] + ~there[..., None]], -1)  # an area in empty places, too
-        logits, deltas = self.predict_regions(features, boxes)
-        regions = Regions(boxes, match.gather(1, index))
+            chosen = chosen[:, : regions.match.shape[1]]
+            chosen = sample(regions.match, chosen, hp.region_samples, hp.region_positive)
+        regions, there = take(regions, chosen)
+        logits, deltas = self.predict_regions(features, regions.boxes)
         return region_losses(logits, deltas, regions, there, targets, BETAS[hp.box_loss])
 
     def make_cells(self, shapes: tuple[tuple[int, int], ...], image_size: tuple[int, int], device: Any) -> Cells:
@@ -318,18 +315,23 @@ class FasterRCNN(Detector):
         """
         hp, mode = self.hparams, 0 if self.training else 1
         ends = image_ends([maps.image_size] if sizes is None else sizes, maps.boxes.device)
+        if len(ends) > 1:  # one image's are those of all
+            ends = ends.repeat(len(maps.branches), 1, 1)
         counts = hp.pre_nms_top_k[mode], hp.post_nms_top_k[mode]
         return propose(maps, self.cells(maps), ends, *counts, hp.proposal_nms, waits)
 
     def candidates(self, maps: RegionMaps, sizes: Any = None) -> Candidates:
         """Boxes and scores of each proposal and class; in an image of few proposals the last have a score of 0."""
         proposals = self.proposals(maps, sizes)
-        return region_candidates(proposals, *self.predict_regions(maps.features, proposals.boxes))
+        found = region_candidates(proposals, *self.predict_regions(maps.features, proposals.boxes))
+        return found if self.trident is None else self.trident.candidates(found, maps.branches)
 
     def exported_proposals(self, images: Tensor, sizes: Tensor) -> dict[str, Tensor]:
         """Proposals in tensors of fixed shapes, best first: ``boxes`` (B, R, 4), ``scores`` (B, R), 0 where none is."""
-        proposals = self.proposals(self(images), sizes)
-        return {"boxes": proposals.boxes, "scores": proposals.scores.sigmoid()}
+        maps = self(images)
+        proposals = self.proposals(maps, sizes)
+        found = {"boxes": proposals.boxes, "scores": proposals.scores.sigmoid()}
+        return {name: by_image(each, len(maps.branches)) for name, each in found.items()}
 
     # Both stages, which forward does not run: how many regions there are is known.
 
@@ -343,4 +345,4 @@ class FasterRCNN(Detector):
 
     def _both_stages(self, images: Tensor, regions: int) -> tuple[Tensor, Tensor]:
         maps = self(images)
-        return self.predict_regions(maps.features, maps.boxes.new_zeros(len(images), regions, 4))
+        return self.predict_regions(maps.features, maps.boxes.new_zeros(len(maps.boxes), regions, 4))

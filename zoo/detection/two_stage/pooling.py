@@ -9,6 +9,8 @@ from torchvision.ops import roi_align
 
 SAMPLES = 2
 """Points along a side of each cell that is pooled, as in torchvision; detectron2 takes as many as the region has."""
+COARSEST_POOLED = 5
+"""The coarsest level that regions are pooled from; those beyond have proposals alone."""
 # A region of this side in pixels is pooled from level 4: an image of ImageNet, and the map of its classifier.
 CANONICAL_SIDE, CANONICAL_LEVEL = 224, 4
 

@@ -62,6 +62,10 @@ class Proposals(NamedTuple):
         """Places (B, R) in which there is one."""
         return self.scores > -torch.inf
 
+    def only(self, wanted: Tensor) -> "Proposals":
+        """Those of the places (B, R) that are wanted; in the others there are none."""
+        return self._replace(scores=self.scores.where(wanted, -torch.inf))
+
 
 class ProposalHead(nn.Module):
     """A 3x3 convolution, and objectness and box of each anchor (Ren et al. 2015, section 3.1), shared by all levels.

@@ -97,3 +97,16 @@ def match_regions(proposals: Proposals, targets: Targets, with_targets: bool, po
     match = torch.where(best < positive, BACKGROUND, index)
     match = ignore_near(match, boxes, targets.boxes, targets.crowd, targets.unwanted)
     return Regions(boxes, torch.where(there, match, IGNORE))
+
+
+def take(regions: Regions, chosen: Tensor) -> tuple[Regions, Tensor]:
+    """The regions that are chosen, R of them, and in which of the places (B, R) there is one: the others have an area.
+
+    Args:
+        regions: All of them.
+        chosen: (B, R) int64, their numbers, or EMPTY.
+    """
+    there, index = chosen != EMPTY, chosen.clamp(min=0)
+    boxes = regions.boxes.gather(1, index[..., None].expand(-1, -1, 4))
+    boxes = torch.cat([boxes[..., :2], boxes[..., 2:] + ~there[..., None]], -1)
+    return Regions(boxes, regions.match.gather(1, index)), there

@@ -368,9 +368,15 @@ def test_defaults_are_the_papers():
             "valid_ranges are missing: the paper's are of 3 branches, and here",
         ),
         ({"dilations": [1, 2]}, "valid_ranges are 3 for branch 0, branch 1: expected one for each"),
-        ({"valid_ranges": [(0, 16), (24, 32), (30, None)]}, "leave objects of 16 to 24 pixels to nobody"),
-        ({"valid_ranges": [(0, 16), (8, 32), (24, 60)]}, "leave objects from 60 pixels on to nobody"),
-        ({"valid_ranges": [(0, 16), (32, 8), (24, None)]}, r"valid range \[32, 8\] of branch 1: expected"),
+        (
+            {"valid_ranges": [(0, 16), (24, 32), (30, None)]},
+            "leave objects of 16 to 24 pixels to none of branch 0, branch 1",
+        ),
+        (
+            {"valid_ranges": [(0, 16), (8, 32), (24, 60)]},
+            "leave objects from 60 pixels on to none of branch 0, branch 1",
+        ),
+        ({"valid_ranges": [(0, 16), (32, 8), (24, None)]}, r"the valid range of branch 1 is \[32, 8\]: expected"),
         ({"scale_aware": False}, "valid_ranges are of no use without scale_aware, where all branches are of all sizes"),
         ({"branch": 3}, "branch is 3: expected 0 to 2, or null for all branches"),
         ({"branch": -1}, "branch is -1: expected 0 to 2, or null for all branches"),
@@ -440,6 +446,9 @@ def test_sizes_are_those_in_the_original_image(kind):
     about = {"size": kind((100, 50)), "orig_size": kind((200, 150))}
     assert trained((10, 36, 40), **about) == [[10, 36], [36, 40], [40]]
     assert trained((45,), orig_size=kind((400, 400))) == [[45], [45], [45]]  # without a size: of the images given
+    # The scale goes first: sizes do not tell what was cropped. Of half of 60 pixels, and of a quarter of 160.
+    assert trained((30, 40), scale=0.5, **about) == [[30, 40], [30, 40], []]
+    assert trained((30, 40), scale=torch.tensor(0.25), **about) == [[], [30, 40], [30, 40]]
 
 
 @pytest.mark.parametrize("head", ["fcos", "atss", "retinanet"])

@@ -18,6 +18,7 @@ from zoo import FasterRCNN, FPNDetector
 from zoo._lightning import Trainer
 from zoo.detection import detections
 from zoo.detection.detections import Found, after_nms, find_in_views
+from zoo.detection.postprocessing import Candidates
 from zoo.detection.scale import merging
 from zoo.detection.scale.views import Cost, View, cost, lay_out, parse_views, starts
 from zoo.serving.predictor import Predictor
@@ -163,6 +164,8 @@ def values(module: FPNDetector) -> FPNDetector:
 
 REAL: dict[str, dict[str, Any]] = {head: {"head": head, "levels": (3, 5)} for head in HEADS}
 REAL |= {"one level": {"neck": "single", "levels": (4, 4)}, "ViT": {"backbone": "test_vit", "levels": (3, 5)}}
+BRANCHES = {"trident": True, "valid_ranges": [(0, 16), (8, 40), (32, None)]}
+REAL |= {"TridentNet": {"backbone": "test_byobnet", "levels": (3, 5), **BRANCHES}}
 
 
 @pytest.fixture(scope="module", params=[*REAL, "two stages"])
@@ -334,6 +337,23 @@ def test_valid_ranges_are_sizes_in_the_original():
         middle = [] if not low else [{"valid_range": (0.5, 23.8), "scale": 0.01}]
         found = look(views=[{"valid_range": (low, high)}, rest, *middle])
         assert [sorted(each["labels"].tolist()) for each in found] == expected
+
+
+def test_ranges_of_views_and_of_candidates_are_both_kept():
+    """A fork of two branches, of which each finds everything, and the second one keeps what is above 24 pixels."""
+    module, originals = exact(), [(128, 192), (96, 160)]
+
+    def find(batch: Tensor, sizes: Any) -> Candidates:
+        found = module.candidates(module(batch), sizes)
+        boxes, scores, labels = (torch.cat([each, each], 1) for each in found[:3])
+        ranges = torch.tensor([[0.0, 23.8], [23.8, math.inf]]).repeat_interleave(found.scores.shape[1], 0)
+        return Candidates(boxes, scores, labels, ranges)
+
+    views = parse_views([{"valid_range": (0, 23.8)}, {"scale": 2, "valid_range": (20, None)}])
+    first, second = find_in_views(find, two_images(), SIZES, originals, views, 0.5)
+    # Of 24, 23.66 and 24 pixels, and of 21.9 and 25.9: those below 23.8 in the first branch and in both views.
+    assert sorted(zip(first.views.tolist(), first.labels.tolist(), strict=True)) == [(0, 1), (1, 0), (1, 1), (1, 2)]
+    assert sorted(zip(second.views.tolist(), second.labels.tolist(), strict=True)) == [(0, 0), (1, 0), (1, 1)]
 
 
 def test_the_best_candidates_are_merged(monkeypatch):

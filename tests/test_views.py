@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import datamodules.preprocessing
+import zoo
 from zoo import FasterRCNN, FPNDetector
 from zoo._lightning import Trainer
 from zoo.detection import detections
@@ -623,8 +624,10 @@ def test_split_weights_take_one_pass_alone():
 def test_views_are_no_part_of_an_exported_file():
     sizes = torch.tensor([[64, 96], [48, 80]])
     module = exact(views=[{"flip": True}])
-    with pytest.raises(ValueError, match="views and merge are no part of an exported file: set hparams.views to None"):
+    with pytest.raises(ValueError, match="views and merge are no part of an exported file: export zoo.load"):
         module.exported_detections(two_images(), sizes)
+    with pytest.raises(ValueError, match=r"cannot be exported: views and merge are .* hparams.merge 'nms'$"):
+        zoo.export(module, "a.pt2", "pt2", preprocessing=False)
     assert set(module.exported_maps(two_images())) == {"logits", "boxes", "centerness"}
     module.hparams.views = None
     assert module.exported_detections(two_images(), sizes)["count"].tolist() == [3, 2]

@@ -302,7 +302,10 @@ class Detector(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, Lig
         """
         hp = self.hparams
         if hp.views is not None or hp.merge != "nms":
-            raise ValueError("views and merge are no part of an exported file: set hparams.views to None, merge to nms")
+            raise ValueError(
+                "views and merge are no part of an exported file: export zoo.load(FILE).module with hparams.views None "
+                "and hparams.merge 'nms'"
+            )
         candidates = in_range(self.candidates(self(images), sizes), sizes)
         return fixed_nms(*candidates[:3], sizes, hp.score_threshold, hp.nms_threshold, hp.max_detections)
 

@@ -130,14 +130,17 @@ def trace(graph: Graph) -> ExportedProgram:
 
 
 def reason(error: BaseException) -> str:
-    """First line of torch's error that names the thing, and the line of the network's code that it comes from."""
+    """First line of an error that names the thing, and of one of torch's the line of code that it comes from."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     named = next((line for line in lines if line.startswith("- ")), lines[0] if lines else type(error).__name__)
     library = Path(torch.__file__).parent
     hidden = (str(library), __file__, "<")
     frames = traceback.extract_tb(error.__traceback__)
     where = next((frame for frame in reversed(frames) if not frame.filename.startswith(hidden)), None)
-    place = "" if where is None else f" ({Path(where.filename).name}, line {where.lineno}: {where.line})"
+    if where is None or str(where.line).startswith("raise "):  # on purpose, in words that say it all
+        place = ""
+    else:
+        place = f" ({Path(where.filename).name}, line {where.lineno}: {where.line})"
     sentence = re.split(r"[.]\s", named.removeprefix("- "))[0]
     return f"{sentence}{place}"
 

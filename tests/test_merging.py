@@ -223,7 +223,7 @@ def loop_weighted_boxes(rows, view_count, threshold, by_smaller=False):
 @pytest.mark.parametrize("overlap", [iou, over_smaller])
 def test_methods_do_what_their_sources_describe(overlap, tied):
     smaller = overlap is over_smaller
-    for seed in range(25):
+    for seed in range(16):
         count = seed * 3 % 40
         made = crowd(seed, count, classes=1 + seed % 4, tied=tied)
         if tied:  # no box twice: the loops tell boxes by their values
@@ -419,6 +419,33 @@ def test_a_chain_in_which_each_depends_on_the_last_is_followed_to_its_end():
     boxes = torch.stack([left, left * 0, left + 9, left * 0 + 9], 1)
     found = nms(boxes, torch.linspace(0.9, 0.1, 300), torch.zeros(300, dtype=torch.int64), 0.5, over_smaller)
     assert torch.equal(found["boxes"], boxes[::2])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_default_dtype_does_not_matter(method):
+    """It is bfloat16 in steps of bf16-true, which counts to 256."""
+    boxes = boxes_of([0, 0, 9, 9]).repeat(301, 1)
+    boxes[:, 2] += torch.arange(301) / 1000
+    made = boxes, torch.full((301,), 0.7), torch.zeros(301, dtype=torch.int64)
+    expected = merged(*made, method)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = merged(*made, method)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", METHODS)
+def test_on_an_accelerator_detections_are_the_same(method):
+    device, made = torch.accelerator.current_accelerator(), crowd(5, 300)
+    cut = torch.arange(300) % 3 == 0
+    expected = merged(*made, method, cut=cut)
+    views = torch.zeros(300, dtype=torch.int64, device=device)
+    found = merged(*(part.to(device) for part in made), method, views, cut.to(device))
+    assert all(values.device.type == device.type for values in found.values())
+    assert_same({name: values.cpu() for name, values in found.items()}, rows(expected))
 
 
 def test_an_unknown_method_is_named():

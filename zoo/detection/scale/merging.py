@@ -239,7 +239,7 @@ def weighted_boxes(
     """
 
     def of_class(boxes: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-        means, joined = boxes.clone(), torch.zeros(len(boxes))
+        means, joined = boxes.clone(), torch.zeros_like(scores)
         sums, weights = torch.zeros(len(boxes), 4, dtype=torch.float64), torch.zeros(len(boxes), dtype=torch.float64)
         found = 0
         for box, score in zip(boxes, scores.double(), strict=True):

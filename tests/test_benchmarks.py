@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from zoo import MAEPretrainer
 from zoo.cli.mistakes import Mistake
+from zoo.detection.scale.views import parse_views
 from zoo.gumbel_vae import estimators
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -175,3 +176,24 @@ def test_the_table_of_estimators_has_a_row_for_each(capsys, monkeypatch):
     printed = capsys.readouterr().out
     for name in estimators.ESTIMATORS:
         assert f"| {name}" in printed
+
+
+def test_objects_in_large_images_are_found_once_and_by_their_class():
+    from large_images import matched
+
+    target = {"boxes": torch.tensor([[0.0, 0, 10, 10], [20, 0, 30, 10]]), "labels": torch.tensor([1, 2])}
+    boxes = torch.tensor([[0.0, 0, 10, 9], [0, 0, 9, 10], [20, 0, 30, 10], [20, 0, 30, 10], [20, 0, 30, 4]])
+    labels, scores = torch.tensor([1, 1, 1, 2, 2]), torch.tensor([0.9, 0.8, 0.7, 0.6, 0.2])
+    found = {"boxes": boxes, "labels": labels, "scores": scores}
+    assert matched(found, target) == (2, 2)
+    assert matched({name: values[:0] for name, values in found.items()}, target) == (0, 0)
+    assert matched(found, {name: values[:0] for name, values in target.items()}) == (0, 4)
+
+
+def test_ways_to_look_at_large_images_are_views_of_the_detector():
+    from large_images import WAYS, views
+
+    shown = [parse_views(views(way, 4096, 128, 512, 0.25), 32) for way in WAYS]
+    assert [[view.scale for view in each] for each in shown] == [[1 / 32], [1], [1], [1, 1 / 32]]
+    assert [each[0].tile for each in shown] == [None, None, 512, 512]
+    assert shown[3][1].valid_range == (128, None)

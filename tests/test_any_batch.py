@@ -92,6 +92,7 @@ def labels_for(name: str, count: int) -> Any:
                 "boxes": boxes[: i % 3].clone(),
                 "labels": torch.arange(min(i % 3, 2)),
                 "iscrowd": torch.zeros(min(i % 3, 2), dtype=torch.int64),
+                "in_range": torch.arange(min(i % 3, 2)) == 0,
                 "image_id": 10 + i,
                 "size": torch.tensor([16, 16]),
                 "orig_size": (32, 32),

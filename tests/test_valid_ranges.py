@@ -18,15 +18,17 @@ from test_detection_parts import (
     outputs_of,
     total_loss,
 )
-from test_fpn_detector import Pyramid
+from test_fpn_detector import QUIET, SMALL, Gradients, Pyramid, collate, samples
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.data import DataLoader
 from torchvision import ops
 
 from datamodules.detection import DetectionDataModule
 from datamodules.reading.shape_images import ShapeSettings
 from datamodules.shapes import ShapeSamples
 from zoo import FPNDetector
+from zoo._lightning import Trainer
 from zoo.common.batch import images_and_targets
 from zoo.detection import BACKGROUND, IGNORE, Cells, assign, make_cells, pad_targets
 from zoo.detection.scale.ranges import check_valid_ranges, within
@@ -415,3 +417,20 @@ def test_a_detector_learns_nothing_from_what_is_out_of_the_range(head):
         assert torch.equal(found[key], value)
     none = module.loss(maps, [{**near, "in_range": [False]}] * 2)
     assert none["box"] == 0 < expected["box"]
+
+
+def test_two_processes_with_unequal_ranges_learn_as_one_with_all_of_them():
+    """One of them has nothing in the range: it is divided by what all of them find."""
+    data = samples((4, 3, 2, 5))  # ranks take every other image
+    for number, (_, target) in enumerate(data):
+        target["in_range"] = [number % 2 == 0 and i % 2 == 0 for i in range(len(target["labels"]))]
+    for processes in (2, 1):
+        torch.manual_seed(0)
+        module = Gradients(**SMALL, freeze_norm=True)
+        several = {"devices": 2, "strategy": "ddp_fork", "use_distributed_sampler": True} if processes == 2 else {}
+        loader = DataLoader(data, 4 // processes, collate_fn=collate)
+        Trainer(**QUIET | {"max_steps": 1, "limit_val_batches": 0} | several).fit(module, loader)
+    expected, *found = (torch.load(f"gradients_{name}.pt") for name in ("1_0", "2_0", "2_1"))
+    for name, value in expected.items():
+        for each in found if value is not None else ():
+            torch.testing.assert_close(each[name], value, rtol=1e-4, atol=1e-6, msg=name)

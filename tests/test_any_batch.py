@@ -17,7 +17,15 @@ from torch.utils.data import DataLoader, TensorDataset
 import zoo.common.classification
 import zoo.common.labels
 import zoo.detection.base
-from zoo import EfficientNetClassifier, FPNDetector, GaussianVAE, GumbelVAE, MAEPretrainer, ViTClassifier
+from zoo import (
+    EfficientNetClassifier,
+    FasterRCNN,
+    FPNDetector,
+    GaussianVAE,
+    GumbelVAE,
+    MAEPretrainer,
+    ViTClassifier,
+)
 from zoo._lightning import Callback, Trainer
 from zoo.callbacks import SavePictures
 from zoo.common.labels import LabelWatch
@@ -74,6 +82,9 @@ DETECTORS = {
     "fcos_contiguous": lambda: detector(head="fcos", channels_last=False),
     "atss": lambda: detector(head="atss"),
     "retinanet": lambda: detector(head="retinanet", normalizer="image"),
+    "two_stages": lambda: FasterRCNN(
+        "test_resnet", num_classes=3, channels=8, head_width=8, levels=(3, 4), score_threshold=0.0
+    ),
 }
 TECHNIQUES = CLASSIFIERS | UNLABELLED | DETECTORS
 EACH = ("vit", "vit_several", "efficientnet", "mae", "gumbel", "gaussian", "fcos")  # one of each kind

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from datamodules import CocoDetectionDataModule, ImageFolderDataModule
 from zoo import (
     EfficientNetClassifier,
+    FasterRCNN,
     FPNDetector,
     GaussianVAE,
     GumbelVAE,
@@ -263,6 +264,8 @@ def small(kind: type[LightningModule], source: str | None = None) -> LightningMo
         return MAEPretrainer(**vit, **grey, decoder_dim=16, decoder_depth=1, decoder_heads=2)
     if kind is FPNDetector:
         return FPNDetector(**DETECTOR, num_classes=3, weights=source)
+    if kind is FasterRCNN:
+        return FasterRCNN("test_resnet", num_classes=3, channels=8, head_width=8, weights=source)
     if kind is EfficientNetClassifier:
         return EfficientNetClassifier("b0", num_classes=3, image_size=32, width=1.0, weights=source)
     if kind is ViTClassifier:
@@ -271,7 +274,7 @@ def small(kind: type[LightningModule], source: str | None = None) -> LightningMo
 
 
 @pytest.mark.parametrize(
-    "kind", [ViTClassifier, EfficientNetClassifier, MAEPretrainer, FPNDetector, GumbelVAE, GaussianVAE]
+    "kind", [ViTClassifier, EfficientNetClassifier, MAEPretrainer, FPNDetector, FasterRCNN, GumbelVAE, GaussianVAE]
 )
 def test_the_checkpoint_of_every_technique_leaves_nothing_untrained(tmp_path, kind):
     module = small(kind)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from zoo import (
     EfficientNetClassifier,
+    FasterRCNN,
     FPNDetector,
     GaussianVAE,
     GumbelVAE,
@@ -24,6 +25,7 @@ MODULES = {
     "EfficientNetClassifier": lambda **o: EfficientNetClassifier(phi=-6, num_classes=3, image_size=32, **o),
     "MAEPretrainer": lambda **o: MAEPretrainer(**VIT, decoder_dim=8, decoder_depth=1, decoder_heads=2, **o),
     "FPNDetector": lambda **o: FPNDetector("test_resnet", num_classes=3, channels=8, head_depth=1, **o),
+    "FasterRCNN": lambda **o: FasterRCNN("test_resnet", num_classes=3, channels=8, head_width=8, **o),
     "GumbelVAE": lambda **o: GumbelVAE(categories=2, **VAE, **o),
     "GaussianVAE": lambda **o: GaussianVAE(**VAE, **o),
 }
@@ -56,7 +58,9 @@ def outputs(module: nn.Module) -> tuple[float, float]:
     with torch.compiler.set_stance("force_eager"), torch.no_grad():
         torch.manual_seed(0)
         found = module(images)
-        loss = module.training_step((images, [BOXES] if isinstance(module, FPNDetector) else BOXES["labels"]), 0)
+        loss = module.training_step(
+            (images, [BOXES] if isinstance(module, FPNDetector | FasterRCNN) else BOXES["labels"]), 0
+        )
     parts = [found] if isinstance(found, Tensor) else found[:2]
     return sum(part.abs().sum().item() for part in parts), loss.item()
 

@@ -1,6 +1,7 @@
 """FasterRCNN: its two stages against torchvision's, worked answers, every argument, evaluation, and learning."""
 
 import copy
+import inspect
 import re
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 import torchvision
 from test_detection_parts import NeverWaits
-from test_fpn_detector import QUIET, Pyramid, collate, fit, loader, pictures, samples, targets
+from test_fpn_detector import QUIET, Pyramid, Rates, collate, fit, loader, pictures, samples, targets
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.data import DataLoader
@@ -397,13 +398,155 @@ def test_regions_in_crowds_and_near_what_nobody_wants_are_no_background():
     assert (matches[1][matches[0] >= 0] == IGNORE).all()
 
 
-# The module.
+# Every argument matters.
+
+
+def shapes(**options: Any) -> Any:
+    return {name: tuple(value.shape) for name, value in small(**options).state_dict().items()}
+
+
+def detections(**options: Any) -> Any:
+    module = small(**{"score_threshold": 0.0} | options).eval()
+    return [(each["boxes"].tolist(), each["scores"].tolist()) for each in module.detect(pictures(2))]
 
 
 def losses(**options: Any) -> Any:
     module = small(**options)
     torch.manual_seed(1)
     return {name: value.item() for name, value in module.loss(module(pictures(4)), targets()).items()}
+
+
+def trained(**options: Any) -> Any:
+    return [name for name, parameter in small(**options).named_parameters() if parameter.requires_grad]
+
+
+def proposed(**options: Any) -> Any:
+    module = small(**options)
+    return [module.train(mode).proposals(module(pictures(1))).scores.shape for mode in (True, False)]
+
+
+def rates(**options: Any) -> Any:
+    noted = Rates()
+    fit(small(**{"lr": 1e-3} | options), max_epochs=2, callbacks=[noted])
+    return noted.noted
+
+
+def values(**options: Any) -> float:
+    torch.save({name: value + 1 for name, value in small().state_dict().items()}, "somewhere.pth")
+    return sum(value.sum().item() for value in small(**options).state_dict().values())
+
+
+def recomputed(**options: Any) -> int:
+    """How often the first convolution of the last stage runs in a training step."""
+    module, calls = small(**options), []
+    module.backbone.layer4[0].conv1.register_forward_hook(lambda *_: calls.append(1))
+    sum(module.loss(module(pictures(4)), targets()).values()).backward()
+    return len(calls)
+
+
+MATTERS = {
+    "backbone": (shapes, {}, {"backbone": "test_convnext"}),
+    "num_classes": (shapes, {}, {"num_classes": 4}),
+    "score_threshold": (detections, {}, {"score_threshold": 0.3}),
+    "nms_threshold": (detections, {}, {"nms_threshold": 0.2}),
+    "max_detections": (detections, {}, {"max_detections": 7}),
+    "weights": (values, {}, {"weights": "somewhere.pth"}),
+    "in_channels": (shapes, {}, {"in_channels": 1}),
+    "image_size": (lambda **options: small(**options).input_shape, {}, {"image_size": (64, 96)}),
+    "neck": (shapes, {"levels": (4, 4)}, {"levels": (4, 4), "neck": "single"}),
+    "levels": (shapes, {}, {"levels": (3, 4)}),
+    "channels": (shapes, {}, {"channels": 24}),
+    "head_width": (shapes, {}, {"head_width": 24}),
+    "class_agnostic": (shapes, {}, {"class_agnostic": True}),
+    "anchors": (losses, {}, {"anchors": "torchvision"}),
+    "anchor_sizes": (losses, {}, {"anchor_sizes": [8, 16, 32, 64, 128]}),
+    "box_loss": (losses, {}, {"box_loss": "l1"}),
+    "pre_nms_top_k": (proposed, {}, {"pre_nms_top_k": (20, 10)}),
+    "post_nms_top_k": (proposed, {}, {"post_nms_top_k": (20, 10)}),
+    "proposal_nms": (losses, {}, {"proposal_nms": 0.3}),
+    "rpn_samples": (losses, {}, {"rpn_samples": 32}),
+    "rpn_positive": (losses, {}, {"rpn_positive": 0.02}),
+    "region_samples": (losses, {}, {"region_samples": 16}),
+    "region_positive": (losses, {}, {"region_positive": 0.05}),
+    "learn_targets": (losses, {}, {"learn_targets": False}),
+    "views": (detections, {}, {"views": [{"scale": 2}]}),
+    "merge": (detections, {}, {"merge": "soft_nms"}),
+    "tiles_at_once": (lambda **options: tiles(**options), {}, {"tiles_at_once": 1}),
+    "freeze_norm": (trained, {}, {"freeze_norm": True}),
+    "norm_eps": (lambda **options: small(**options).backbone.bn1.eps, {}, {"norm_eps": 1e-3}),
+    "frozen_stages": (trained, {}, {"frozen_stages": 2}),
+    "grad_checkpointing": (recomputed, {}, {"grad_checkpointing": True}),
+    "channels_last": (
+        lambda **options: small(**options).neck.output[0].weight.stride(),
+        {},
+        {"channels_last": False},
+    ),
+    "optimizer": (rates, {}, {"optimizer": "adamw"}),
+    "lr": (rates, {}, {"lr": 2e-3}),
+    "weight_decay": (rates, {}, {"weight_decay": 1e-3}),
+    "momentum": (rates, {}, {"momentum": 0.8}),
+    "betas": (rates, {"optimizer": "adamw"}, {"optimizer": "adamw", "betas": (0.8, 0.9)}),
+    "layer_decay": (rates, {}, {"layer_decay": 0.7}),
+    "schedule": (rates, {}, {"schedule": "steps"}),
+    "milestones": (rates, {"schedule": "steps"}, {"schedule": "steps", "milestones": (1,)}),
+    "warmup_epochs": (rates, {}, {"warmup_epochs": 0.5}),
+    "min_lr": (rates, {}, {"min_lr": 5e-4}),
+    "compile": (lambda **options: small(**options)._compiled_call_impl is None, {}, {"compile": True}),
+}
+
+
+def tiles(**options: Any) -> int:
+    """Number of batches that tiles of an image are looked at in."""
+    module, calls = small(views=[{"tile": 32, "scale": 2, "overlap": 0.0}], **options).eval(), []
+    module.rpn.register_forward_hook(lambda *_: calls.append(1))
+    module.detect(pictures(1))
+    return len(calls)
+
+
+def test_the_table_has_every_argument():
+    assert set(MATTERS) | {"box_head"} == set(inspect.signature(FasterRCNN).parameters)  # of which there is one
+
+
+FOUND: dict[tuple[object, str], object] = {}
+
+
+def found_before(probe, options):
+    """What a probe finds, each time; it is asked twice for all arguments that start from the same options."""
+    key = probe, repr(options)
+    if key not in FOUND:
+        FOUND[key] = probe(**options)
+        assert probe(**options) == FOUND[key]
+    return FOUND[key]
+
+
+@pytest.mark.parametrize("name", MATTERS)
+def test_every_argument_of_two_stages_matters(name):
+    probe, options, changed = MATTERS[name]
+    assert found_before(probe, options) != probe(**changed)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"anchors": "centred"}, "unknown anchors 'centred': expected one of centered, torchvision"),
+        ({"box_head": "conv"}, "unknown box_head 'conv': expected one of mlp"),
+        ({"box_loss": "giou"}, "unknown box_loss 'giou': expected one of smooth_l1, l1"),
+        ({"proposal_nms": 1.5}, r"proposal_nms is 1.5: expected a number in \[0, 1\]"),
+        ({"rpn_positive": -0.5}, r"rpn_positive is -0.5: expected a number in \[0, 1\]"),
+        ({"region_samples": 0}, "region_samples is 0: expected at least 1"),
+        ({"pre_nms_top_k": (0, 5)}, r"pre_nms_top_k is \(0, 5\): expected at least 1"),
+        ({"anchor_sizes": [8, 16]}, r"anchor_sizes are \[8, 16\]: expected 5, one for each level"),
+        ({"anchor_sizes": []}, r"anchor_sizes are \[\]: expected sides in pixels, finite numbers above 0"),
+        ({"anchor_sizes": [8, 16, 0, 3, 5]}, r"anchor_sizes are .*: expected sides in pixels, finite numbers above 0"),
+        ({"levels": (6, 7)}, r"levels are \[6, 7\]: ResNet has no map of stride 64"),
+    ],
+)
+def test_wrong_arguments_of_two_stages(options, message):
+    with pytest.raises(ValueError, match=message):
+        small(**options)
+
+
+# The module.
 
 
 def test_losses_are_finite_and_the_parts_that_are_promised():

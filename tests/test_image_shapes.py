@@ -9,7 +9,15 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules import DigitsDataModule, ImageFolderDataModule, TorchvisionDataModule
-from zoo import EfficientNetClassifier, FPNDetector, GaussianVAE, GumbelVAE, MAEPretrainer, ViTClassifier
+from zoo import (
+    EfficientNetClassifier,
+    FasterRCNN,
+    FPNDetector,
+    GaussianVAE,
+    GumbelVAE,
+    MAEPretrainer,
+    ViTClassifier,
+)
 from zoo.cli import main
 
 VIT = {"backbone": "vit_tiny_patch16_224", "image_size": 8, "patch_size": 4, "in_channels": 1}
@@ -20,6 +28,11 @@ TECHNIQUES: dict[type, tuple[dict[str, Any], bool]] = {  # and whether it takes 
     MAEPretrainer: (VIT | {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}, False),
     FPNDetector: (
         {"backbone": "test_resnet", "num_classes": 3, "channels": 16, "head_depth": 1, "levels": (3, 4)}
+        | {"image_size": 32, "in_channels": 1},
+        True,
+    ),
+    FasterRCNN: (
+        {"backbone": "test_resnet", "num_classes": 3, "channels": 16, "head_width": 16, "levels": (3, 4)}
         | {"image_size": 32, "in_channels": 1},
         True,
     ),
@@ -45,7 +58,7 @@ class SameBatch(Dataset):
 def loader(module: Any, shape: tuple[int, int, int]) -> DataLoader:
     images = torch.rand(2, *shape).round()
     about: Any = torch.tensor([0, 1])
-    if isinstance(module, FPNDetector):
+    if isinstance(module, FPNDetector | FasterRCNN):
         about = [{"boxes": torch.tensor([[1.0, 1, 5, 5]]), "labels": torch.tensor([0])}] * 2
     return DataLoader(SameBatch((images, about)), batch_size=None)
 

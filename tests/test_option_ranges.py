@@ -10,8 +10,17 @@ from typing import Any
 import pytest
 import torch
 
-from zoo import EfficientNetClassifier, FPNDetector, GaussianVAE, GumbelVAE, MAEPretrainer, ViTClassifier
+from zoo import (
+    EfficientNetClassifier,
+    FasterRCNN,
+    FPNDetector,
+    GaussianVAE,
+    GumbelVAE,
+    MAEPretrainer,
+    ViTClassifier,
+)
 from zoo.common.ranges import TRAINING, check_above, check_ranges, check_training
+from zoo.detection.base import Detector
 
 VIT = {"backbone": "vit_tiny_patch16_224", "image_size": 8, "patch_size": 4, "in_channels": 1}
 VIT |= {"width": 16, "depth": 1, "heads": 2}
@@ -20,6 +29,8 @@ TECHNIQUES: dict[type, dict[str, Any]] = {
     EfficientNetClassifier: {"num_classes": 3, "phi": -6.0, "in_channels": 1, "image_size": 32},
     MAEPretrainer: VIT | {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2},
     FPNDetector: {"backbone": "test_resnet", "num_classes": 3, "channels": 16, "head_depth": 1, "levels": (3, 4)}
+    | {"image_size": 32},
+    FasterRCNN: {"backbone": "test_resnet", "num_classes": 3, "channels": 16, "head_width": 16, "levels": (3, 4)}
     | {"image_size": 32},
     GumbelVAE: {"latents": 2, "categories": 3, "image_size": 8, "hidden": (8,)},
     GaussianVAE: {"latents": 2, "image_size": 8, "hidden": (8,)},
@@ -74,10 +85,10 @@ OPTIONS = [
 
 
 def batch_for(module: Any, options: dict[str, Any]) -> Any:
-    images = torch.rand(2, options.get("in_channels", 3 if isinstance(module, FPNDetector) else 1), *[
+    images = torch.rand(2, options.get("in_channels", 3 if isinstance(module, Detector) else 1), *[
         options["image_size"]
     ] * 2).round()  # fmt: skip
-    if isinstance(module, FPNDetector):
+    if isinstance(module, Detector):
         return images, [{"boxes": torch.tensor([[4.0, 4, 20, 20]]), "labels": torch.tensor([0])}] * 2
     return images, torch.tensor([0, 1])
 

@@ -10,7 +10,15 @@ from torchmetrics import Metric
 
 from datamodules import DigitsDataModule, ShapesDetectionDataModule
 from datamodules.detection import DetectionDataModule
-from zoo import EfficientNetClassifier, FPNDetector, GaussianVAE, GumbelVAE, MAEPretrainer, ViTClassifier
+from zoo import (
+    EfficientNetClassifier,
+    FasterRCNN,
+    FPNDetector,
+    GaussianVAE,
+    GumbelVAE,
+    MAEPretrainer,
+    ViTClassifier,
+)
 from zoo._lightning import Callback, LightningModule, Trainer
 from zoo.common.classification import classification_metrics
 from zoo.common.precision import MeanMetric
@@ -40,6 +48,9 @@ TECHNIQUES = {
         depth=0.1, width=0.25, num_classes=10, image_size=16, stem_stride=1, in_channels=1, dropout=0.0, drop_path=0.0
     ),
     "detector": lambda: FPNDetector("test_resnet", num_classes=6, channels=8, head_depth=1, levels=(3, 5)),
+    "two-stage detector": lambda: FasterRCNN(
+        "test_resnet", num_classes=6, channels=8, head_width=16, levels=(3, 5), region_samples=32
+    ),
     "gumbel": lambda: GumbelVAE(categories=4, likelihood="logistic", **VAE),
     "gaussian": lambda: GaussianVAE(**VAE),
 }
@@ -48,7 +59,7 @@ PRECISIONS = ["bf16-true", "16-true", "64-true", "bf16-mixed", "float64", "bfloa
 
 
 def data(name: str):
-    if name == "detector":
+    if "detector" in name:
         return ShapesDetectionDataModule(
             image_size=64, train_size=4, val_size=6, test_size=4, batch_size=2, num_workers=0, max_objects=3
         )

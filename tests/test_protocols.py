@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from zoo import EfficientNetClassifier, FPNDetector, GaussianVAE, GumbelVAE, MAEPretrainer, ViTClassifier
+from zoo import (
+    EfficientNetClassifier,
+    FasterRCNN,
+    FPNDetector,
+    GaussianVAE,
+    GumbelVAE,
+    MAEPretrainer,
+    ViTClassifier,
+)
 from zoo.common import data_protocols, protocols
 
 ROOT = Path(__file__).parents[1]
@@ -111,6 +119,11 @@ MODULES = {
         lambda: FPNDetector("test_resnet", num_classes=3, channels=8, head_depth=1),
         "Changeable Pruned ForeignWeights NamesPredictionWriter WordsMetrics DrawsTargets HasPeers HasClasses "
         "MeasuresDetections PredictsInViews",
+    ),
+    FasterRCNN: (
+        lambda: FasterRCNN("test_resnet", num_classes=3, channels=8, head_width=8),
+        "Changeable Pruned ForeignWeights NamesPredictionWriter WordsMetrics DrawsTargets HasPeers HasClasses "
+        "MeasuresDetections PredictsInViews TrainsOtherwise PredictsOtherwise",
     ),
     GumbelVAE: (
         lambda: GumbelVAE(categories=2, **VAE),

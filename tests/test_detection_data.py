@@ -697,9 +697,14 @@ def test_where_a_box_goes_what_says_its_range_goes_along():
     boxes = ((5, 5, 25, 25), (10, 10, 10, 30), (-30, 2, -10, 20), (30, 30, 38, 36))
     raw = torch.zeros(3, 40, 60, dtype=torch.uint8), {**scene(boxes=())[1]}
     raw[1].update(boxes=torch.tensor(boxes, dtype=torch.float32), labels=torch.arange(4))
-    _, target = transformed({"image_size": 40, "short_sides": [40], "valid_ranges": [(0, None)]}, 0, raw)
-    assert target["labels"].tolist() == [0, 3]
-    assert target["in_range"].tolist() == [True, True]
+    options = {"image_size": 40, "short_sides": [40, 50], "valid_ranges": [(0, None), (10, None)]}
+    for number, expected in enumerate(([True, True], [True, False])):
+        _, target = transformed(options, number, raw)
+        assert target["labels"].tolist() == [0, 3]
+        assert target["in_range"].tolist() == expected
+        said = raw[0], raw[1] | {"in_range": torch.tensor([False, True, True, True])}  # by the data set itself
+        assert transformed(options, number, said)[1]["in_range"].tolist() == [False, expected[1]]
+        assert transformed({"image_size": 40}, 0, said)[1]["in_range"].tolist() == [False, True]
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])

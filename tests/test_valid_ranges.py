@@ -1,6 +1,8 @@
 """Objects out of a valid range of sizes: neither learned nor background, in assignment, losses and batches."""
 
 import math
+import random
+import re
 import sys
 from functools import partial
 
@@ -27,6 +29,7 @@ from torchvision import ops
 from datamodules.detection import DetectionDataModule
 from datamodules.reading.shape_images import ShapeSettings
 from datamodules.shapes import ShapeSamples
+from datamodules.transforms.scales import ranges_of
 from zoo import FPNDetector
 from zoo._lightning import Trainer
 from zoo.common.batch import images_and_targets
@@ -335,6 +338,30 @@ def test_ranges_that_cover_all_sizes(ranges):
     check_valid_ranges(ranges, [f"a{i}" for i in range(len(ranges))])
     with pytest.raises(ValueError, match=f"valid_ranges are {len(ranges)} for one, two, three, four: expected one for"):
         check_valid_ranges(ranges, ["one", "two", "three", "four"])
+
+
+def test_detectors_and_data_refuse_the_same_ranges():
+    """Each has a check of its own, since neither package knows the other."""
+    lows, highs, refused = (
+        (0, 0.0, 0, 8, 20, 20, 20.5, 64, None, -1),
+        (8, 20, 20, 64, None, None, math.inf, math.nan),
+        0,
+    )
+    draw, count = random.Random(0), 400
+    for _ in range(count):
+        ranges = [(draw.choice(lows), draw.choice(highs)) for _ in range(draw.randint(1, 3))]
+        ranges += [(0, 20), (20, None)] if draw.random() < 0.3 else []
+        names = [str(number) for number in range(len(ranges))]
+        found = []
+        for check in (partial(check_valid_ranges, ranges, names), partial(ranges_of, ranges, range(len(ranges)))):
+            try:
+                check()
+                found.append("")
+            except ValueError as error:
+                found.append(re.sub(r"short side |, or null.*| to none of .*", "", str(error)))
+        assert found[0] == found[1]
+        refused += bool(found[0])
+    assert 40 < refused < count - 40
 
 
 def test_sizes_are_roots_of_areas_both_ends_included():

@@ -116,7 +116,8 @@ class DetectionTransform:
         image, target = self._sanitize(self._clamp(image, target))
         target["scale"] = math.sqrt(math.prod(size) / math.prod(before))
         if self.valid_range is not None:
-            target["in_range"] = in_range(_plain(target["boxes"]), self.valid_range, target["scale"])
+            learned = in_range(_plain(target["boxes"]), self.valid_range, target["scale"])
+            target["in_range"] = learned & target.get("in_range", True)  # which a data set may have by its own rule
         return image, target
 
     def _size(self, image: Tensor) -> tuple[int, int]:

@@ -30,7 +30,8 @@ def sides_of(short_sides: ShortSides | None) -> tuple[int, ...]:
         if short_sides.keys() != {"low", "high", "step"}:
             raise ValueError(f"short_sides are {dict(short_sides)}: expected a list, or low, high and step in pixels")
         low, high, step = (short_sides[name] for name in ("low", "high", "step"))
-        if step < 1 or high < low or (high - low) % step:
+        whole = all(isinstance(each, int) for each in (low, high, step))
+        if not whole or step < 1 or high < low or (high - low) % step:
             raise ValueError(f"short_sides are {dict(short_sides)}: expected whole steps that lead from low to high")
         short_sides = range(low, high + 1, step)
     if not short_sides:

@@ -18,12 +18,13 @@ writes that, and the same part of the largest image in all ways, to --out.
 """
 
 import argparse
-import json
+import multiprocessing
 import os
 import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -54,15 +55,11 @@ def views(way: str, size: int, trained: int, tile: int, overlap: float) -> list[
     return dict(zip(WAYS, ([whole], [{}], [tiles], [tiles, beside]), strict=True))[way]
 
 
-def render(folder: Path, size: int, number: int) -> Path:
-    """The path of a test image and its target, which are drawn unless they are there."""
-    path = folder / f"{size}_{number}.pt"
-    if not path.exists():
-        image, target = ShapesDetectionDataModule("aerial", size, test_size=number + 1, cache_mb=0).raw_samples("test")[
-            number
-        ]
-        _write(path, {"image": image, "boxes": target["boxes"], "labels": target["labels"]})
-    return path
+def render(path: Path, size: int, number: int) -> None:
+    """Draws a test image and its target."""
+    data = ShapesDetectionDataModule("aerial", size, test_size=number + 1, cache_mb=0)
+    image, target = data.raw_samples("test")[number]
+    _write(path, {"image": image, "boxes": target["boxes"], "labels": target["labels"]})
 
 
 def _write(path: Path, content: Any) -> None:
@@ -88,30 +85,40 @@ def train(folder: Path, options: list[str]) -> Path:
 # One measurement, in a process of its own.
 
 
+def apart(function: Callable[..., None], *args: Any) -> None:
+    """Calls a function in a process that has imported all, and computed nothing yet."""
+    process = multiprocessing.get_context("fork").Process(target=function, args=args)
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise SystemExit(f"{function.__name__}{args} failed")
+
+
 def memory(name: str) -> int:
     """VmRSS, what the process has now, or VmHWM, the most that it had, in bytes."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) * 1024
 
 
-def measure(checkpoint: Path, way: str, paths: list[Path], tile: int, overlap: float, merge: str) -> dict[str, Any]:
-    """Detections, seconds of the processor an image, and memory in bytes."""
-    predictor = zoo.load(checkpoint)
+def measure(path: Path, way: str, images: list[Path], settings: dict[str, Any]) -> None:
+    """Writes detections, seconds of the processor an image, and memory in bytes."""
+    predictor = zoo.load(settings["checkpoint"])
     detector, preprocessing = predictor.module, predictor.preprocessing
     detector.hparams.max_detections, detector.hparams.top_candidates = 1000, 10_000
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (preprocessing.mean, preprocessing.std))
     trained = int(detector.hparams.image_size)
     detector.detect(torch.zeros(1, 3, trained, trained))  # what is made once only
     found, seconds, most = [], 0.0, 0
-    for path in paths:
-        image = torch.load(path)["image"].float().div_(255).sub_(mean).div_(std)[None]
+    for file in images:
+        image = torch.load(file)["image"].float().div_(255).sub_(mean).div_(std)[None]
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
         before, start = memory("VmRSS"), time.process_time()
-        shown = views(way, image.shape[-1], trained, tile, overlap)
-        found += detector.detect(image, views=shown, merge=merge)
+        shown = views(way, image.shape[-1], trained, settings["tile"], settings["overlap"])
+        found += detector.detect(image, views=shown, merge=settings["merge"])
         seconds += time.process_time() - start
         most = max(most, memory("VmHWM") - before)
-    return {"detections": found, "seconds": seconds / len(paths), "bytes": most}
+    made = {"detections": found, "seconds": seconds / len(images), "bytes": most}
+    _write(path, made | {"settings": settings})
 
 
 # What the measurements say.
@@ -180,34 +187,33 @@ def main() -> None:
     args, options = parser.parse_known_args()
     checkpoint = args.checkpoint or train(args.out, options)
     settings = {"checkpoint": str(checkpoint.resolve()), "images": args.images, "tile": args.tile}
-    settings |= {"overlap": args.overlap, "merge": args.merge}
-    if args.measure:
-        way, size = args.measure
-        paths = [render(args.out / "images", int(size), number) for number in range(args.images)]
-        measured = measure(checkpoint, way, paths, args.tile, args.overlap, args.merge)
-        _write(result_at(args.out, way, int(size)), measured | {"settings": settings})
-        return
-    lines, everything = [], {}
-    for size in args.sizes:
-        samples = [torch.load(render(args.out / "images", size, number)) for number in range(args.images)]
+    settings |= {"overlap": args.overlap, "merge": args.merge}  # results under others are measured again
+    images = {size: [args.out / "images" / f"{size}_{n}.pt" for n in range(args.images)] for size in args.sizes}
+    results = {(size, way): args.out / "results" / f"{size}_{way}.pt" for size in args.sizes for way in WAYS}
+    for size, paths in images.items():
+        for number, path in enumerate(paths):
+            if not path.exists():
+                apart(render, path, size, number)
+    for (size, way), path in results.items():
+        if not path.exists() or torch.load(path)["settings"] != settings:
+            print(f"{size} pixels, {way}", file=sys.stderr)
+            apart(measure, path, way, images[size], settings)
+    lines = []
+    for size, paths in images.items():
+        samples = [torch.load(path) for path in paths]
         targets = [{name: sample[name] for name in ("boxes", "labels")} for sample in samples]
-        objects, rows = sum(len(target["labels"]) for target in targets), {}
-        for way in WAYS:
-            path = result_at(args.out, way, size)
-            if not path.exists() or torch.load(path)["settings"] != settings:
-                flags = [f"--{name}={value}" for name, value in settings.items()]
-                command = [sys.executable, __file__, *flags, "--out", str(args.out), "--measure", way, str(size)]
-                subprocess.run(command, check=True)
-            measured = torch.load(path)
-            rows[way], everything[size, way] = row(measured, targets), measured["detections"][0]
-            print(f"{size} pixels, {way}: {json.dumps(rows[way])}", file=sys.stderr)
+        measured = {way: torch.load(results[size, way]) for way in WAYS}
+        objects = sum(len(target["labels"]) for target in targets)
+        rows = {way: row(measured[way], targets) for way in WAYS}
         for way, each in rows.items():
-            share = each["hits"] / max(rows[WAYS[0]]["hits"], 1)
+            first = rows[WAYS[0]]["hits"]
+            times = f"{each['hits'] / first:.1f}" if first else "none there"
             lines.append(
                 f"| {size} | {way} | {each['ap']:.1f} | {each['ap50']:.1f} | {each['hits']} of {objects} | "
-                f"{share:.1f} | {each['wrong']} | {each['seconds']:.2f} | {each['megabytes']:.0f} |"
+                f"{times} | {each['wrong']} | {each['seconds']:.2f} | {each['megabytes']:.0f} |"
             )
-        write_png(picture({way: everything[size, way] for way in WAYS}, samples[0]), str(args.out / f"{size}.png"))
+        shown = picture({way: measured[way]["detections"][0] for way in WAYS}, samples[0])
+        write_png(shown, str(args.out / f"{size}.png"))
     where = f"Python {platform.python_version()}, torch {version('torch')}, NumPy {np.__version__}, "
     where += f"{torch.get_num_threads()} thread(s) of {os.cpu_count()} cores, no GPU; "
     where += f"{args.images} images of each size, tiles of {args.tile} pixels that share {args.overlap:g}, {args.merge}"
@@ -215,10 +221,6 @@ def main() -> None:
     table = "\n".join([where, "", head, "|---" * 9 + "|", *lines])
     (args.out / "table.md").write_text(table + "\n")
     print(table)
-
-
-def result_at(folder: Path, way: str, size: int) -> Path:
-    return folder / "results" / f"{size}_{way.replace(', ', '_').replace(' ', '_')}.pt"
 
 
 if __name__ == "__main__":

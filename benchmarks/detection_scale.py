@@ -60,6 +60,7 @@ class Row(NamedTuple):
 
 
 SINGLE = ["--model.neck=single", "--model.levels=[4,4]"]
+ONE_BRANCH = ["--model.branch=1"]
 ROWS = {
     "one_level": Row("one level, stride 16", "detection/shapes_one_level"),
     "pyramid": Row("feature pyramid, strides 8 to 32", "detection/shapes_pyramid"),
@@ -67,6 +68,9 @@ ROWS = {
     "tiles": Row("one level, tiles and whole image at test", "detection/shapes_tiles", of="one_level"),
     "multi_scale": Row("one level, multi-scale training", "detection/shapes_multi_scale"),
     "snip": Row("one level, SNIP, image pyramid at test", "detection/shapes_snip"),
+    "trident": Row("Trident, all branches", "detection/shapes_trident"),
+    "trident_one_branch": Row("Trident, the middle branch", "detection/shapes_trident", "trident", ONE_BRANCH),
+    "trident_fast": Row("Trident Fast, as released", "detection/shapes_trident_fast"),
     "faster_rcnn": Row("one level, Faster R-CNN", "detection/shapes_faster_rcnn"),
     "shapes": Row("detection/shapes: strides 8 to 32", "detection/shapes"),
     "shapes_single": Row("detection/shapes, one level", "detection/shapes", options=SINGLE),

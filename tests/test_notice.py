@@ -39,6 +39,7 @@ COMMANDS = [
     ["scaling-search", "efficientnet/digits_scaling"],
     ["scaling-compare", "efficientnet/digits_scaling"],
     ["compare-estimators", "gumbel_vae/digits"],
+    ["dilation-study", "detection/shapes_one_level"],
     ["compare-losses", "vit/digits_rare_labels"],
 ]
 

@@ -312,6 +312,8 @@ SCALES = {
             {"scale": 2.0, "tile": 64, "overlap": 0.25, "valid_range": [0, 48]},
         ]
     },
+    "trident": {"model.trident": True, "model.valid_ranges": [[0, 32], [16, 64], [32, None]]},
+    "trident_fast": {"model.trident": True, "model.scale_aware": False, "model.branch": 1},
     "faster_rcnn": {
         "model.class_path": "zoo.FasterRCNN",
         "model.anchor_sizes": [8, 16, 32, 64, 96],

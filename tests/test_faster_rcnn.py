@@ -444,6 +444,9 @@ def recomputed(**options: Any) -> int:
     return len(calls)
 
 
+ONE_MAP = {"backbone": "resnet18", "neck": "none"}
+DILATABLE = {"backbone": "test_byobnet", "neck": "single"}
+BRANCHES = DILATABLE | {"trident": True}
 MATTERS = {
     "backbone": (shapes, {}, {"backbone": "test_convnext"}),
     "num_classes": (shapes, {}, {"num_classes": 4}),
@@ -456,6 +459,7 @@ MATTERS = {
     "neck": (shapes, {"levels": (4, 4)}, {"levels": (4, 4), "neck": "single"}),
     "levels": (shapes, {}, {"levels": (3, 4)}),
     "channels": (shapes, {}, {"channels": 24}),
+    "box_head": (shapes, ONE_MAP, ONE_MAP | {"box_head": "stage"}),
     "head_width": (shapes, {}, {"head_width": 24}),
     "class_agnostic": (shapes, {}, {"class_agnostic": True}),
     "anchors": (losses, {}, {"anchors": "torchvision"}),
@@ -472,6 +476,11 @@ MATTERS = {
     "views": (detections, {}, {"views": [{"scale": 2}]}),
     "merge": (detections, {}, {"merge": "soft_nms"}),
     "tiles_at_once": (lambda **options: tiles(**options), {}, {"tiles_at_once": 1}),
+    "trident": (lambda **options: small(**options)(pictures(1)).boxes.shape, DILATABLE, BRANCHES),
+    "dilations": (lambda **options: dilations(**options), DILATABLE, DILATABLE | {"dilations": [2]}),
+    "scale_aware": (losses, BRANCHES, BRANCHES | {"scale_aware": False}),
+    "valid_ranges": (losses, BRANCHES, BRANCHES | {"valid_ranges": [(0, 20), (10, 40), (30, None)]}),
+    "branch": (lambda **options: small(**options).eval()(pictures(1)).boxes.shape, BRANCHES, BRANCHES | {"branch": 1}),
     "freeze_norm": (trained, {}, {"freeze_norm": True}),
     "norm_eps": (lambda **options: small(**options).backbone.bn1.eps, {}, {"norm_eps": 1e-3}),
     "frozen_stages": (trained, {}, {"frozen_stages": 2}),
@@ -495,6 +504,10 @@ MATTERS = {
 }
 
 
+def dilations(**options: Any) -> list[tuple[int, int]]:
+    return [part.dilation for part in small(**options).backbone.modules() if isinstance(part, nn.Conv2d)]
+
+
 def tiles(**options: Any) -> int:
     """Number of batches that tiles of an image are looked at in."""
     module, calls = small(views=[{"tile": 32, "scale": 2, "overlap": 0.0}], **options).eval(), []
@@ -504,7 +517,7 @@ def tiles(**options: Any) -> int:
 
 
 def test_the_table_has_every_argument():
-    assert set(MATTERS) | {"box_head"} == set(inspect.signature(FasterRCNN).parameters)  # of which there is one
+    assert set(MATTERS) == set(inspect.signature(FasterRCNN).parameters)
 
 
 FOUND: dict[tuple[object, str], object] = {}
@@ -650,6 +663,7 @@ def test_it_trains_in_bfloat16():
     assert all(value.isfinite().all() for value in module.state_dict().values())
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_compiled_losses_are_one_graph_each_for_all_sizes():
     """Of images, of batches and of their numbers of objects; and they are as many times right."""

@@ -315,7 +315,7 @@ class FasterRCNN(Detector):
         """
         hp, mode = self.hparams, 0 if self.training else 1
         ends = image_ends([maps.image_size] if sizes is None else sizes, maps.boxes.device)
-        if len(ends) > 1:  # one image's are those of all
+        if sizes is not None and len(maps.branches) > 1:  # the number of images is no constant of an export
             ends = ends.repeat(len(maps.branches), 1, 1)
         counts = hp.pre_nms_top_k[mode], hp.post_nms_top_k[mode]
         return propose(maps, self.cells(maps), ends, *counts, hp.proposal_nms, waits)

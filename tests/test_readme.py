@@ -1,6 +1,7 @@
 """The README is run: every block of Python, every command, and the two lines it opens with."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +27,7 @@ SHORT += ["--trainer.precision=32-true"]  # a CPU takes half a minute for a conv
 
 
 def commands(text: str) -> list[list[str]]:
-    return [line.split()[1:] for line in text.splitlines() if line.startswith("zoo ")]
+    return [shlex.split(line)[1:] for line in text.splitlines() if line.startswith("zoo ")]
 
 
 def shortened(command: list[str]) -> list[str]:

@@ -23,6 +23,7 @@ SMALL_VIT = ["--model.width", "24", "--model.depth", "1", "--model.heads", "2", 
 SMALL_DECODER = ["--model.decoder_dim", "16", "--model.decoder_depth", "1", "--model.decoder_heads", "2"]
 SMALL_VAE = ["--model.hidden=[8]", "--model.width=4", "--model.blocks=1", "--model.elbo_samples=1"]
 SMALL_VAE += ["--model.compile=false"]
+FEW_REGIONS = ["--model.region_samples", "8", "--model.post_nms_top_k", "[30,10]"]
 SMALL_MODEL = {
     "zoo.ViTClassifier": SMALL_VIT,
     "zoo.MAEPretrainer": SMALL_VIT + SMALL_DECODER,
@@ -30,7 +31,7 @@ SMALL_MODEL = {
     "zoo.GumbelVAE": SMALL_VAE,
     "zoo.GaussianVAE": SMALL_VAE,
     "zoo.FPNDetector": ["--model.image_size", "64", "--model.channels", "8", "--model.head_depth", "1"],
-    "zoo.FasterRCNN": ["--model.image_size", "64", "--model.channels", "8", "--model.head_width", "8"],
+    "zoo.FasterRCNN": ["--model.image_size", "64", "--model.channels", "8", "--model.head_width", "8", *FEW_REGIONS],
 }
 # By the first part of a name; test_byobnet has a convolution in the stage of stride 16 that can be dilated.
 SMALL_BACKBONE = {"vit": "test_vit", "resnet50": "test_resnet", "test": "test_resnet", "regnetx": "test_byobnet"}
@@ -87,7 +88,9 @@ def small_detector(recipe: dict) -> list[str]:
     """A small backbone of the recipe's kind, and small images."""
     kind = recipe["model"]["init_args"]["backbone"].partition("_")[0]
     sizes = {name: size for name, size in SMALL_IMAGES.items() if name in recipe["data"]["init_args"]}
-    return [f"--model.backbone={SMALL_BACKBONE[kind]}", *(f"--data.{name}={size}" for name, size in sizes.items())]
+    stage = recipe["model"]["init_args"].get("box_head") == "stage"
+    small = "test_convnext" if stage else SMALL_BACKBONE[kind]  # with a stage to dilate, and one behind it as box head
+    return [f"--model.backbone={small}", *(f"--data.{name}={size}" for name, size in sizes.items())]
 
 
 def small(name: str, root: Path, monkeypatch) -> list[str]:
@@ -243,6 +246,27 @@ def test_recipe_for_coco_is_the_schedule_called_1x(head, lr):
     assert data.get("scale_jitter") is data.get("short_sides") is None
     assert model["freeze_norm"]
     assert model["frozen_stages"] == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "branches"),
+    [
+        ("coco_trident_r50_c4", {"trident": True}),
+        ("coco_trident_fast_r50_c4", {"trident": True, "scale_aware": False, "branch": 1}),
+    ],
+)
+def test_recipe_of_tridentnet_is_its_schedule_called_2x(name, branches):
+    recipe = yaml.safe_load(recipes()[f"detection/{name}"].read_text())
+    trainer, model, data = recipe["trainer"], recipe["model"]["init_args"], recipe["data"]["init_args"]
+    steps = 117_266 // (data["batch_size"] * trainer["devices"])
+    assert trainer["max_epochs"] == 2 * 12  # its epochs have each image twice
+    assert [round(milestone * steps, -2) for milestone in model["milestones"]] == [120_000, 160_000]
+    assert round(model["warmup_epochs"] * steps, -1) == 3000
+    assert (trainer["gradient_clip_val"], trainer["gradient_clip_algorithm"]) == (5, "value")
+    assert (model["lr"], model["momentum"], model["weight_decay"]) == (0.02, 0.9, 1e-4)
+    assert (data["image_size"], data["max_size"], data["hflip"], data["keep_empty"]) == (800, 1200, 0.5, False)
+    assert {option: model[option] for option in branches} == branches
+    assert not {"dilations", "valid_ranges"} & model.keys()  # the paper's by themselves
 
 
 def test_recipe_of_vitdet_is_its_schedule():

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 
 import ensemble_boxes
+import numba
 import numpy as np
 import torch
 from ensemble_boxes.ensemble_boxes_nms import cpu_soft_nms_float
@@ -63,6 +64,22 @@ def theirs_weighted(
     return np.concatenate([found[2][:, None], found[1][:, None], found[0]], 1)
 
 
+@numba.jit(nopython=True)
+def compiled_argsort(scores: np.ndarray) -> np.ndarray:
+    """Order of equal scores in the package's NMS, which is compiled: numba's own."""
+    return scores.argsort()
+
+
+def best_first(
+    boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, argsort: Callable[[np.ndarray], np.ndarray]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Arguments of ours, each class in the package's order of scores, which ours keeps where they are equal."""
+    order = [np.flatnonzero(labels == label)[argsort(scores[labels == label])[::-1]] for label in np.unique(labels)]
+    order = np.concatenate([*order, np.zeros(0, int)]).astype(int)
+    made = torch.from_numpy(boxes[order]), torch.from_numpy(scores[order]), torch.from_numpy(labels[order])
+    return made[0].float(), made[1].float(), made[2]
+
+
 def difference(ours: dict[str, torch.Tensor], theirs: np.ndarray) -> float:
     """Largest difference of scores and coordinates between detections paired by nearness; inf if not as many."""
     rows = np.concatenate([ours["labels"][:, None].numpy(), ours["scores"][:, None].numpy(), ours["boxes"].numpy()], 1)
@@ -85,32 +102,26 @@ def main() -> None:
     found: dict[str, list[float]] = {}
     boxes_seen = 0
 
-    def note(name: str, ours: Callable[..., dict[str, torch.Tensor]], theirs: np.ndarray, **options: object) -> None:
-        found.setdefault(name, []).append(difference(ours(*tensors, **options), theirs))
+    def note(name: str, ours: dict[str, torch.Tensor], theirs: np.ndarray) -> None:
+        found.setdefault(name, []).append(difference(ours, theirs))
 
     for number in range(arguments.sets):
         boxes, scores, labels, views, tied = drawn(rng)
         count = int(views.max()) + 1 if len(views) else 1
-        # By view and class, in the package's order of scores, which ours keeps where they are equal.
-        order = np.argsort(views, kind="stable")
+        order = np.argsort(views, kind="stable")  # the package puts views behind each other
         boxes, scores, labels, views = boxes[order], scores[order], labels[order], views[order]
-        best = [np.flatnonzero(labels == label)[scores[labels == label].argsort()[::-1]] for label in np.unique(labels)]
-        best = np.concatenate([*best, np.zeros(0, int)]).astype(int)
-        tensors = (
-            torch.from_numpy(boxes[best]).float(),
-            torch.from_numpy(scores[best]).float(),
-            torch.from_numpy(labels[best]),
-        )
         threshold = THRESHOLDS[number % len(THRESHOLDS)]
+        given, compiled = (best_first(boxes, scores, labels, each) for each in (np.argsort, compiled_argsort))
         boxes_seen += len(boxes)
         if len(boxes):  # the package's NMS fails without boxes
-            note("NMS", nms, theirs_nms(boxes, scores, labels, threshold), threshold=threshold)
+            note("NMS", nms(*compiled, threshold), theirs_nms(boxes, scores, labels, threshold))
             if not tied:
                 expected = theirs_soft(boxes, scores, labels, threshold, LINEAR)
-                note("soft-NMS, linear", soft_nms, expected, sigma=None, threshold=threshold)
-                note("soft-NMS, Gaussian", soft_nms, theirs_soft(boxes, scores, labels, threshold, GAUSSIAN))
+                note("soft-NMS, linear", soft_nms(*given, None, threshold), expected)
+                expected = theirs_soft(boxes, scores, labels, threshold, GAUSSIAN)
+                note("soft-NMS, Gaussian", soft_nms(*given), expected)
         expected = theirs_weighted(boxes, scores, labels, views, count, threshold)
-        note("weighted boxes fusion", weighted_boxes, expected, view_count=count, threshold=threshold)
+        note("weighted boxes fusion", weighted_boxes(*given, count, threshold), expected)
     print(f"ensemble_boxes {version('ensemble-boxes')}, numpy {version('numpy')}, torch {version('torch')}; ", end="")
     print(f"{boxes_seen} boxes\n\n| | sets | other sets kept | largest difference of scores and coordinates |")
     print("|---|---|---|---|")

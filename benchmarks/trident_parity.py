@@ -73,12 +73,15 @@ def main() -> None:
     rows = [("mmdetection as it is", [(a - b).abs().max().item() for a, b in zip(found(), expected, strict=True)])]
     theirs.layer3[0].conv2.dilations = theirs.layer3[0].conv2.paddings = (1, 1, 1)
     expected = theirs(images)[0].chunk(3)
-    rows.append(("first unit not dilated", [(a - b).abs().max().item() for a, b in zip(found(), expected, strict=True)]))
+    rows.append(
+        ("first unit not dilated", [(a - b).abs().max().item() for a, b in zip(found(), expected, strict=True)])
+    )
     options["branch"] = 1
     theirs.eval()
     alone = ours.forward_intermediates(images, indices=[3], stop_early=True, intermediates_only=True)[0]
     rows.append(("the same, branch 1 alone", [(alone - theirs(images)[0]).abs().max().item()]))
-    print(f"\nPython {platform.python_version()}, torch {version('torch')}, timm {version('timm')}, mmdet {version('mmdet')}")
+    versions = [f"{name} {version(name)}" for name in ("torch", "timm", "mmdet")]
+    print(f"\nPython {platform.python_version()}, {', '.join(versions)}")
     print(f"greatest value of a map {max(each.abs().max().item() for each in expected):.1f}\n")
     print("| greatest difference of a branch's map, by dilation | 1 | 2 | 3 |\n|---|---|---|---|")
     for name, differences in rows:

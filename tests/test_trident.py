@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import ops
 from torchvision.models import resnet50
 
-from zoo import FPNDetector
+from zoo import FasterRCNN, FPNDetector
 from zoo._lightning import Trainer
 from zoo.cli.continuing import differences
 from zoo.common.cost import Blueprint
@@ -36,6 +36,7 @@ from zoo.detection.postprocessing import Candidates, in_range
 from zoo.detection.scale.ranges import within
 from zoo.detection.scale.stage import dilate
 from zoo.detection.scale.trident import RANGES, SWAPPED, Branches, TridentConv2d, branch_out, original_scales
+from zoo.detection.two_stage import detector, proposals
 from zoo.serving.loading import restored
 
 SMALL = {"backbone": "test_byobnet", "num_classes": 3, "channels": 16, "head_depth": 1, "image_size": 64}
@@ -70,9 +71,10 @@ def branched(network: nn.Module, dilations=(1, 2, 3), branch: int | None = None)
     return network
 
 
-def narrow(**options: Any) -> Any:
-    """A ResNet-50 with few channels."""
-    return random_norms(timm.create_model("resnet50d", channels=(8, 8, 16, 16), stem_width=8, num_classes=0, **options))
+def narrow() -> Any:
+    """A ResNet of bottlenecks with few channels and units."""
+    options = {"channels": (8, 8, 16, 16), "stem_width": 8, "layers": (1, 1, 2, 1), "num_classes": 0}
+    return random_norms(timm.create_model("resnet26d", **options))
 
 
 # Parity.
@@ -834,3 +836,79 @@ def test_it_learns_eight_images_by_heart(branch):
     trainer.fit(module, datamodule=data)
     assert trainer.callback_metrics["val/ap50"] > 0.95
     assert trainer.callback_metrics["val/loss"] < 1
+
+
+# Two stages.
+
+
+def two_stages(**options: Any) -> FasterRCNN:
+    counts = {"pre_nms_top_k": (200, 100), "post_nms_top_k": (100, 50), "rpn_samples": 64, "region_samples": 32}
+    shape = {"backbone": narrow(), "num_classes": 3, "channels": 16, "image_size": 64, "anchor_sizes": [8, 16, 32]}
+    single = {"neck": "none", "box_head": "stage", "class_agnostic": True}  # as the paper
+    torch.manual_seed(0)
+    module = FasterRCNN(**counts | shape | single | {"trident": True, "valid_ranges": FITTING} | options)
+    random_norms(module.backbone)
+    random_norms(module.box_head)
+    return module
+
+
+def test_each_branch_of_two_stages_samples_and_learns_its_own_objects():
+    module, images, about = two_stages().eval(), pictures(4), targets()
+    maps = module(images)
+    assert maps.branches == (0, 1, 2)
+    found = module.loss_sums(maps, about)
+    assert all(each.shape == (12,) for each in found)
+    for branch, (low, high) in enumerate(FITTING):
+        plain = two_stages(trident=False, valid_ranges=None, dilations=[branch + 1])
+        plain.load_state_dict(module.state_dict())
+        own = [each | {"in_range": within(each["boxes"], low, high)} for each in about]
+        rows = slice(4 * branch, 4 * branch + 4)
+        expected = plain.eval().loss_sums(plain(images), own)
+        for name in ("rpn_objectness", "rpn_box", "anchors"):
+            torch.testing.assert_close(getattr(found, name)[rows], getattr(expected, name), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_proposals_out_of_a_branchs_range_teach_the_second_stage_nothing(training, monkeypatch):
+    module, seen = two_stages().train(training), []
+    matched = detector.match_regions
+    monkeypatch.setattr(detector, "match_regions", lambda found, *rest: (seen.append(found), matched(found, *rest))[1])
+    about = [each | {"scale": 0.5} for each in targets()]
+    module.loss(module(pictures(4)), about)
+    (found,) = seen
+    assert found.valid.view(3, -1).any(1).all()
+    for (low, high), boxes, valid in zip(FITTING, found.boxes.chunk(3), found.valid.chunk(3), strict=True):
+        assert within(2 * boxes[valid], low, high).all()
+
+
+@torch.no_grad()
+def test_detections_of_two_stages_are_those_of_all_branches_in_their_ranges():
+    module = two_stages(score_threshold=0.0, nms_threshold=1.0, max_detections=10_000).eval()
+    images, sizes = pictures(2), [(64, 64), (48, 64)]
+    found, expected = module.detect(images, sizes), [[], []]
+    for branch, (low, high) in enumerate(FITTING):
+        plain = two_stages(
+            score_threshold=0.0, nms_threshold=1.0, max_detections=10_000, **PLAIN | {"dilations": [branch + 1]}
+        )
+        plain.load_state_dict(module.state_dict())
+        module.hparams.branch = branch
+        alone = module.detect(images, sizes)
+        assert same_detections(alone, plain.eval().detect(images, sizes))
+        for of_image, each in zip(expected, alone, strict=True):
+            of_image.append(each["scores"][within(each["boxes"], low, high)])
+    module.hparams.branch = None
+    for one, others in zip(found, expected, strict=True):
+        torch.testing.assert_close(one["scores"], torch.cat(others).sort(descending=True)[0], rtol=1e-4, atol=1e-6)
+    exported = module.exported_detections(images, torch.tensor(sizes))
+    assert exported["count"].tolist() == [len(each["scores"]) for each in found]
+
+
+def test_a_step_of_two_stages_with_branches_waits_for_nothing(monkeypatch):
+    monkeypatch.setattr(proposals, "is_remote", lambda _: True)  # a CPU's NMS does not wait
+    module = two_stages(freeze_norm=True)
+    images, about = pictures(4), [each | {"scale": 0.5, "size": (64, 60)} for each in targets()]
+    module.cells(module(images))
+    with NeverWaits():
+        losses = module.loss(module(images), about)
+        torch.stack(list(losses.values())).sum().backward()
+    assert all(each.grad is not None for each in module.parameters() if each.requires_grad)

@@ -263,7 +263,7 @@ def create_branches(hparams: Any, backbone: nn.Module, maps: Maps) -> Branches |
     Raises:
         ValueError: For arguments that do not go together, and for a backbone that cannot have branches.
     """
-    dilations = check_branches(hparams) if "trident" in hparams else None
+    dilations = check_branches(hparams)
     if dilations is None:
         return None
     if maps.levels[-1] < LEVEL:

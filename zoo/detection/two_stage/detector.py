@@ -10,6 +10,7 @@ of rounds: :func:`zoo.detection.two_stage.proposals.suppress_in_rounds`.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -258,11 +259,12 @@ class FasterRCNN(Detector):
         cells, padded = self.cells(maps), pad_targets(targets, maps.boxes.device)
         padded = padded._replace(labels=self.label_watch(self, padded.labels, self.hparams.num_classes))
         sizes = [target.get("size", maps.image_size) for target in targets]
-        proposals = self.proposals(maps, sizes, waits=not self.training)
+        wanted = None
         if self.trident is not None:
             scales = original_scales(targets, maps.image_size, maps.boxes.device)
             padded = self.trident.targets(padded, scales, maps.branches)
-            proposals = proposals.only(self.trident.wanted(proposals.boxes, scales, maps.branches))
+            wanted = partial(self.trident.wanted, scales=scales, running=maps.branches)
+        proposals = self.proposals(maps, sizes, not self.training, wanted)
         count = maps.objectness.shape[1], proposals.scores.shape[1] + padded.labels.shape[1]
         anchors, regions = samples or [priorities(maps.boxes, each, self.training) for each in count]
         if self.compiled[0] in self.__dict__:
@@ -305,20 +307,20 @@ class FasterRCNN(Detector):
         """Anchors of maps of such shapes: see :func:`zoo.detection.two_stage.proposals.proposal_cells`."""
         return proposal_cells(self.sides, shapes, self.strides, image_size, self.hparams.anchors, device)
 
-    def proposals(self, maps: RegionMaps, sizes: Any = None, waits: bool = True) -> Proposals:
+    def proposals(self, maps: RegionMaps, sizes: Any = None, waits: bool = True, wanted: Any = None) -> Proposals:
         """The proposals of a batch, as many as in training or in evaluation, by the mode: see :func:`propose`.
 
         Args:
             maps: Of :meth:`forward`.
             sizes: (height, width) of each image before padding, at which proposals end. None: not padded.
-            waits: Whether the host may wait for the device.
+            waits, wanted: See :func:`propose`.
         """
         hp, mode = self.hparams, 0 if self.training else 1
         ends = image_ends([maps.image_size] if sizes is None else sizes, maps.boxes.device)
         if sizes is not None and len(maps.branches) > 1:  # the number of images is no constant of an export
             ends = ends.repeat(len(maps.branches), 1, 1)
         counts = hp.pre_nms_top_k[mode], hp.post_nms_top_k[mode]
-        return propose(maps, self.cells(maps), ends, *counts, hp.proposal_nms, waits)
+        return propose(maps, self.cells(maps), ends, *counts, hp.proposal_nms, waits, wanted)
 
     def candidates(self, maps: RegionMaps, sizes: Any = None) -> Candidates:
         """Boxes and scores of each proposal and class; in an image of few proposals the last have a score of 0."""

@@ -4,7 +4,7 @@ All but the head is float32, whatever the precision.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -62,10 +62,6 @@ class Proposals(NamedTuple):
     def valid(self) -> Tensor:
         """Places (B, R) in which there is one."""
         return self.scores > -torch.inf
-
-    def only(self, wanted: Tensor) -> "Proposals":
-        """Those of the places (B, R) that are wanted; in the others there are none."""
-        return self._replace(scores=self.scores.where(wanted, -torch.inf))
 
 
 class ProposalHead(nn.Module):
@@ -143,6 +139,7 @@ def propose(
     post_nms_top_k: int,
     threshold: float,
     waits: bool = True,
+    wanted: Callable[[Tensor], Tensor] | None = None,
 ) -> Proposals:
     """The proposals of a batch: of each level the best anchors, moved, after NMS; of these the best of all levels.
 
@@ -154,6 +151,7 @@ def propose(
         post_nms_top_k: Proposals of an image, at most.
         threshold: IoU above which NMS drops the lower of two.
         waits: Whether the host may wait for the device. If not, NMS on an accelerator is :func:`suppress_in_rounds`.
+        wanted: Tells which boxes (B, n, 4) may be proposals, (B, n). None: all.
 
     Returns:
         As many of each image as there are places for: R is the same in all batches of images of one size.
@@ -166,6 +164,7 @@ def propose(
             deltas = maps.boxes[:, level].float().gather(1, index[..., None].expand(-1, -1, 4))
             boxes = decode_deltas(deltas, anchors[index], RETINANET_WEIGHTS).clamp(min=0).minimum(ends)
             large = (boxes[..., 2:] - boxes[..., :2] >= LEAST_SIDE).all(-1)
+            large = large if wanted is None else large & wanted(boxes)
             boxes = torch.where(large[..., None], boxes, 0.0)
             if torch.compiler.is_exporting():
                 kept = suppress_in_rounds(boxes, large, threshold)

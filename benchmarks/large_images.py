@@ -6,7 +6,7 @@
 Images are aerial renders (`preset: aerial`), with 16 to 48 objects of 10 to 14 pixels in each 1024 pixels squared. They
 are shown to the detector in four ways: as a whole, resized to the size that it was trained at; as a whole and as they
 are; in tiles; and in tiles beside the resized whole, which then answers for what is larger than tiles share. All with
-up to 1,000 detections, out of enough candidates.
+up to 1,000 detections; out of 10,000 candidates a level in the image as it is, the detector's own number in the others.
 
 Each way and size is measured in a process of its own. Memory is the largest that the process took (VmHWM in Linux's
 /proc) beyond what it had with the detector and the image in it. Times are of the processor, which other programs
@@ -104,7 +104,9 @@ def measure(path: Path, way: str, images: list[Path], settings: dict[str, Any]) 
     """Writes detections, seconds of the processor an image, and memory in bytes."""
     predictor = zoo.load(settings["checkpoint"])
     detector, preprocessing = predictor.module, predictor.preprocessing
-    detector.hparams.max_detections, detector.hparams.top_candidates = 1000, 10_000
+    detector.hparams.max_detections = 1000
+    if way == WAYS[1]:  # as many candidates as in tiles, more or less
+        detector.hparams.top_candidates = 10_000
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (preprocessing.mean, preprocessing.std))
     trained = int(detector.hparams.image_size)
     detector.detect(torch.zeros(1, 3, trained, trained))  # what is made once only

@@ -359,6 +359,13 @@ def test_detections_are_within_their_candidates(method):
             assert found["scores"].min() >= 0.05
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_detections_keep_no_more_in_memory_than_they_are(method):
+    for cut in (None, torch.arange(200) % 3 == 0):
+        for values in merged(*crowd(1, 200), method, cut=cut, max_detections=5).values():
+            assert values.untyped_storage().nbytes() == values.nbytes
+
+
 def test_nms_of_what_nms_left_changes_nothing():
     for seed in range(10):
         once = nms(*crowd(seed, 150, tied=seed % 2 == 1), 0.4)

@@ -101,7 +101,7 @@ def merge(
         alone = ~_held(boxes, scores, labels, found, nms_threshold)
         pieces = merged(boxes[alone], scores[alone], labels[alone], overlap=over_smaller)
         found = _best_first({name: torch.cat([found[name], pieces[name]]) for name in found})
-    return {name: values[:max_detections] for name, values in found.items()}
+    return {name: values[:max_detections].clone() for name, values in found.items()}  # or all would stay in memory
 
 
 def nms(
@@ -323,11 +323,19 @@ def _held(boxes: Tensor, scores: Tensor, labels: Tensor, whole: dict[str, Tensor
     """Cut boxes, as a mask (n,), in whose place a whole detection of their class stands; :func:`merge` says when."""
     held = torch.zeros_like(labels, dtype=torch.bool)
     for label in labels.unique():
-        holders = (whole["labels"] == label).nonzero()[:, 0].split(BLOCK)
-        for some in (labels == label).nonzero()[:, 0].split(BLOCK):
-            for other in holders:
-                cut, holder = boxes[some, None], whole["boxes"][other]
-                common, better = _common(cut, holder), whole["scores"][other] >= scores[some, None]
-                areas = _area(cut).where(~better, _area(cut).minimum(_area(holder)))
-                held[some] |= ((common / areas).double() > threshold).any(1)
+        holders = _strips(whole["boxes"], whole["labels"] == label)
+        for some, top, bottom in _strips(boxes, labels == label):
+            for other, other_top, other_bottom in holders:
+                if top < other_bottom and other_top < bottom:
+                    cut, holder = boxes[some, None], whole["boxes"][other]
+                    common, better = _common(cut, holder), whole["scores"][other] >= scores[some, None]
+                    areas = _area(cut).where(~better, _area(cut).minimum(_area(holder)))
+                    held[some] |= ((common / areas).double() > threshold).any(1)
     return held
+
+
+def _strips(boxes: Tensor, chosen: Tensor) -> list[tuple[Tensor, float, float]]:
+    """Numbers of the chosen boxes, block by block from the top down, with the first and last row of each block."""
+    numbers = chosen.nonzero()[:, 0]
+    blocks = numbers[boxes[numbers, 1].argsort()].split(BLOCK) if len(numbers) else ()
+    return [(block, float(boxes[block, 1].min()), float(boxes[block, 3].max())) for block in blocks]

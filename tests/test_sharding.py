@@ -41,6 +41,9 @@ MODULES = {
     "cross": lambda: zoo.MAEPretrainer(**MAE, decoder="cross"),
     "gumbel": lambda: zoo.GumbelVAE(image_size=32, in_channels=3, likelihood="logistic", prior="learned"),
     "detector": lambda: zoo.FPNDetector(backbone="resnet10t", image_size=32, num_classes=3, channels=32),
+    "two_stages": lambda: zoo.FasterRCNN(
+        backbone="resnet10t", image_size=32, num_classes=3, channels=32, head_width=64, region_samples=64
+    ),
     "efficientnet": lambda: zoo.EfficientNetClassifier(image_size=64, num_classes=4, lr=1e-3, depth=0.3, width=0.5),
 }
 
@@ -123,7 +126,7 @@ def train(*names: str) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_every_module_trains_as_under_ddp_on_half_of_its_weights():
-    names = ["vit", "compiled", "cross", "gumbel", "detector", "efficientnet"]
+    names = ["vit", "compiled", "cross", "gumbel", "detector", "two_stages", "efficientnet"]
     train(*names)
     for name in names:
         for rank in (0, 1):

@@ -118,7 +118,7 @@ MODULES = {
     FPNDetector: (
         lambda: FPNDetector("test_resnet", num_classes=3, channels=8, head_depth=1),
         "Changeable Pruned ForeignWeights NamesPredictionWriter WordsMetrics DrawsTargets HasPeers HasClasses "
-        "MeasuresDetections PredictsInViews",
+        "MeasuresDetections PredictsInViews TrainsOtherwise",
     ),
     FasterRCNN: (
         lambda: FasterRCNN("test_resnet", num_classes=3, channels=8, head_width=8),

@@ -29,7 +29,7 @@ from torchvision.models import resnet50
 from zoo import FasterRCNN, FPNDetector
 from zoo._lightning import Trainer
 from zoo.cli.continuing import differences
-from zoo.common.cost import Blueprint
+from zoo.common.cost import Blueprint, count
 from zoo.detection import pad_targets
 from zoo.detection.maps import Maps, create_pyramid_backbone
 from zoo.detection.postprocessing import Candidates, in_range
@@ -912,3 +912,21 @@ def test_a_step_of_two_stages_with_branches_waits_for_nothing(monkeypatch):
         losses = module.loss(module(images), about)
         torch.stack(list(losses.values())).sum().backward()
     assert all(each.grad is not None for each in module.parameters() if each.requires_grad)
+
+
+# Cost.
+
+
+@pytest.mark.parametrize("kind", [FPNDetector, FasterRCNN])
+def test_a_branch_alone_costs_what_the_base_costs_and_its_training_what_all_branches_cost(kind):
+    base = {"backbone": "test_byobnet", "num_classes": 3, "channels": 16, "neck": "single", "image_size": 64}
+    found = []
+    for options in ({}, {"trident": True, "branch": 1}, {"trident": True}):
+        with torch.device("meta"), Blueprint():
+            module = kind(**base, **options)
+        found.append(count(module, (3, 64, 64)))
+        assert module.hparams.branch == options.get("branch")
+    plain, fast, every = found
+    assert plain.parameters == fast.parameters == every.parameters
+    assert plain.macs == fast.macs < every.macs < 3 * plain.macs
+    assert plain.training_macs < fast.training_macs == every.training_macs

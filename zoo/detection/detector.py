@@ -29,7 +29,7 @@ from zoo.detection.peers import PEERS
 from zoo.detection.postprocessing import Candidates, pre_nms_top_k
 from zoo.detection.scale.merging import Merge
 from zoo.detection.scale.ranges import Range
-from zoo.detection.scale.trident import by_image, original_scales
+from zoo.detection.scale.trident import by_image, every_branch, original_scales
 
 HeadNorm = Literal["group", "none"]
 Normalizer = Literal["batch", "image"]
@@ -224,6 +224,11 @@ class FPNDetector(Detector):
         logits, boxes, centerness = self.head(features)
         shapes = tuple((each.shape[2], each.shape[3]) for each in features)
         return DenseMaps(logits, boxes, centerness, shapes, (images.shape[2], images.shape[3]), self.branches)
+
+    def training_forward(self, images: Tensor) -> DenseMaps:
+        """A training step's forward pass of images (B, C, H, W), of all branches."""
+        with every_branch(self.trident):
+            return self(images)
 
     def loss(self, maps: DenseMaps, targets: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """The losses of a batch, float32 scalars; training descends their sum.

@@ -15,7 +15,8 @@ are repeated for those that read them. The paper's BatchNorm is frozen, as with 
 its statistics are of all branches together.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -119,6 +120,17 @@ class Branches:
         ends = [[low, float("inf") if high is None else high] for low, high in (self.ranges[b] for b in running)]
         ranges = torch.tensor(ends, dtype=torch.float32, device=boxes.device)
         return Candidates(boxes, scores, labels, ranges.repeat_interleave(candidates.scores.shape[1], 0))
+
+
+@contextmanager
+def every_branch(branches: Branches | None) -> Iterator[None]:
+    """Context in which all branches run, in evaluation as well. None: nothing has branches."""
+    options: Any = {} if branches is None else branches.options
+    branch, options["branch"] = options.get("branch"), None
+    try:
+        yield
+    finally:
+        options["branch"] = branch
 
 
 def by_image(values: Tensor, branches: int) -> Tensor:

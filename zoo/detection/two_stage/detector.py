@@ -28,7 +28,7 @@ from zoo.detection.necks import AnyNeck
 from zoo.detection.peers import TWO_STAGE_PEERS
 from zoo.detection.postprocessing import Candidates
 from zoo.detection.scale.merging import Merge
-from zoo.detection.scale.trident import by_image, original_scales
+from zoo.detection.scale.trident import by_image, every_branch, original_scales
 from zoo.detection.two_stage.box_heads import MLPBoxHead, create_predictors, region_candidates
 from zoo.detection.two_stage.layouts import TwoStageLayout
 from zoo.detection.two_stage.losses import RegionLossSums, proposal_losses, region_losses
@@ -330,16 +330,16 @@ class FasterRCNN(Detector):
 
     def exported_proposals(self, images: Tensor, sizes: Tensor) -> dict[str, Tensor]:
         """Proposals in tensors of fixed shapes, best first: ``boxes`` (B, R, 4), ``scores`` (B, R), 0 where none is."""
-        maps = self(images)
-        proposals = self.proposals(maps, sizes)
+        proposals = self.proposals(maps := self(images), sizes)
         found = {"boxes": proposals.boxes, "scores": proposals.scores.sigmoid()}
         return {name: by_image(each, len(maps.branches)) for name, each in found.items()}
 
     # Both stages, which forward does not run: how many regions there are is known.
 
     def training_forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """A training step's forward pass of images (B, C, H, W), of regions that are none."""
-        return self._both_stages(images, self.hparams.region_samples)
+        """A training step's forward pass of images (B, C, H, W), of all branches and of regions that are none."""
+        with every_branch(self.trident):
+            return self._both_stages(images, self.hparams.region_samples)
 
     def predicting_forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """An evaluation's, likewise."""

@@ -317,30 +317,30 @@ def test_recipe_for_shapes_trains_as_long_as_it_says(name):
 # By recipe of the comparison at many scales, what it has other than detection/shapes_one_level; None: nothing.
 SCALES = {
     "pyramid": {"model.neck": "fpn", "model.levels": [3, 5]},
-    "multi_scale": {"data.short_sides": [64, 128, 256]},
+    "multi_scale": {"data.short_sides": [128, 256, 512]},
     "snip": {
-        "data.short_sides": [64, 128, 256],
-        "data.valid_ranges": [[32, None], [16, 64], [0, 32]],
+        "data.short_sides": [128, 256, 512],
+        "data.valid_ranges": [[64, None], [24, 96], [0, 48]],
         "model.views": [
-            {"scale": 0.5, "valid_range": [32, None]},
-            {"scale": 1.0, "valid_range": [16, 64]},
-            {"scale": 2.0, "valid_range": [0, 32]},
+            {"scale": 0.5, "valid_range": [64, None]},
+            {"scale": 1.0, "valid_range": [24, 96]},
+            {"scale": 2.0, "valid_range": [0, 48]},
         ],
     },
     "image_pyramid": {
-        "model.views": [{"scale": 1.0, "valid_range": [24, None]}, {"scale": 2.0, "valid_range": [0, 48]}]
+        "model.views": [{"scale": 1.0, "valid_range": [32, None]}, {"scale": 2.0, "valid_range": [0, 64]}]
     },
     "tiles": {
         "model.views": [
-            {"scale": 1.0, "valid_range": [24, None]},
-            {"scale": 2.0, "tile": 64, "overlap": 0.25, "valid_range": [0, 48]},
+            {"scale": 1.0, "valid_range": [32, None]},
+            {"scale": 2.0, "tile": 128, "overlap": 0.25, "valid_range": [0, 64]},
         ]
     },
-    "trident": {"model.trident": True, "model.valid_ranges": [[0, 32], [16, 64], [32, None]]},
+    "trident": {"model.trident": True, "model.valid_ranges": [[0, 48], [16, 96], [48, None]]},
     "trident_fast": {"model.trident": True, "model.scale_aware": False, "model.branch": 1},
     "faster_rcnn": {
         "model.class_path": "zoo.FasterRCNN",
-        "model.anchor_sizes": [8, 16, 32, 64, 96],
+        "model.anchor_sizes": [8, 16, 32, 64, 128, 192],
         "model.head_width": 256,
         "model.pre_nms_top_k": [500, 500],
         "model.post_nms_top_k": [100, 100],

@@ -246,7 +246,8 @@ def test_cost_of_recipes_allocates_no_weights(name, capsys):
 def test_every_recipe_has_a_cost(name, capsys):
     numbers = cost(capsys, name)[1]
     assert all(number > 0 for number in numbers.values())
-    assert numbers["training FLOPs"] <= 6 * numbers["forward MACs"]
+    several = "trident_fast" in name  # trained in three branches, of which one is evaluated
+    assert (numbers["training FLOPs"] <= 6 * numbers["forward MACs"]) != several
 
 
 def test_views_have_a_cost(capsys):

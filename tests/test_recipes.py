@@ -111,8 +111,8 @@ def small(name: str, root: Path, monkeypatch) -> list[str]:
     return ["-c", name, *model, *SMALL_RUN, *data, *weights]
 
 
-# They differ from another one of these by an option, and from detection/shapes_one_level by what SCALES says.
-VARIANTS = re.compile("detection/shapes_(pyramid|multi_scale|snip|image_pyramid|tiles|trident_fast)")
+# They differ from detection/shapes or from detection/shapes_trident by a few options: see SCALES.
+VARIANTS = re.compile("detection/shapes_(one_level|pyramid|multi_scale|snip|image_pyramid|tiles|trident_fast)")
 
 
 @pytest.mark.parametrize(

@@ -86,9 +86,9 @@ def load(module: nn.Module, source: str | Path) -> Report:
         source: A file, ``.ckpt``, ``.pth``, ``.pt`` or ``.safetensors``; or a folder that Hugging Face's or timm's
             ``save_pretrained`` wrote; or a name that timm has pretrained weights for, such as
             "vit_base_patch16_224.mae", which timm fetches. An average of the weights is preferred. Names are ours,
-            timm's, those of the MAE and DINOv2 releases, torchvision's for EfficientNet, ResNet, ViT, RetinaNet,
-            FCOS and Faster R-CNN, Hugging Face's for ViT, ViTMAE, DeiT, BEiT and DINOv2 (also with registers), lightly's for what it
-            wraps a ViT in and for its masked autoencoder, or those of the package efficientnet_pytorch.
+            timm's, those of the MAE and DINOv2 releases, torchvision's for EfficientNet, ResNet, ViT, RetinaNet, FCOS
+            and Faster R-CNN, Hugging Face's for ViT, ViTMAE, DeiT, BEiT and DINOv2 (also with registers), lightly's for
+            what it wraps a ViT in and for its masked autoencoder, or those of the package efficientnet_pytorch.
 
     Raises:
         FileNotFoundError: If there is no such file or name.

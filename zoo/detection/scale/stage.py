@@ -60,7 +60,7 @@ def _keeps_size(conv: nn.Conv2d) -> bool:
 
 
 def dilate(backbone: nn.Module, dilation: int) -> None:
-    """Gives the convolutions that could have branches one other dilation, in place: the pilot study, section 2.
+    """Gives the convolutions that could have branches one other dilation, in place: the pilot study, section 3.
 
     Raises:
         ValueError: See :func:`branch_out`.

@@ -32,7 +32,7 @@ from zoo.detection.scale.stage import LEVEL, STRIDE, dilatable, dilate, stage_of
 
 DILATIONS = (1, 2, 3)
 RANGES: tuple[Range, ...] = ((0.0, 90.0), (30.0, 160.0), (90.0, None))
-"""Valid ranges of the paper, section 4.1."""
+"""Valid ranges of the paper, for COCO."""
 
 
 class Branches:

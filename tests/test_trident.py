@@ -161,13 +161,13 @@ SWAPS = {
     "test_convnext3": 1,
     "test_mambaout": 3,
     "vgg11_bn": 2,
+}
+"""Small networks by how many convolutions have branches."""
+MORE = {
     "densenet121": 24,
     "res2next50": 15,
     "hgnetv2_b0": 6,
     "pvt_v2_b0": 2,  # attention, and convolutions of depth in its multilayer perceptrons
-}
-"""Small networks by how many convolutions have branches."""
-MORE = {
     "cs3darknet_focus_s": 4,
     "cspnext_tiny": 2,
     "davit_tiny": 12,
@@ -640,8 +640,10 @@ def gradients(module: FPNDetector) -> dict[str, Tensor]:
     return {name: each.grad for name, each in module.named_parameters()}
 
 
-@pytest.mark.parametrize("name", ["test_byobnet", "test_convnext", "test_nfnet", "mobilenetv3_small_050"])
-@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize(
+    ("name", "channels_last"),
+    [("test_byobnet", True), ("test_convnext", True), ("test_nfnet", False), ("mobilenetv3_small_050", True)],
+)
 def test_recomputed_activations_give_the_same_gradients(name, channels_last):
     """timm calls the units of a stage one by one then, and not the stage."""
     options = {"backbone": name, "levels": (3, 5), "neck": "fpn", "freeze_norm": True, "channels_last": channels_last}
@@ -694,6 +696,7 @@ def test_a_frozen_norm_stays_frozen_and_all_branches_train_with_it():
     assert not any(part.training for part in module.backbone.modules() if isinstance(part, nn.BatchNorm2d))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_compiled_loss_of_branches_is_one_graph_for_all_sizes():
     torch._dynamo.reset()

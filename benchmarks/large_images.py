@@ -43,7 +43,7 @@ from zoo.metrics.average_precision import CocoAveragePrecision
 TRAINING = ["--data.preset", "aerial", "--data.max_objects", "8", "--trainer.max_epochs", "3"]
 TRAINING += ["--trainer.check_val_every_n_epoch", "3"]
 WAYS = ("whole, at training size", "whole, as it is", "tiles", "tiles and whole")
-SURE = 0.3
+SURE = 0.5
 COLORS = ["#ff5252", "#40c4ff", "#ffd740", "#b2ff59", "#ea80fc", "#ffab40"]
 SHOWN, ENLARGED = 384, 2  # side in pixels of what the picture shows, and how much larger that is in it
 

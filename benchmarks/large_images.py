@@ -10,7 +10,7 @@ up to 1,000 detections; out of 10,000 candidates a level in the image as it is, 
 
 Each way and size is measured in a process of its own. Memory is the largest that the process took (VmHWM in Linux's
 /proc) beyond what it had with the detector and the image in it. Times are of the processor, which other programs
-disturb less. Objects are found by a detection of their class with an IoU of 0.5 and a score above 0.3; the others above
+disturb less. Objects are found by a detection of their class with an IoU of 0.5 and a score above 0.5; the others above
 that are wrong. AP has no such limit.
 
 What is done is kept in --out: a command that was interrupted goes on where it was. It prints a markdown table, and

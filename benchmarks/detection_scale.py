@@ -67,6 +67,7 @@ ROWS = {
     "image_pyramid": Row("one level, image pyramid at test", "detection/shapes_image_pyramid", of="one_level"),
     "tiles": Row("one level, tiles and whole image at test", "detection/shapes_tiles", of="one_level"),
     "multi_scale": Row("one level, multi-scale training", "detection/shapes_multi_scale"),
+    "multi_scale_pyramid": Row("the same, image pyramid at test", "detection/shapes_image_pyramid", of="multi_scale"),
     "snip": Row("one level, SNIP, image pyramid at test", "detection/shapes_snip"),
     "trident": Row("Trident, all branches", "detection/shapes_trident"),
     "trident_one_branch": Row("Trident, the middle branch", "detection/shapes_trident", "trident", ONE_BRANCH),

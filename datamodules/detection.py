@@ -201,6 +201,12 @@ class DetectionDataModule(ImageDataModule):
             std=self.std,
         )
 
+    @property
+    def learned_ranges(self) -> dict[int, Range] | None:
+        """The (least, greatest) size of an object that is learned, by the short side of its image; None: all are."""
+        sides, ranges = self.train_transform.short_sides, self.train_transform.valid_ranges
+        return dict(zip(sides, ranges, strict=True)) if ranges else None
+
     def preprocessing(self) -> dict[str, Any]:
         """Plain data on what evaluation and prediction do to an image: see :mod:`datamodules.preprocessing`."""
         return self._evaluated().stated()

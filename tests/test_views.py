@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 import datamodules.preprocessing
 import zoo
+from datamodules import ShapesDetectionDataModule
 from zoo import FasterRCNN, FPNDetector
 from zoo._lightning import Trainer
 from zoo.detection import detections
@@ -631,3 +632,52 @@ def test_views_are_no_part_of_an_exported_file():
     assert set(module.exported_maps(two_images())) == {"logits", "boxes", "centerness"}
     module.hparams.views = None
     assert module.exported_detections(two_images(), sizes)["count"].tolist() == [3, 2]
+
+
+# A model that has learned by valid ranges.
+
+LEARNED = {32: (32, None), 64: (16, 64), 128: (0, 32)}
+
+
+@pytest.mark.parametrize("kind", [FPNDetector, FasterRCNN])
+def test_views_of_objects_that_were_not_learned_at_their_scale_are_refused(kind, tmp_path):
+    """Ranges of training travel with the checkpoint; plain detection, and views of about those ranges, are as ever."""
+    shapes = ShapesDetectionDataModule(
+        image_size=64,
+        train_size=2,
+        val_size=0,
+        test_size=0,
+        batch_size=2,
+        num_workers=0,
+        short_sides=list(LEARNED),
+        valid_ranges=list(LEARNED.values()),
+    )
+    options = {"image_size": 64, "channels": 8, "num_classes": 6}
+    module = kind("test_resnet", **options | ({"levels": (3, 5)} if kind is FPNDetector else {"head_width": 8}))
+    trainer = Trainer(**QUIET | {"max_epochs": 1})
+    trainer.fit(module, shapes)
+    trainer.save_checkpoint(file := tmp_path / "snip.ckpt")
+    restored = kind.load_from_checkpoint(file).eval()
+    assert restored.trained_ranges == module.trained_ranges == LEARNED
+    images = torch.randn(1, 3, 64, 64)
+    restored.detect(images)
+    restored.detect(images, views=[{"scale": 0.5, "valid_range": (30, None)}, {"scale": 2, "valid_range": (0, 40)}])
+    message = r"views\[1\] \(scale 2\) is of objects of 40 pixels and more, but at a short side of 128 the model has "
+    with pytest.raises(ValueError, match=message + "learned those of 0 to 32 pixels: give the views its ranges"):
+        restored.detect(images, views=[{"valid_range": (0, 48)}, {"scale": 2, "valid_range": (40, None)}])
+    with pytest.raises(
+        ValueError, match="of objects of 0 to 30 pixels, but at a short side of 32 .* 32 pixels and more"
+    ):
+        restored.detect(images, views=[{"scale": 0.4, "valid_range": (0, 30)}, {}])
+
+
+def test_a_run_without_valid_ranges_has_none(tmp_path):
+    module = small()
+    module.trained_ranges = LEARNED
+    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+    loader = DataLoader([(pictures(1)[0], nothing)], 1, collate_fn=collate)
+    trainer = Trainer(**QUIET | {"max_epochs": 1})
+    trainer.fit(module, loader)
+    trainer.save_checkpoint(file := tmp_path / "plain.ckpt")
+    assert module.trained_ranges is None
+    assert "trained_ranges" not in torch.load(file)

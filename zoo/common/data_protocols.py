@@ -56,6 +56,15 @@ class HasSizeRanges(Protocol):
 
 
 @runtime_checkable
+class StatesLearnedRanges(Protocol):
+    """A data module that shows training images in several sizes, each for objects of its own."""
+
+    @property
+    def learned_ranges(self) -> Mapping[int, tuple[float, float | None]] | None:
+        """Least and greatest size that is learned, by the short side of a training image; None: all at each."""
+
+
+@runtime_checkable
 class TrainsInStages(Protocol):
     """A data module whose training images may change from epoch to epoch."""
 

@@ -19,6 +19,7 @@ from zoo.common.data_protocols import (  # noqa: F401  # one door to all of them
     HasSizeRanges,
     KnownOrder,
     KnownSamples,
+    StatesLearnedRanges,
     StatesPreprocessing,
     TrainsInStages,
 )

@@ -15,6 +15,7 @@ from zoo.common import batch as batches
 from zoo.common import loaders, norms, optim, pictures
 from zoo.common.classes import NamedClasses, names_of
 from zoo.common.compiling import Compilable
+from zoo.common.data_protocols import StatesLearnedRanges
 from zoo.common.evaluation import Evaluation
 from zoo.common.labels import LabelWatch, is_remote
 from zoo.common.log import StepLog
@@ -70,6 +71,7 @@ class Detector(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, Lig
     pruned: Any
     strides: tuple[float, ...]
     trident: Branches | None
+    trained_ranges: Mapping[int, tuple[float, float | None]] | None = None  # by short side, where training had some
 
     def finish(self, weights: str | None) -> None:
         """Ends the constructor: views, metrics and logs, weights to start from, the order in memory, compilation."""
@@ -197,8 +199,14 @@ class Detector(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, Lig
                 module.eval()
         return self
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if self.trained_ranges:
+            checkpoint["trained_ranges"] = dict(self.trained_ranges)
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_same_branches(self.hparams, checkpoint)
+        self.trained_ranges = checkpoint.get("trained_ranges")
         super().on_load_checkpoint(checkpoint)
 
     @torch.no_grad()
@@ -215,6 +223,8 @@ class Detector(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, Lig
     def on_fit_start(self) -> None:
         super().on_fit_start()
         differ_between_ranks(self)
+        data = getattr(self._trainer, "datamodule", None)
+        self.trained_ranges = data.learned_ranges if isinstance(data, StatesLearnedRanges) else None
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         images, targets = self._checked(batch, batch_idx)

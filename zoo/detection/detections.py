@@ -17,7 +17,17 @@ from torchvision.ops import batched_nms
 from zoo.detection.postprocessing import Candidates, in_range, non_maximum_suppression, to_original
 from zoo.detection.scale import merging
 from zoo.detection.scale.ranges import within
-from zoo.detection.scale.views import Crop, Layout, Size, View, lay_out, pad_multiple, parse_views, shows_as_given
+from zoo.detection.scale.views import (
+    Crop,
+    Layout,
+    Size,
+    View,
+    check_learned,
+    lay_out,
+    pad_multiple,
+    parse_views,
+    shows_as_given,
+)
 from zoo.sharding import is_split
 
 if TYPE_CHECKING:
@@ -62,6 +72,9 @@ def detect(
             f"views are not computed under {type(trainer.strategy).__name__}: processes that share weights run alike, "
             "and each has its own number of tiles; evaluate with ddp, or on one device"
         )
+
+    if detector.trained_ranges:
+        check_learned(views, [whole] if sizes is None else sizes, detector.trained_ranges)
 
     def find(batch: Tensor, sizes: Sequence[Size]) -> Candidates:
         return detector.candidates(detector(batch) if maps is None or batch is not images else maps, sizes)

@@ -216,6 +216,32 @@ def pad_multiple(strides: Sequence[int]) -> int:
     return max(32, *strides)
 
 
+def check_learned(views: Sequence[View], sizes: Sequence[Size], learned: Mapping[int, Range]) -> None:
+    """Raises ValueError for a view of objects that were not learned at its scale, as SNIP trains.
+
+    Args:
+        views: Those of tiles are not looked at, as images may be of another kind than in training.
+        sizes: (height, width) of the images that they resize.
+        learned: Valid range in training, by the short side of an image.
+    """
+    for number, view in enumerate(views):
+        if view.tile is not None:
+            continue
+        for size in sizes:
+            shown = min(size) * view.scale
+            side = min(learned, key=lambda side: abs(math.log(side / shown)))
+            (low, high), (least, most) = view.valid_range, learned[side]
+            if (most is not None and low >= most) or (high is not None and high <= least):
+                raise ValueError(
+                    f"views[{number}] ({view}) is of objects of {_in_words(low, high)}, but at a short side of {side} "
+                    f"the model has learned those of {_in_words(least, most)}: give the views its ranges"
+                )
+
+
+def _in_words(low: float, high: float | None) -> str:
+    return f"{low:g} pixels and more" if high is None else f"{low:g} to {high:g} pixels"
+
+
 class Cost(NamedTuple):
     """Cost of views of one image.
 

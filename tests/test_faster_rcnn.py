@@ -445,6 +445,7 @@ def recomputed(**options: Any) -> int:
 
 
 ONE_MAP = {"backbone": "resnet18", "neck": "none"}
+CONVOLUTIONS = {"neck_norm": "batch", "rpn_depth": 2, "box_head": "conv"}
 DILATABLE = {"backbone": "test_byobnet", "neck": "single"}
 BRANCHES = DILATABLE | {"trident": True}
 MATTERS = {
@@ -459,6 +460,8 @@ MATTERS = {
     "neck": (shapes, {"levels": (4, 4)}, {"levels": (4, 4), "neck": "single"}),
     "levels": (shapes, {}, {"levels": (3, 4)}),
     "channels": (shapes, {}, {"channels": 24}),
+    "neck_norm": (shapes, {}, {"neck_norm": "batch"}),
+    "rpn_depth": (shapes, {}, {"rpn_depth": 2}),
     "box_head": (shapes, ONE_MAP, ONE_MAP | {"box_head": "stage"}),
     "head_width": (shapes, {}, {"head_width": 24}),
     "class_agnostic": (shapes, {}, {"class_agnostic": True}),
@@ -542,7 +545,17 @@ def test_every_argument_of_two_stages_matters(name):
     ("options", "message"),
     [
         ({"anchors": "centred"}, "unknown anchors 'centred': expected one of centered, torchvision"),
-        ({"box_head": "conv"}, "unknown box_head 'conv': expected one of mlp"),
+        ({"box_head": "cascade"}, "unknown box_head 'cascade': expected one of mlp, conv, stage"),
+        ({"neck_norm": "group"}, "unknown neck_norm 'group': expected one of none, batch"),
+        (
+            {"neck_norm": "batch", "neck": "single"},
+            "neck_norm is 'batch', with neck 'single': take neck_norm='none', or neck='fpn' on several maps",
+        ),
+        (
+            {"neck_norm": "batch", "backbone": "test_vit", "levels": (3, 5)},
+            "neck_norm is 'batch', with a plain ViT's pyramid, which has layer norms: take neck_norm='none'",
+        ),
+        ({"rpn_depth": 0}, "rpn_depth is 0: expected at least 1"),
         ({"box_loss": "giou"}, "unknown box_loss 'giou': expected one of smooth_l1, l1"),
         ({"proposal_nms": 1.5}, r"proposal_nms is 1.5: expected a number in \[0, 1\]"),
         ({"rpn_positive": -0.5}, r"rpn_positive is -0.5: expected a number in \[0, 1\]"),
@@ -569,6 +582,20 @@ def test_losses_are_finite_and_the_parts_that_are_promised():
     assert all(value.shape == () and value.isfinite() and value > 0 for value in found.values())
     sum(found.values()).backward()
     assert [name for name, parameter in module.named_parameters() if parameter.grad is None] == []
+
+
+def test_norms_of_neck_and_box_head_are_trained_though_the_backbones_are_frozen():
+    module = small(freeze_norm=True, **CONVOLUTIONS)
+    norms = {name: each for name, each in module.named_modules() if isinstance(each, nn.BatchNorm2d)}
+    own = {f"neck.{part}.{n}.norm" for part in ("lateral", "output") for n in range(4)}
+    own |= {f"box_head.conv.{n}.norm" for n in range(4)}
+    for mode in (True, False, True):
+        module.train(mode)
+        assert {name for name, norm in norms.items() if norm.weight.requires_grad} == own
+        assert {name for name, norm in norms.items() if norm.training} == (own if mode else set())
+    sum(module.loss(module(pictures(4)), targets()).values()).backward()
+    assert all(norms[name].num_batches_tracked == 1 and norms[name].weight.grad.any() for name in own)
+    assert {name for name in norms if norms[name].running_mean.any()} == own
 
 
 def test_images_without_objects_are_background():
@@ -614,7 +641,9 @@ def test_labels_out_of_range_are_named_with_their_sample(step, label, number):
 
 
 @pytest.mark.parametrize("size", [None, (48, 60)])
-@pytest.mark.parametrize("options", [{}, {"class_agnostic": True, "box_loss": "l1", "learn_targets": False}])
+@pytest.mark.parametrize(
+    "options", [{}, {"class_agnostic": True, "box_loss": "l1", "learn_targets": False} | CONVOLUTIONS]
+)
 def test_a_training_step_waits_for_nothing(options, size, monkeypatch):
     monkeypatch.setattr(proposals, "is_remote", lambda _: True)  # a CPU's NMS does not wait
     module = small(**options)

@@ -20,8 +20,9 @@ from test_detection_weights import (
     snapshot,
 )
 from torch import Tensor, nn
-from torchvision.models.detection import faster_rcnn, fasterrcnn_resnet50_fpn
+from torchvision.models.detection import faster_rcnn, fasterrcnn_resnet50_fpn, fasterrcnn_resnet50_fpn_v2
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
@@ -31,17 +32,26 @@ from zoo.weights.layouts import translate
 
 WIDTH = 48
 """Of the layers of the box head."""
+SECOND: dict[str, Any] = {"neck_norm": "batch", "rpn_depth": 2, "box_head": "conv"}
+"""What torchvision's second version has otherwise."""
 SMALL: dict[str, Any] = {"backbone": "test_resnet", "num_classes": 3, "channels": 16, "head_width": 8, "image_size": 64}
 
 
-def torchvisions(num_classes: int, name: str = "resnet18", channels: int = 32, norm: Any = None) -> Any:
-    """torchvision's on a small network, with weights by which it detects many things; classes without background."""
-    body = torchvision.models.get_model(name, weights=None, norm_layer=norm)
+def torchvisions(num_classes: int, norm: Any = None, second: bool = False) -> Any:
+    """torchvision's on a small network, with weights by which it detects many things; classes without background.
+
+    The second version is put together as its builder does it.
+    """
+    body, channels = torchvision.models.resnet18(weights=None, norm_layer=norm), 32
     widths = [body.fc.in_features // 2**step for step in (3, 2, 1, 0)]
     layers = {f"layer{number + 1}": str(number) for number in range(4)}
+    head: nn.Module = faster_rcnn.TwoMLPHead(channels * 7**2, WIDTH)
+    if second:
+        head = faster_rcnn.FastRCNNConvFCHead((channels, 7, 7), [channels] * 4, [WIDTH], nn.BatchNorm2d)
     model = faster_rcnn.FasterRCNN(
-        BackboneWithFPN(body, layers, widths, channels, LastLevelMaxPool()),
-        box_head=faster_rcnn.TwoMLPHead(channels * 7**2, WIDTH),
+        BackboneWithFPN(body, layers, widths, channels, LastLevelMaxPool(), nn.BatchNorm2d if second else None),
+        rpn_head=RPNHead(channels, 3, conv_depth=2 if second else 1),
+        box_head=head,
         box_predictor=faster_rcnn.FastRCNNPredictor(WIDTH, 1 + num_classes),
         min_size=128,
         max_size=160,
@@ -58,8 +68,9 @@ def randomize(model: Any) -> None:
         if name.endswith("bias") and "body" not in name:
             nn.init.normal_(parameter, std=0.1)
     rpn, heads = model.rpn.head, model.roi_heads
-    for layer in (rpn.conv[0][0], *(layer for layer in heads.box_head.modules() if isinstance(layer, nn.Linear))):
-        nn.init.kaiming_normal_(layer.weight)
+    for layer in (*rpn.conv.modules(), *heads.box_head.modules()):
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(layer.weight)
     images, _ = model.transform(pictures())
     features = maps_of(model, images.tensors)
     scale(rpn.cls_logits, rpn.conv, list(features.values()), 0.0, 2.0)
@@ -79,9 +90,14 @@ def maps_of(model: Any, images: Tensor) -> dict[str, Tensor]:
 
 
 @cache
-def state_of(num_classes: int) -> dict[str, Tensor]:
+def of_seven(second: bool = False) -> Any:
+    """torchvision's of seven classes, for all tests that leave it as it is."""
     torch.manual_seed(5)
-    return dict(torchvisions(num_classes).state_dict())
+    return torchvisions(7, second=second)
+
+
+def state_of_seven(second: bool = False) -> dict[str, Tensor]:
+    return dict(of_seven(second).state_dict())
 
 
 def detector(num_classes: int, name: str = "resnet18", **options: Any) -> FasterRCNN:
@@ -115,9 +131,9 @@ def assert_parity(ours: FasterRCNN, theirs: Any, labels: list[int]) -> None:
 # Whole detectors.
 
 
-def test_a_whole_detector_of_torchvision_detects_the_same_here(tmp_path):
-    torch.manual_seed(5)
-    theirs, ours = torchvisions(7), detector(7)
+@pytest.mark.parametrize("second", [False, True])
+def test_a_whole_detector_of_torchvision_detects_the_same_here(second, tmp_path):
+    theirs, ours = of_seven(second), detector(7, **SECOND if second else {})
     path = file_of(theirs.state_dict(), tmp_path / "a.pth")
     report = weights.load(ours, path)
     count = len(ours.state_dict())
@@ -175,19 +191,21 @@ def oldest(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def test_the_oldest_names_are_those_that_torchvision_itself_still_reads():
-    torch.manual_seed(5)
-    theirs, again = torchvisions(7), torchvisions(7)
+    theirs, again = of_seven(), torchvisions(7)
     names = oldest(theirs.state_dict())
     again.load_state_dict(names)  # a state dict without a version
     assert same(snapshot(again), snapshot(theirs))
     assert {"rpn.head.conv.bias", "backbone.fpn.inner_blocks.3.weight"} <= names.keys()
 
 
-@pytest.mark.parametrize("classes", [90, 80, 5])
-def test_all_names_and_shapes_of_torchvisions_own_builder_are_known(classes):
+@pytest.mark.parametrize(
+    ("builder", "options", "classes"),
+    [*((fasterrcnn_resnet50_fpn, {}, classes) for classes in (90, 80, 5)), (fasterrcnn_resnet50_fpn_v2, SECOND, 80)],
+)
+def test_all_names_and_shapes_of_torchvisions_own_builders_are_known(builder, options, classes):
     with torch.device("meta"):
-        theirs = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None).state_dict()
-        module = FasterRCNN("resnet50", classes, image_size=64)
+        theirs = builder(weights=None, weights_backbone=None).state_dict()
+        module = FasterRCNN("resnet50", classes, image_size=64, **options)
     ours, layout = module.state_dict(), TwoStageLayout()
     kind, state = translate(theirs, layout)
     assert kind == "torchvision, Faster R-CNN"
@@ -227,7 +245,7 @@ def test_for_classes_of_ones_own_only_the_outputs_by_class_begin_anew(tmp_path):
     outputs = ("cls_out.weight", "cls_out.bias", "box_out.weight", "box_out.bias")
     ours = detector(5)
     before = snapshot(ours)
-    report = weights.load(ours, file_of(state_of(7), tmp_path / "a.pth"))
+    report = weights.load(ours, file_of(state_of_seven(), tmp_path / "a.pth"))
     assert report.left_out == report.fresh == outputs
     assert report.resized == ()
     assert report.advice == ""
@@ -238,10 +256,12 @@ def test_for_classes_of_ones_own_only_the_outputs_by_class_begin_anew(tmp_path):
 
 
 def test_what_torchvision_does_otherwise_is_said_as_far_as_the_detector_was_not_built_so(tmp_path):
-    path = file_of(state_of(7), tmp_path / "a.pth")
+    path, ours = file_of(state_of_seven(), tmp_path / "a.pth"), detector(7)
+    built = dict(ours.hparams)
 
     def said(**options: Any) -> str:
-        return weights.load(detector(7, **options), path).advice
+        ours.hparams.update(built | options)
+        return weights.load(ours, path).advice
 
     assert said() == ""
     assert said(anchors="centered", nms_threshold=0.6) == (
@@ -266,13 +286,21 @@ def test_what_torchvision_does_otherwise_is_said_as_far_as_the_detector_was_not_
             {"head_width": 8},
             "has another box_head than FasterRCNN: box_head.fc1.weight is (48, 1568) there and (8, 1568)",
         ),
+        (
+            {"neck_norm": "batch", "rpn_depth": 3},
+            "neck_norm is none there and batch here, rpn_depth is 1 there and 3 here; build with neck_norm='none', "
+            "rpn_depth=1, or start from the backbone alone",
+        ),
         ({"levels": (3, 6)}, "a larger network than FasterRCNN: neck.lateral.3.weight"),
         ({"name": "resnet34"}, "of the encoder's 180 tensors are missing, backbone.layer1.* ("),
     ],
 )
 def test_another_detector_is_refused_in_one_line_that_says_what_to_build(tmp_path, options, said):
-    path = file_of(state_of(7), tmp_path / "a.pth")
-    ours = detector(7, **options)
+    assert_refused(detector(7, **options), file_of(state_of_seven(), tmp_path / "a.pth"), said)
+
+
+def assert_refused(ours: FasterRCNN, path: str, said: str) -> None:
+    """In one line, and nothing has changed."""
     before = snapshot(ours)
     with pytest.raises(ValueError, match="^[^\n]+$") as caught:
         weights.load(ours, path)
@@ -281,19 +309,20 @@ def test_another_detector_is_refused_in_one_line_that_says_what_to_build(tmp_pat
     assert same(before, snapshot(ours))
 
 
-@pytest.mark.parametrize(
-    ("builder", "said"),
-    [
-        ("fasterrcnn_resnet50_fpn_v2", "fasterrcnn_resnet50_fpn_v2, with convolutions in its box head"),
-        ("fasterrcnn_mobilenet_v3_large_320_fpn", "Faster R-CNN on MobileNetV3, with maps and anchors of its own"),
-    ],
-)
-def test_torchvisions_others_are_refused_by_name(tmp_path, builder, said):
+def test_torchvisions_second_version_is_refused_by_the_first_with_what_to_build(tmp_path):
+    path = file_of(state_of_seven(second=True), tmp_path / "a.pth")
+    said = "; build with neck_norm='batch', rpn_depth=2, box_head='conv', or start from the backbone alone"
+    assert_refused(detector(7), path, said)
+    assert_refused(detector(7, head_width=8, **SECOND), path, "box_head.fc1.weight is (48, 1568) there and (8, 1568)")
+
+
+def test_torchvisions_on_mobilenet_is_refused_by_name(tmp_path):
     with torch.device("meta"):
-        theirs = getattr(torchvision.models.detection, builder)(weights=None, weights_backbone=None).state_dict()
+        build = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_320_fpn
+        theirs = build(weights=None, weights_backbone=None).state_dict()
     path = file_of({name: torch.zeros(()).expand(value.shape) for name, value in theirs.items()}, tmp_path / "a.pth")
-    with pytest.raises(ValueError, match=f"^{path}: torchvision's {said}, is not built here: take faste"):
-        weights.load(small(), path)
+    said = "torchvision's Faster R-CNN on MobileNetV3, with maps and anchors of its own, is not built here: take faste"
+    assert_refused(small(), path, f"{path}: {said}")
 
 
 def small(seed: int = 1, **options: Any) -> FasterRCNN:
@@ -360,7 +389,7 @@ def torchvisions_on_one_map(num_classes: int) -> Any:
         box_roi_pool=MultiScaleRoIAlign(["0"], 14, 2),
         box_head=stage,
         box_predictor=faster_rcnn.FastRCNNPredictor(512, 1 + num_classes),
-        rpn_post_nms_top_n_test=40,
+        rpn_post_nms_top_n_test=20,
         min_size=64,
         max_size=80,
     ).eval()
@@ -374,7 +403,7 @@ def test_torchvisions_on_one_map_detects_the_same_here(tmp_path):
     state = {
         name.replace("roi_heads.box_head.0.", "backbone.layer4."): value for name, value in theirs.state_dict().items()
     }
-    ours = detector(7, channels=256, post_nms_top_k=(2000, 40), **ON_ONE_MAP)
+    ours = detector(7, channels=256, post_nms_top_k=(2000, 20), **ON_ONE_MAP)
     report = weights.load(ours, file_of(state, tmp_path / "a.pth"))
     assert report.loaded == report.total == len(ours.state_dict())
     assert_parity(ours, theirs, list(range(1, 8)))
@@ -425,9 +454,13 @@ def test_weights_without_the_stage_that_is_the_box_head_are_refused(tmp_path):
 def test_the_peer_is_as_large_and_learns_from_the_same_batch():
     with torch.device("meta"):
         ours = FasterRCNN("resnet18", 3, image_size=64)
+        second = FasterRCNN("resnet18", 3, image_size=64, **SECOND)
         single = FasterRCNN("resnet18", 3, neck="single", image_size=64)
-    network, loss = ours.peers["torchvision"].build(ours, {})
     background = 4 * (1024 + 1)  # which has a box there
+    with torch.device("meta"):
+        network, _ = second.peers["torchvision"].build(second, {})
+    assert parameters(network) == parameters(second) + background
+    network, loss = ours.peers["torchvision"].build(ours, {})
     assert parameters(network) == parameters(ours) + background
     images = torch.rand(1, 3, 48, 64)
     targets = ours.random_targets(images, torch.Generator().manual_seed(0))

@@ -26,6 +26,7 @@ from zoo.common.seeding import differ_between_ranks
 from zoo.detection import detections
 from zoo.detection.batch import image_id_of, images_and_sizes
 from zoo.detection.cells import Cells
+from zoo.detection.layers import NormedConv
 from zoo.detection.maps import Maps
 from zoo.detection.metrics import TotalLosses, in_words
 from zoo.detection.peers import random_targets
@@ -194,8 +195,10 @@ class Detector(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, Lig
     def train(self, mode: bool = True) -> Self:
         """Sets the mode; BatchNorm whose weights are frozen keeps its statistics as well."""
         super().train(mode)
-        for module in batch_norms(self):  # of the backbone, a part of which may be a head
-            if self.hparams.freeze_norm or (module.weight is not None and not module.weight.requires_grad):
+        not_backbones = {each.norm for each in self.modules() if isinstance(each, NormedConv)}
+        for module in batch_norms(self):  # a part of the backbone may be a head
+            frozen = self.hparams.freeze_norm and module not in not_backbones
+            if frozen or (module.weight is not None and not module.weight.requires_grad):
                 module.eval()
         return self
 

@@ -7,12 +7,19 @@ from torch import nn
 from zoo.common.backbones import name_of, recompute_activations
 from zoo.detection.base import Detector, batch_norms
 from zoo.detection.checks import check_levels
+from zoo.detection.layers import NeckNorm
 from zoo.detection.maps import Maps, create_pyramid_backbone, freeze_stages
 from zoo.detection.necks import Extra, create_neck
 from zoo.detection.scale.trident import create_branches
 
 
-def build_features(detector: Detector, backbone: str | nn.Module, levels: tuple[int, int], extra_from: Extra) -> None:
+def build_features(
+    detector: Detector,
+    backbone: str | nn.Module,
+    levels: tuple[int, int],
+    extra_from: Extra,
+    neck_norm: NeckNorm = "none",
+) -> None:
     """Gives a detector its ``backbone``, ``maps``, ``trident``, ``neck`` and ``strides``, as its hyperparameters say.
 
     What is frozen is so afterwards, and the detector in the mode in which Lightning trains.
@@ -21,7 +28,7 @@ def build_features(detector: Detector, backbone: str | nn.Module, levels: tuple[
         detector: With ``hparams``.
         backbone: By name, or as a module.
         levels: Finest and coarsest level.
-        extra_from: See :class:`zoo.detection.necks.FPN`.
+        extra_from, neck_norm: See :class:`zoo.detection.necks.FPN`.
 
     Raises:
         ValueError: For levels that backbone or neck do not have, and for branches that it cannot have.
@@ -34,7 +41,7 @@ def build_features(detector: Detector, backbone: str | nn.Module, levels: tuple[
     detector.trident = create_branches(hp, detector.backbone, detector.maps)
     if hp.neck != "fpn" and levels[0] not in detector.maps.levels:
         raise ValueError(f"levels are {list(levels)}: the one map of {name_of(backbone)} is level 4, take [4, 4]")
-    detector.neck = create_neck(hp.neck, detector.maps, hp.channels, levels, extra_from)
+    detector.neck = create_neck(hp.neck, detector.maps, hp.channels, levels, extra_from, neck_norm)
     detector.strides = detector.maps.pyramid_strides(levels)
     freeze_stages(detector.backbone, hp.frozen_stages)
     settle_norms(detector.backbone, hp)

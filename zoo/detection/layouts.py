@@ -16,6 +16,8 @@ TORCHVISION_PYRAMID = (
     (r"(^|\.)backbone\.body\.", r"\1backbone."),
     (r"(^|\.)backbone\.fpn\.inner_blocks\.(\d+)\.(?:0\.)?(\w+)$", r"\1neck.lateral.\2.\3"),
     (r"(^|\.)backbone\.fpn\.layer_blocks\.(\d+)\.(?:0\.)?(\w+)$", r"\1neck.output.\2.\3"),
+    (r"(^|\.)backbone\.fpn\.inner_blocks\.(\d+)\.1\.(\w+)$", r"\1neck.lateral.\2.norm.\3"),
+    (r"(^|\.)backbone\.fpn\.layer_blocks\.(\d+)\.1\.(\w+)$", r"\1neck.output.\2.norm.\3"),
     (r"(^|\.)backbone\.fpn\.extra_blocks\.", r"\1neck."),
 )
 # Its RetinaNet and FCOS, but for the towers.

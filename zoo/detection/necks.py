@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
+from zoo.detection.layers import NeckNorm, NormedConv
 from zoo.detection.maps import Maps
 
 Neck = Literal["fpn", "single"]
@@ -15,19 +16,28 @@ ExtraFrom = Literal["output", "backbone"]
 Extra = Literal["output", "backbone", "subsampled"]
 
 
-def create_neck(neck: AnyNeck, maps: Maps, channels: int, levels: tuple[int, int], extra_from: Extra) -> nn.Module:
-    """The neck for a backbone's maps: a feature pyramid, a simple one for a plain ViT, a single level, or nothing."""
+def create_neck(
+    neck: AnyNeck, maps: Maps, channels: int, levels: tuple[int, int], extra_from: Extra, norm: NeckNorm = "none"
+) -> nn.Module:
+    """The neck for a backbone's maps: a feature pyramid, a simple one for a plain ViT, a single level, or nothing.
+
+    Raises:
+        ValueError: For levels that it cannot have, and for a norm where it is no FPN.
+    """
+    if norm != "none" and (neck != "fpn" or maps.plain):
+        found = "a plain ViT's pyramid, which has layer norms" if neck == "fpn" else f"neck {neck!r}"
+        raise ValueError(f"neck_norm is {norm!r}, with {found}: take neck_norm='none', or neck='fpn' on several maps")
     if neck == "none":
         return nn.Identity()
     if neck == "single":
         return SingleLevel(maps.channels[0], channels)
     if maps.plain:
         return SimpleFeaturePyramid(maps.channels[-1], channels, levels)
-    return FPN(maps.levels, maps.channels, channels, levels[1], extra_from)
+    return FPN(maps.levels, maps.channels, channels, levels[1], extra_from, norm)
 
 
 class FPN(nn.Module):
-    """Feature pyramid network (Lin et al. 2017, "Feature Pyramid Networks", section 3), nearest upsampling, no norms.
+    """Feature pyramid network (Lin et al. 2017, "Feature Pyramid Networks", section 3), nearest upsampling.
 
     Levels coarser than the backbone's come from convolutions of stride 2, with ReLU between them, on the coarsest
     output, or on the backbone's coarsest map (RetinaNet's paper); or they are the coarsest output, subsampled (section
@@ -39,15 +49,22 @@ class FPN(nn.Module):
         channels: Of what goes out.
         last: The coarsest level of the pyramid.
         extra_from: "output" or "backbone": what the first level beyond the backbone's is made of; or "subsampled".
+        norm: "none", as there; or "batch", behind each convolution of the backbone's levels.
     """
 
     def __init__(
-        self, levels: Sequence[int], in_channels: Sequence[int], channels: int, last: int, extra_from: Extra = "output"
+        self,
+        levels: Sequence[int],
+        in_channels: Sequence[int],
+        channels: int,
+        last: int,
+        extra_from: Extra = "output",
+        norm: NeckNorm = "none",
     ) -> None:
         super().__init__()
         self.extra_from = extra_from
-        self.lateral = nn.ModuleList(nn.Conv2d(width, channels, 1) for width in in_channels)
-        self.output = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in in_channels)
+        self.lateral = nn.ModuleList(NormedConv(width, channels, 1, norm) for width in in_channels)
+        self.output = nn.ModuleList(NormedConv(channels, channels, 3, norm) for _ in in_channels)
         self.extra = tuple(f"p{level}" for level in range(levels[-1] + 1, last + 1))
         width = in_channels[-1] if extra_from == "backbone" else channels
         for name in () if extra_from == "subsampled" else self.extra:

@@ -44,11 +44,16 @@ def _torchvision(model: Any, axes: dict[str, str]) -> Built:
 
 def _torchvision_two_stage(model: Any, axes: dict[str, str]) -> Built:
     from torchvision.models.detection import FasterRCNN
+    from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
+    from torchvision.models.detection.rpn import RPNHead
 
     hp = model.hparams
-    if hp.neck != "fpn" or hp.box_head != "mlp":
+    if hp.neck != "fpn":
         raise ValueError("torchvision has no Faster R-CNN but on a feature pyramid: compare with --model.neck fpn")
-    network = FasterRCNN(_pyramid(hp), 1 + hp.num_classes, **AS_GIVEN)
+    proposals = RPNHead(256, 3, hp.rpn_depth)
+    head = FastRCNNConvFCHead((256, 7, 7), [256] * 4, [1024], nn.BatchNorm2d) if hp.box_head == "conv" else None
+    pyramid = _pyramid(hp, norm_layer=nn.BatchNorm2d if hp.neck_norm == "batch" else None)
+    network = FasterRCNN(pyramid, 1 + hp.num_classes, rpn_head=proposals, box_head=head, **AS_GIVEN)
 
     def loss(network: nn.Module, batch: Any) -> Tensor:
         images, targets = batches.images_and_targets(batch)  # class 0 is background there

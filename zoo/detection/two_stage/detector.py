@@ -22,32 +22,23 @@ from zoo.detection.assign import assign, parts_of_a_batch
 from zoo.detection.base import Detector
 from zoo.detection.cells import Anchors, Cells, Targets, pad_targets
 from zoo.detection.checks import Schedule, check_choices, check_detector, check_shares
-from zoo.detection.features import build_features, settle_norms
+from zoo.detection.features import build_features
+from zoo.detection.layers import NeckNorm
 from zoo.detection.losses import mark_sizes
 from zoo.detection.necks import AnyNeck
 from zoo.detection.peers import TWO_STAGE_PEERS
 from zoo.detection.postprocessing import Candidates
 from zoo.detection.scale.merging import Merge
 from zoo.detection.scale.trident import by_image, every_branch, original_scales
-from zoo.detection.two_stage.box_heads import MLPBoxHead, create_predictors, region_candidates
+from zoo.detection.two_stage.box_heads import BoxHead, build_heads, region_candidates
 from zoo.detection.two_stage.layouts import TwoStageLayout
 from zoo.detection.two_stage.losses import RegionLossSums, proposal_losses, region_losses
 from zoo.detection.two_stage.pooling import COARSEST_POOLED, pool_regions
-from zoo.detection.two_stage.proposals import (
-    RATIOS,
-    ProposalHead,
-    Proposals,
-    RegionMaps,
-    anchor_sides,
-    image_ends,
-    proposal_cells,
-    propose,
-)
+from zoo.detection.two_stage.proposals import Proposals, RegionMaps, anchor_sides, image_ends, proposal_cells, propose
 from zoo.detection.two_stage.sampling import Samples, match_regions, priorities, sample, take
 from zoo.detection.two_stage.stage import backbone_and_stage
 
 BoxLoss = Literal["smooth_l1", "l1"]
-BoxHead = Literal["mlp", "stage"]
 BETAS = {"smooth_l1": 1 / 9, "l1": 0.0}
 
 
@@ -71,10 +62,13 @@ class FasterRCNN(Detector):
         neck: "fpn"; "single", one level alone, to compare with; or "none", a map of the backbone as it is.
         levels: Finest and coarsest level; level l has a stride of 2**l pixels. Those beyond 5 are subsampled, and have
             proposals alone. None: (2, 6); for "single" and "none" (4, 4).
-        channels: Channels of neck and head of the proposals.
-        box_head: "mlp", two fully connected layers on regions of 7x7; or "stage", the backbone's last stage on regions
-            of 14x14, with ``neck="none"``: see :class:`zoo.detection.two_stage.stage.StageBoxHead`.
-        head_width: Width of the layers of the box head "mlp".
+        channels: Channels of neck, head of the proposals and convolutions of the box head "conv".
+        neck_norm: "none"; or "batch", BatchNorm behind the convolutions of a feature pyramid.
+        rpn_depth: Convolutions of the head of the proposals.
+        box_head: "mlp", two fully connected layers on regions of 7x7; "conv", four convolutions with BatchNorm and one
+            such layer; or "stage", the backbone's last stage on regions of 14x14, with ``neck="none"``: see
+            :class:`zoo.detection.two_stage.stage.StageBoxHead`.
+        head_width: Width of the fully connected layers of the box head.
         class_agnostic: Whether a region has one box, not one for each class.
         anchors: Where anchors lie, and how regions are pooled: "centered", around centres of cells; or "torchvision",
             around their corners, sides rounded, as its checkpoints need.
@@ -128,6 +122,10 @@ class FasterRCNN(Detector):
     foreign_weights = TwoStageLayout()
     peers: ClassVar = TWO_STAGE_PEERS
     compiled: ClassVar = ("_proposal_sums", "_region_sums")  # each one graph, the same for all sizes
+    rpn: Any  # modules, of build_heads
+    box_head: Any
+    cls_out: Any
+    box_out: Any
 
     def __init__(
         self,
@@ -142,6 +140,8 @@ class FasterRCNN(Detector):
         neck: AnyNeck = "fpn",
         levels: tuple[int, int] | None = None,
         channels: int = 256,
+        neck_norm: NeckNorm = "none",
+        rpn_depth: int = 1,
         box_head: BoxHead = "mlp",
         head_width: int = 1024,
         class_agnostic: bool = False,
@@ -184,9 +184,10 @@ class FasterRCNN(Detector):
         super().__init__()
         self.save_hyperparameters(ignore=["backbone", "weights"])
         self.hparams["backbone"] = name_of(backbone)
-        check_choices(self.hparams, anchors=Anchors, neck=AnyNeck, box_head=BoxHead, box_loss=BoxLoss, merge=Merge)
+        check_choices(self.hparams, anchors=Anchors, neck=AnyNeck, neck_norm=NeckNorm, merge=Merge)
+        check_choices(self.hparams, box_head=BoxHead, box_loss=BoxLoss)
         check_detector(self.hparams)
-        counts = ("pre_nms_top_k", "post_nms_top_k", "head_width", "rpn_samples", "region_samples")
+        counts = ("pre_nms_top_k", "post_nms_top_k", "head_width", "rpn_depth", "rpn_samples", "region_samples")
         check_ranges(**{name: (self.hparams[name], 1, None) for name in counts})
         check_shares(self.hparams, "proposal_nms", "rpn_positive", "region_positive")
         levels = levels or ((2, 6) if neck == "fpn" else (4, 4))
@@ -194,15 +195,11 @@ class FasterRCNN(Detector):
         if box_head == "stage":  # which the backbone then loses
             backbone, stage = backbone_and_stage(backbone, self.hparams, levels)
             self.foreign_weights = TwoStageLayout(stage.place)
-        build_features(self, backbone, levels, "subsampled")
+        build_features(self, backbone, levels, "subsampled", neck_norm)
         self.sides = anchor_sides(anchor_sizes, self.strides)
         self.pooled = max(1, min(len(self.strides), COARSEST_POOLED - levels[0] + 1))
-        in_maps = self.maps.channels[0] if neck == "none" else channels
-        self.rpn = ProposalHead(in_maps, channels, RATIOS * len(self.sides[0]))
-        self.box_head: Any = MLPBoxHead(in_maps, head_width) if stage is None else stage
-        settle_norms(self.box_head, self.hparams)
+        build_heads(self, stage)
         self.train()  # but for what is frozen
-        self.cls_out, self.box_out = create_predictors(self.box_head.out_channels, num_classes, class_agnostic)
         self.finish(weights)
 
     # The technique.

@@ -18,16 +18,20 @@ STAGE = "box_head.stage"
 TORCHVISION_TWO_STAGE = (
     *TORCHVISION_PYRAMID,
     (r"(^|\.)rpn\.head\.conv\.(?:0\.0\.)?(\w+)$", r"\1rpn.conv.\2"),
+    *((rf"(^|\.)rpn\.head\.conv\.{n - 1}\.0\.", rf"\1rpn.conv{n}.") for n in range(2, 10)),
     (r"(^|\.)rpn\.head\.cls_logits\.", r"\1rpn.cls_out."),
     (r"(^|\.)rpn\.head\.bbox_pred\.", r"\1rpn.box_out."),
     (r"(^|\.)roi_heads\.box_head\.fc6\.", r"\1box_head.fc1."),
     (r"(^|\.)roi_heads\.box_head\.fc7\.", r"\1box_head.fc2."),
+    # Of the second version's box head: convolutions, norms, and behind four of them a layer that flattens.
+    (r"(^|\.)roi_heads\.box_head\.(\d+)\.0\.", r"\1box_head.conv.\2."),
+    (r"(^|\.)roi_heads\.box_head\.(\d+)\.1\.", r"\1box_head.conv.\2.norm."),
+    (r"(^|\.)roi_heads\.box_head\.5\.", r"\1box_head.fc1."),
     (r"(^|\.)roi_heads\.box_predictor\.cls_score\.", rf"\1{CLASSES}."),
     (r"(^|\.)roi_heads\.box_predictor\.bbox_pred\.", rf"\1{BOXES}."),
 )
 # Other detectors of torchvision's that have no counterpart here, by a tensor that only they have.
 OTHERS = {
-    r"(^|\.)roi_heads\.box_head\.0\.0\.weight$": "fasterrcnn_resnet50_fpn_v2, with convolutions in its box head",
     r"(^|\.)backbone\.body\.0\.0\.weight$": "Faster R-CNN on MobileNetV3, with maps and anchors of its own",
 }
 # What torchvision's takes for granted, as arguments of FasterRCNN: without, the same weights detect other things.
@@ -100,7 +104,7 @@ class TwoStageLayout(Layout):
     def advice(self, kind: str, state: Mapping[str, Tensor], module: nn.Module, filled: Collection[str]) -> str:
         if not kind.startswith("torchvision, ") or f"{CLASSES}.weight" not in filled:
             return ""
-        frozen = not any(key.endswith("num_batches_tracked") for key in state)
+        frozen = not any(re.search(r"(^|\.)backbone\..*\.num_batches_tracked$", key) for key in state)
         return as_there(CONVENTIONS | (WITHOUT_EPSILON if frozen else {}), module)
 
 
@@ -117,9 +121,13 @@ def _built(state: Mapping[str, Tensor]) -> dict[str, Any]:
     lateral = any(key.startswith("neck.lateral.") for key in state)
     found: dict[str, Any] = {
         "neck": ("single" if "neck.lateral.weight" in state else "fpn") if lateral else "none",
+        "neck_norm": "batch" if "neck.lateral.0.norm.weight" in state else "none",
         "channels": state["rpn.box_out.weight"].shape[1],
+        "rpn_depth": sum(re.fullmatch(r"rpn\.conv\d*\.weight", key) is not None for key in state),
         "box_head": "stage" if any(key.startswith(f"{STAGE}.") for key in state) else "mlp",
     }
+    if "box_head.conv.0.weight" in state:
+        found["box_head"] = "conv"
     if f"{CLASSES}.bias" in state and f"{BOXES}.bias" in state and len(state[f"{CLASSES}.bias"]) > 2:
         found["class_agnostic"] = len(state[f"{BOXES}.bias"]) == 4
     return found

@@ -71,19 +71,25 @@ class ProposalHead(nn.Module):
         in_channels: Of the maps.
         channels: Of what the convolution gives.
         anchors: Anchors a cell, A.
+        depth: Convolutions, one behind the other: ``conv``, ``conv2`` and so on.
     """
 
-    def __init__(self, in_channels: int, channels: int, anchors: int) -> None:
+    def __init__(self, in_channels: int, channels: int, anchors: int, depth: int = 1) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, channels, 3, padding=1)
+        self.convs = ("conv", *(f"conv{number}" for number in range(2, depth + 1)))
+        for name in self.convs:
+            self.add_module(name, nn.Conv2d(in_channels, channels, 3, padding=1))
+            in_channels = channels
         self.cls_out, self.box_out = nn.Conv2d(channels, anchors, 1), nn.Conv2d(channels, anchors * 4, 1)
-        for layer in (self.conv, self.cls_out, self.box_out):
-            nn.init.normal_(layer.weight, std=0.01)
+        for layer in self.children():
+            nn.init.normal_(cast(Tensor, layer.weight), std=0.01)
             nn.init.zeros_(cast(Tensor, layer.bias))
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Objectness (B, N), logits, and boxes (B, N, 4), deltas, of all anchors of all levels, finest first."""
-        hidden = [F.relu(self.conv(each)) for each in maps]
+        hidden = list(maps)
+        for name in self.convs:
+            hidden = [F.relu(self.get_submodule(name)(each)) for each in hidden]
         objectness = torch.cat([by_anchor(self.cls_out(each), 1) for each in hidden], 1).squeeze(2)
         return objectness, torch.cat([by_anchor(self.box_out(each), 4) for each in hidden], 1)
 

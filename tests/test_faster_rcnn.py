@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader
 from torchvision.models.detection import FasterRCNN as TorchvisionFasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.rpn import RPNHead
 
 from datamodules import ShapesDetectionDataModule
 from zoo import FasterRCNN
@@ -42,6 +43,8 @@ SMALL = {
     "region_samples": 32,
 }
 
+CONVOLUTIONS: dict[str, Any] = {"neck_norm": "batch", "rpn_depth": 2, "box_head": "conv"}
+
 
 def small(**options: Any) -> FasterRCNN:
     torch.manual_seed(0)
@@ -54,11 +57,17 @@ NAMES = (
     (r"^backbone\.body\.", "backbone."),
     (r"^backbone\.fpn\.inner_blocks\.(\d)\.0\.", r"neck.lateral.\1."),
     (r"^backbone\.fpn\.layer_blocks\.(\d)\.0\.", r"neck.output.\1."),
+    (r"^backbone\.fpn\.inner_blocks\.(\d)\.1\.", r"neck.lateral.\1.norm."),
+    (r"^backbone\.fpn\.layer_blocks\.(\d)\.1\.", r"neck.output.\1.norm."),
     (r"^rpn\.head\.conv\.0\.0\.", "rpn.conv."),
+    (r"^rpn\.head\.conv\.1\.0\.", "rpn.conv2."),
     (r"^rpn\.head\.cls_logits\.", "rpn.cls_out."),
     (r"^rpn\.head\.bbox_pred\.", "rpn.box_out."),
     (r"^roi_heads\.box_head\.fc6\.", "box_head.fc1."),
     (r"^roi_heads\.box_head\.fc7\.", "box_head.fc2."),
+    (r"^roi_heads\.box_head\.(\d)\.0\.", r"box_head.conv.\1."),
+    (r"^roi_heads\.box_head\.(\d)\.1\.", r"box_head.conv.\1.norm."),
+    (r"^roi_heads\.box_head\.5\.", "box_head.fc1."),
     (r"^roi_heads\.box_predictor\.cls_score\.", "cls_out."),
     (r"^roi_heads\.box_predictor\.bbox_pred\.", "box_out."),
 )
@@ -79,17 +88,21 @@ def renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-@pytest.fixture(scope="module")
-def pair() -> tuple[FasterRCNN, Any]:
-    """Ours and torchvision's, with the same weights and settings."""
+@pytest.fixture(scope="module", params=[False, True], ids=["first", "second"])
+def pair(request) -> tuple[FasterRCNN, Any]:
+    """Ours and torchvision's, with the same weights and settings; also as its second version has neck and heads."""
     torch.manual_seed(0)
+    norm, head = None, TwoMLPHead(32 * 7**2, 64)
+    if request.param:
+        norm, head = nn.BatchNorm2d, FastRCNNConvFCHead((32, 7, 7), [32] * 4, [64], nn.BatchNorm2d)
     resnet = torchvision.models.resnet18(weights=None, norm_layer=nn.BatchNorm2d)
     stages = {f"layer{number}": str(number - 1) for number in range(1, 5)}
     sides, top_k = (8, 16, 32, 64, 128), {"pre_nms_top_k": (600, 300), "post_nms_top_k": (500, 200)}
     theirs = TorchvisionFasterRCNN(
-        BackboneWithFPN(resnet, stages, [64, 128, 256, 512], 32),
+        BackboneWithFPN(resnet, stages, [64, 128, 256, 512], 32, norm_layer=norm),
         rpn_anchor_generator=AnchorGenerator(tuple((side,) for side in sides), ((0.5, 1.0, 2.0),) * len(sides)),
-        box_head=TwoMLPHead(32 * 7**2, 64),
+        rpn_head=RPNHead(32, 3, 2 if request.param else 1),
+        box_head=head,
         box_predictor=FastRCNNPredictor(64, CLASSES + 1),
         rpn_pre_nms_top_n_train=600,
         rpn_pre_nms_top_n_test=300,
@@ -102,6 +115,7 @@ def pair() -> tuple[FasterRCNN, Any]:
     for layer in (theirs.rpn.head.cls_logits, theirs.rpn.head.bbox_pred, theirs.roi_heads.box_predictor.cls_score):
         nn.init.normal_(layer.weight, std=0.2)  # else all are nearly alike
     options = {"channels": 32, "head_width": 64, "image_size": 128, "rpn_samples": 128, "region_samples": 64} | top_k
+    options |= CONVOLUTIONS if request.param else {}
     ours = FasterRCNN(
         "resnet18", CLASSES, 0.15, anchors="torchvision", anchor_sizes=sides, channels_last=False, **options
     )
@@ -445,7 +459,6 @@ def recomputed(**options: Any) -> int:
 
 
 ONE_MAP = {"backbone": "resnet18", "neck": "none"}
-CONVOLUTIONS = {"neck_norm": "batch", "rpn_depth": 2, "box_head": "conv"}
 DILATABLE = {"backbone": "test_byobnet", "neck": "single"}
 BRANCHES = DILATABLE | {"trident": True}
 MATTERS = {

@@ -195,9 +195,9 @@ class Detector(SafeLoading, Compilable, Evaluation, Shardable, NamedClasses, Lig
     def train(self, mode: bool = True) -> Self:
         """Sets the mode; BatchNorm whose weights are frozen keeps its statistics as well."""
         super().train(mode)
-        not_backbones = {each.norm for each in self.modules() if isinstance(each, NormedConv)}
+        others = {each.norm for each in self.modules() if isinstance(each, NormedConv)}  # of neck and box head
         for module in batch_norms(self):  # a part of the backbone may be a head
-            frozen = self.hparams.freeze_norm and module not in not_backbones
+            frozen = self.hparams.freeze_norm and module not in others
             if frozen or (module.weight is not None and not module.weight.requires_grad):
                 module.eval()
         return self

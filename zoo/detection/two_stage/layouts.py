@@ -14,7 +14,7 @@ CLASSES, BOXES = "cls_out", "box_out"
 """The layers whose rows depend on the number of classes."""
 STAGE = "box_head.stage"
 """The last stage of the backbone, where it is the box head."""
-# In older files of torchvision's the convolution of the proposals has no ".0.0".
+# In older files of torchvision's the convolution of the proposals has no ".0.0"; further ones count from 1 there.
 TORCHVISION_TWO_STAGE = (
     *TORCHVISION_PYRAMID,
     (r"(^|\.)rpn\.head\.conv\.(?:0\.0\.)?(\w+)$", r"\1rpn.conv.\2"),
@@ -24,9 +24,9 @@ TORCHVISION_TWO_STAGE = (
     (r"(^|\.)roi_heads\.box_head\.fc6\.", r"\1box_head.fc1."),
     (r"(^|\.)roi_heads\.box_head\.fc7\.", r"\1box_head.fc2."),
     # Of the second version's box head: convolutions, norms, and behind four of them a layer that flattens.
-    (r"(^|\.)roi_heads\.box_head\.(\d+)\.0\.", r"\1box_head.conv.\2."),
-    (r"(^|\.)roi_heads\.box_head\.(\d+)\.1\.", r"\1box_head.conv.\2.norm."),
-    (r"(^|\.)roi_heads\.box_head\.5\.", r"\1box_head.fc1."),
+    (r"(^|\.)roi_heads\.box_head\.(\d+)\.0\.weight$", r"\1box_head.conv.\2.weight"),
+    (r"(^|\.)roi_heads\.box_head\.(\d+)\.1\.(\w+)$", r"\1box_head.conv.\2.norm.\3"),
+    (r"(^|\.)roi_heads\.box_head\.5\.(\w+)$", r"\1box_head.fc1.\2"),
     (r"(^|\.)roi_heads\.box_predictor\.cls_score\.", rf"\1{CLASSES}."),
     (r"(^|\.)roi_heads\.box_predictor\.bbox_pred\.", rf"\1{BOXES}."),
 )

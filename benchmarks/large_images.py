@@ -112,7 +112,7 @@ def measure(path: Path, way: str, images: list[Path], settings: dict[str, Any]) 
     detector.detect(torch.zeros(1, 3, trained, trained))  # what is made once only
     found, seconds, most = [], 0.0, 0
     for file in images:
-        image = torch.load(file)["image"].float().div_(255).sub_(mean).div_(std)[None]
+        image = torch.load(file, weights_only=True)["image"].float().div_(255).sub_(mean).div_(std)[None]
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
         before, start = memory("VmRSS"), time.process_time()
         shown = views(way, image.shape[-1], trained, settings["tile"], settings["overlap"])
@@ -197,14 +197,14 @@ def main() -> None:
             if not path.exists():
                 apart(render, path, size, number)
     for (size, way), path in results.items():
-        if not path.exists() or torch.load(path)["settings"] != settings:
+        if not path.exists() or torch.load(path, weights_only=True)["settings"] != settings:
             print(f"{size} pixels, {way}", file=sys.stderr)
             apart(measure, path, way, images[size], settings)
     lines = []
     for size, paths in images.items():
-        samples = [torch.load(path) for path in paths]
+        samples = [torch.load(path, weights_only=True) for path in paths]
         targets = [{name: sample[name] for name in ("boxes", "labels")} for sample in samples]
-        measured = {way: torch.load(results[size, way]) for way in WAYS}
+        measured = {way: torch.load(results[size, way], weights_only=True) for way in WAYS}
         objects = sum(len(target["labels"]) for target in targets)
         rows = {way: row(measured[way], targets) for way in WAYS}
         for way, each in rows.items():

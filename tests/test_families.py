@@ -285,7 +285,7 @@ def test_patches_of_14_with_finer_levels_have_strides_of_3_5():
     maps = module(torch.zeros(1, 3, 224, 224, device="meta"))
     assert module.strides == (3.5, 7, 14, 28, 56)
     assert maps.shapes[0] == (64, 64)
-    centers = module.cells(maps._replace(logits=torch.zeros(1))).centers
+    centers = module.cells(maps._replace(boxes=torch.zeros(1))).centers  # on the CPU
     assert centers[0].tolist() == [1.75, 1.75]
     assert centers[64 * 64 - 1].tolist() == [222.25, 222.25]  # 255 and 254 of 224 with a stride of 4
 

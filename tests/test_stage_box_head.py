@@ -161,7 +161,7 @@ def test_batch_norm_of_the_stage_is_frozen_with_the_backbones():
         ({"levels": (3, 4), "box_head": "mlp"}, r"levels are \[3, 4\]: expected one level, such as \[4, 4\]"),
         ({"backbone": "test_vit"}, "VisionTransformer has no stage for box_head 'stage'"),
         ({"neck": "bifpn"}, "unknown neck 'bifpn': expected one of fpn, single, none"),
-        ({"box_head": "c5"}, "unknown box_head 'c5': expected one of mlp, stage"),
+        ({"box_head": "c5"}, "unknown box_head 'c5': expected one of mlp, conv, stage"),
     ],
 )
 def test_what_does_not_go_together_is_one_line(options, message):

@@ -843,6 +843,6 @@ def test_it_learns_eight_images_by_heart():
     options = {"optimizer": "adamw", "lr": 3e-3, "warmup_epochs": 5.0, "levels": (3, 5), "channels": 32}
     sides = {"anchor_sizes": [12, 24, 48], "head_width": 64, "region_samples": 64}
     module = small(num_classes=data.num_classes, **options, **sides)
-    trainer = Trainer(**QUIET, max_epochs=150, check_val_every_n_epoch=150, gradient_clip_val=10.0)
+    trainer = Trainer(**QUIET, max_epochs=90, check_val_every_n_epoch=90, gradient_clip_val=10.0)
     trainer.fit(module, datamodule=data)
     assert trainer.callback_metrics["val/ap50"] > 0.95

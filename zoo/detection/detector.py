@@ -44,8 +44,9 @@ class FPNDetector(Detector):
     and ``labels`` (n,) from 0, in any form that :func:`zoo.common.batch.images_and_targets` reads. Optional:
     ``iscrowd`` (n,), regions in which nothing is learned; ``in_range`` (n,), false for objects of a size that is not
     learned here, which are no background either; ``area`` (n,), ``image_id``, ``size``, ``orig_size``, (height, width)
-    before padding and before resizing, by which boxes are scored and predicted in pixels of the original image. The
-    module resizes, pads and normalises nothing.
+    before padding and before resizing, by which boxes are scored and predicted in pixels of the original image;
+    ``scale``, pixels of the batch by one of the original image, where a crop leaves sizes that do not tell. The module
+    resizes, pads and normalises nothing.
 
     One pass in validation gives both, ``val/loss`` with its parts ``val/loss_class``, ``val/loss_box``,
     ``val/loss_centerness``, and ``val/ap``, ``val/ap50``, ``val/ap75`` and those by size, as COCO scores

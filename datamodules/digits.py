@@ -27,6 +27,7 @@ from torch import Tensor
 
 from datamodules import transforms
 from datamodules.base import ImageDataModule
+from datamodules.loading.captions import About, Captioned, about
 from datamodules.loading.options import IMAGE_OPTIONS, ImageOptions, with_defaults
 from datamodules.loading.seeding import Samples
 from datamodules.preprocessing import Resize
@@ -34,7 +35,17 @@ from datamodules.reading.files import ImageFiles
 from datamodules.reading.listing import Split
 
 SplitName = Literal["stratified", "digits8x8-bin-v1", "random"]
-LabelKind = Literal["digit", "attributes"]
+LabelKind = Literal["digit", "attributes", "captions"]
+
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+TEMPLATES = (
+    "a handwritten {word}",
+    "a handwritten {digit}",
+    "the digit {digit}",
+    "the number {word}",
+    "a scan of the digit {word}",
+)
+"""Captions of a digit, by its word or its numeral."""
 
 ATTRIBUTES = {
     "prime": (2, 3, 5, 7),
@@ -67,10 +78,38 @@ class DigitSamples:
         return self.images[index], self.labels[index]
 
 
-class DigitsDataModule(ImageDataModule):
+class CaptionedDigits(DigitSamples):
+    """Digits of one split with captions: ``(image, {"captions", "image_id", "label"})``.
+
+    Args:
+        images, labels, indices: See :class:`DigitSamples`.
+        training: Whether each sample has one caption, drawn from Python's generator, instead of all.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor, indices: np.ndarray, training: bool) -> None:
+        super().__init__(images, labels, indices)
+        self.image_ids: list[int] = indices.tolist()
+        self.random = training
+
+    def captions_of(self, index: int) -> list[str]:
+        return captions_of(int(self.labels[index]))
+
+    def __getitem__(self, index: int) -> tuple[Tensor, About]:  # type: ignore[override]
+        more = {"image_id": self.image_ids[index], "label": int(self.labels[index])}
+        return self.images[index], about(self.captions_of(index), self.random, **more)
+
+
+def captions_of(digit: int) -> list[str]:
+    """All captions of a digit, "a handwritten seven" and "the digit 7" among them."""
+    return [template.format(word=WORDS[digit], digit=digit) for template in TEMPLATES]
+
+
+class DigitsDataModule(Captioned, ImageDataModule):
     """Handwritten digits, bundled with scikit-learn. Batches ``(images (B, 1, S, S), labels (B,))``.
 
-    With several labels an image, ``labels`` are (B, labels) of 0 and 1, for a classifier with ``multi_label``.
+    With several labels an image, ``labels`` are (B, labels) of 0 and 1, for a classifier with ``multi_label``. With
+    captions, batches are ``(images, [{"captions": ["a handwritten seven"], "image_id": 12, "label": 7}, ...])``; in
+    training each image has one caption, drawn anew in every epoch, in evaluation all of them.
 
     Args:
         image_size: Side S of the images in pixels. 8 is what was scanned; other sizes are resized from it, bicubic.
@@ -83,7 +122,8 @@ class DigitsDataModule(ImageDataModule):
             black, resized to S. No noise is added to them.
         labels: "digit": each image has one label. A list of digits: a label for each of them, 0 or 1, and an image of
             another digit has none: with [8, 5], labels (B, 2). "attributes": six labels that overlap, such as prime
-            and square (``ATTRIBUTES`` in this file).
+            and square (``ATTRIBUTES`` in this file). "captions": texts beside each image (``TEMPLATES``), for aligning
+            images with language; ``classes`` are the digits' words, as zero-shot classification names them.
         noise: Standard deviation of Gaussian noise on each of the 8x8 scanned pixels, as a share of white. It belongs
             to the data, not to augmentation: a digit has the same noise in every epoch, split and size. Such images
             travel as floats, since noise leaves the range of 8 bits.
@@ -159,8 +199,22 @@ class DigitsDataModule(ImageDataModule):
                 if self.predict_root
                 else None
             )
-        images, digits = self._arrays
+        return self._samples_of(*self._arrays, split)
+
+    def _samples_of(self, images: Tensor, digits: Tensor, split: Split) -> DigitSamples:
+        if self.labels == "captions":
+            return CaptionedDigits(images, digits, self.indices(split), training=split == "train")
         return DigitSamples(images, self._labels_of(digits), self.indices(split))
+
+    def captions(self) -> list[str]:
+        """All captions of the training images, one after the other, for a tokenizer to be fitted to.
+
+        Raises:
+            ValueError: If the images have labels instead.
+        """
+        if self.labels != "captions":
+            raise ValueError(f"labels is {self.labels!r}, so that these digits have no captions: set it to captions")
+        return [caption for digit in self.train_labels().tolist() for caption in captions_of(digit)]
 
     def in_stage(self, settings: dict[str, Any]) -> Callable[[Samples], Samples]:
         size = settings.get("image_size", self.image_size)
@@ -169,12 +223,11 @@ class DigitsDataModule(ImageDataModule):
 
     def _resized(self, samples: Samples, size: int) -> Samples:
         """The training samples at another size: from the scans, not from what the samples were resized to."""
-        images, digits = self._arrays_at(size)
-        return DigitSamples(images, self._labels_of(digits), self.indices("train"))
+        return self._samples_of(*self._arrays_at(size), "train")
 
     def _labels_of(self, digits: Tensor) -> Tensor:
         """Labels of some digits (N,): themselves, or (N, labels) int64 of 0 and 1."""
-        if self.labels == "digit":
+        if self.labels in ("digit", "captions"):
             return digits
         has = ATTRIBUTES.values() if self.labels == "attributes" else [(digit,) for digit in self.labels]
         return torch.stack([torch.isin(digits, torch.tensor(some)) for some in has], dim=1).long()
@@ -279,8 +332,8 @@ def _check_side(size: Any) -> None:
 
 def _class_names(labels: Any) -> list[str]:
     """Names of the labels."""
-    if labels == "attributes":
-        return list(ATTRIBUTES)
+    if labels in ("attributes", "captions"):
+        return list(ATTRIBUTES if labels == "attributes" else WORDS)
     digits = list(range(10)) if labels == "digit" else labels
     listed = isinstance(digits, list | tuple) and len(digits) == len({*digits}) > 0
     if not listed or not set(digits) <= set(range(10)):

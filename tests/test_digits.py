@@ -342,7 +342,7 @@ def test_baselines_are_of_the_labels_and_the_noise_at_hand():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"labels": "digits"}, "labels is 'digits': expected digit, attributes, or a list of different digits from 0"),
+        ({"labels": "digits"}, "labels is 'digits': expected digit, attributes, captions, or a list of different"),
         ({"labels": []}, r"labels is \[\]: expected digit"),
         ({"labels": [1, 10]}, r"labels is \[1, 10\]: expected digit"),
         ({"labels": [1, 1]}, r"labels is \[1, 1\]: expected digit"),

@@ -32,6 +32,14 @@ class HasSamples(Protocol):
 
 
 @runtime_checkable
+class HasCaptions(Protocol):
+    """A data module whose training images have captions, to which a tokenizer may be fitted."""
+
+    def captions(self) -> Sequence[str]:
+        """All captions of the training images. It raises ValueError where its images have none."""
+
+
+@runtime_checkable
 class HasBaselines(Protocol):
     """A data module that knows how accurate others are on its test split."""
 

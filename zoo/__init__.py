@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from zoo.alignment import ImageTextAligner
     from zoo.detection import FasterRCNN, FPNDetector
     from zoo.efficientnet import EfficientNetClassifier
     from zoo.gumbel_vae import GaussianVAE, GumbelVAE
@@ -23,6 +24,7 @@ __all__ = [
     "FasterRCNN",
     "GaussianVAE",
     "GumbelVAE",
+    "ImageTextAligner",
     "MAEPretrainer",
     "ViTClassifier",
     "export",
@@ -36,6 +38,7 @@ _EXPORTS = {
     "FasterRCNN": "detection",
     "GaussianVAE": "gumbel_vae",
     "GumbelVAE": "gumbel_vae",
+    "ImageTextAligner": "alignment",
     "MAEPretrainer": "mae",
     "ViTClassifier": "vit",
 }

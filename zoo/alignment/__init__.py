@@ -1,1 +1,5 @@
-"""Images and texts in one space: CLIP (Radford et al. 2021) and SigLIP (Zhai et al. 2023)."""
+"""Images and texts in one space: CLIP, SigLIP and LiT, by two towers and a contrastive loss."""
+
+from zoo.alignment.aligner import ImageTextAligner
+
+__all__ = ["ImageTextAligner"]

@@ -28,7 +28,7 @@ def images(batch: Any) -> Tensor:
         ValueError: If there are none, if a list of them is not of one size, or if they are uint8: somebody has to turn
             them into normalised floats first.
     """
-    found = batch = _by_name(batch)
+    found = batch = by_name(batch)
     if isinstance(batch, Mapping):
         found = _first(batch, IMAGE_KEYS)
     elif isinstance(batch, list | tuple) and batch and not _is_list_of_images(batch):
@@ -95,7 +95,7 @@ def images_and_targets(batch: Any) -> tuple[Tensor, list[dict[str, Any]]]:
     Raises:
         ValueError: If the batch carries no targets, or if they are not of this form.
     """
-    batch = _by_name(batch)
+    batch = by_name(batch)
     if _dicts(batch) is None:
         got = f"the keys {sorted(map(str, batch))}" if isinstance(batch, Mapping) else _describe(batch)
         raise ValueError(f"expected (images, targets), a dict of boxes and labels for each image, got {got}")
@@ -123,7 +123,7 @@ def has_targets(batch: Any) -> bool:
 
 def _dicts(batch: Any) -> Sequence[Mapping[str, Any]] | None:
     """A batch's targets, if they are dicts."""
-    batch, found = _by_name(batch), None
+    batch, found = by_name(batch), None
     if isinstance(batch, Mapping):
         found = next((batch[key] for key in TARGET_KEYS if key in batch), None)
     elif isinstance(batch, list | tuple) and len(batch) > 1:
@@ -134,14 +134,14 @@ def _dicts(batch: Any) -> Sequence[Mapping[str, Any]] | None:
 
 def _labels(batch: Any) -> Any:
     """The part of a batch where labels are expected, whatever it is; None if there is nothing."""
-    batch = _by_name(batch)
+    batch = by_name(batch)
     if isinstance(batch, Mapping):
         return next((batch[key] for key in LABEL_KEYS if key in batch), None)
     is_pair = isinstance(batch, list | tuple) and len(batch) > 1 and not _is_list_of_images(batch)
     return batch[1] if is_pair else None
 
 
-def _by_name(batch: Any) -> Any:
+def by_name(batch: Any) -> Any:
     """A named tuple that names its images in a usual way as a dict, all else as it is."""
     if isinstance(batch, tuple) and any(name in IMAGE_KEYS for name in getattr(batch, "_fields", ())):
         return batch._asdict()  # type: ignore[attr-defined]
@@ -252,7 +252,7 @@ def once(module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> An
         return batch
     if count <= 0:
         return None
-    batch = _by_name(batch)
+    batch = by_name(batch)
     if isinstance(batch, Mapping):
         return {key: _cut(part, count) for key, part in batch.items()}
     if isinstance(batch, list | tuple) and not _is_list_of_images(batch):

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 # What all techniques train with, by the name that they all give it: (least, below), as of check_ranges.
 TRAINING: dict[str, tuple[float, float | None]] = {
@@ -44,6 +44,17 @@ def check_above(**options: tuple[Any, float, float]) -> None:
             end = "" if most == math.inf else f" and at most {most:g}"
             kind = "a finite number" if most == math.inf else "a number"
             raise ValueError(f"{name} is {value}: expected {kind} above {above:g}{end}")
+
+
+def check_choices(**options: tuple[Any, Any]) -> None:
+    """Raises ValueError for an option that is none of its choices.
+
+    Args:
+        options: By name: the value, and the ``Literal`` of what may be chosen.
+    """
+    for name, (value, choices) in options.items():
+        if value not in get_args(choices):
+            raise ValueError(f"unknown {name} {value!r}: expected {' or '.join(map(str, get_args(choices)))}")
 
 
 def check_training(hparams: Mapping[str, Any]) -> None:

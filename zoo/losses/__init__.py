@@ -1,4 +1,6 @@
-"""Smooth surrogates of max, argmax, top-k, ranks and counts, and losses made of them: a door that needs no Lightning.
+"""Smooth surrogates of max, argmax, top-k, ranks and counts, losses made of them, and contrastive losses.
+
+A door that needs no Lightning.
 
 Functions and modules shaped like torch's, for anybody's project. They compute in float32 at least, whatever the
 precision of what they are given, and their results stay in it, as torch's losses under autocast do.
@@ -8,6 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from zoo.losses.accuracy import SmoothAccuracyLoss
 from zoo.losses.confusion import SoftConfusionLoss, SoftFBetaLoss
+from zoo.losses.contrastive import (
+    SigmoidContrastiveLoss,
+    SoftmaxContrastiveLoss,
+    contrastive_sigmoid_loss,
+    contrastive_softmax_loss,
+    positive_pairs,
+)
 from zoo.losses.counts import (
     ConfusionCounts,
     balanced_accuracy,
@@ -44,12 +53,16 @@ __all__ = [
     "LOSSES",
     "ConfusionCounts",
     "F1WeightedCrossEntropy",
+    "SigmoidContrastiveLoss",
     "SmoothAPLoss",
     "SmoothAUCLoss",
     "SmoothAccuracyLoss",
     "SoftConfusionLoss",
     "SoftFBetaLoss",
+    "SoftmaxContrastiveLoss",
     "balanced_accuracy",
+    "contrastive_sigmoid_loss",
+    "contrastive_softmax_loss",
     "create_loss",
     "divide",
     "effective_count",
@@ -57,6 +70,7 @@ __all__ = [
     "iou",
     "kappa",
     "mcc",
+    "positive_pairs",
     "smooth_max",
     "smooth_min",
     "smooth_round",

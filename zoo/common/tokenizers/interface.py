@@ -1,6 +1,6 @@
 """Protocol of tokenisers, batches of tokens, and what a tower needs of a tokeniser."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
@@ -43,7 +43,7 @@ class Tokenizer(Protocol):
         """All that it takes to make it again, as plain data for a checkpoint."""
 
     @classmethod
-    def from_state(cls, state: dict[str, Any]) -> Self:
+    def from_state(cls, state: Mapping[str, Any]) -> Self:
         """The tokeniser that a state was made by."""
 
 

@@ -8,9 +8,7 @@ has polygons. Numbers may be texts, ids whole floats. Whatever else is there is 
 Arrays, since a list of a million dictionaries would be copied into every loader worker, by the counting of references.
 """
 
-import json
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ import numpy as np
 
 from datamodules._lightning import rank_zero_warn
 from datamodules.reading import listing
+from datamodules.reading.coco_json import check_form, check_unique, entry, integers, name_of, parsed, some
 from datamodules.reading.json_values import flag, number, one_form, outline, whole
 
 EXPECTED = 'expected a COCO file, {"images": [...], "annotations": [...], "categories": [...]}'
@@ -92,16 +91,18 @@ def read(path: Path, need_annotations: bool = True) -> Annotations:
         FileNotFoundError: If there is no such file.
         ValueError: If it is none of COCO's, or contradicts itself. One line says what is wrong and where.
     """
-    content = _parsed(path)
+    content = parsed(path, EXPECTED, _lean)
     needed = ("images", "annotations", "categories") if need_annotations else ("images", "categories")
-    _check_form(path, content, needed)
+    check_form(path, content, needed, EXPECTED)
+    if not content.get("categories") and (content["images"] or need_annotations):
+        raise ValueError(f"{path} has no categories: its list is empty")
     if not content["images"] and (need_annotations or content.get("annotations")):
         raise ValueError(f"{path} has no images: its list is empty")
     category_names = _categories(path, content["categories"])
     images = content["images"]
-    names = [_entry(path, "image", image, "file_name", str, place) for place, image in enumerate(images)]
-    image_ids = _integers(path, "image", images, "id").tolist()
-    _check_unique(path, "images", "id", image_ids)
+    names = [entry(path, "image", image, "file_name", str, place) for place, image in enumerate(images)]
+    image_ids = integers(path, "image", images, "id").tolist()
+    check_unique(path, "images", "id", image_ids)
     return _packed(path, content.get("annotations", []), category_names, names, image_ids, _sizes(path, images))
 
 
@@ -113,23 +114,23 @@ def _packed(
     image_ids: list[int],
     sizes: np.ndarray,
 ) -> Annotations:
-    ids = [_name(annotation, place) for place, annotation in enumerate(annotations)]
-    _check_unique(path, "annotations", "id", ids)
+    ids = [name_of(annotation, place) for place, annotation in enumerate(annotations)]
+    check_unique(path, "annotations", "id", ids)
     raw, absent = _boxes(path, annotations, ids)
-    categories = _integers(path, "annotation", annotations, "category_id")
+    categories = integers(path, "annotation", annotations, "category_id")
     if unknown := [i for i, category in enumerate(categories.tolist()) if category not in category_names]:
         first = unknown[0]
         raise ValueError(
             f"{path}: {len(unknown)} annotations have a category_id that is not in categories, the first {ids[first]} "
-            f"with {categories[first]}; there is {_some(category_names)}"
+            f"with {categories[first]}; there is {some(category_names)}"
         )
     number_of = {image_id: number for number, image_id in enumerate(image_ids)}
-    owners = _integers(path, "annotation", annotations, "image_id").tolist()
+    owners = integers(path, "annotation", annotations, "image_id").tolist()
     images = np.array([number_of.get(owner, -1) for owner in owners], dtype=np.int64)
     if len(images) and (images < 0).all():
         raise ValueError(
             f"{path}: no annotation belongs to one of the images: the first has image_id {owners[0]}, images have the "
-            f"ids {_some(image_ids)}"
+            f"ids {some(image_ids)}"
         )
     crowd = [flag(annotation.get("iscrowd")) for annotation in annotations]
     iscrowd = np.array([bool(value) for value in crowd], dtype=bool)
@@ -169,54 +170,19 @@ def _packed(
     )
 
 
-def _parsed(path: Path) -> Any:
-    def lean(found: dict[str, Any]) -> dict[str, Any]:
-        polygons = found.pop("segmentation", None)  # most of the file, and of no use beside a box
-        if polygons and not found.get("bbox"):
-            found["bbox"] = outline(polygons)
-        return found
-
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            return json.load(file, object_hook=lean)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file; {EXPECTED}") from None
-    except IsADirectoryError:
-        raise ValueError(f"{path} is a folder: {EXPECTED}") from None
-    except (ValueError, RecursionError) as error:  # also of numbers of thousands of digits
-        if path.stat().st_size == 0:
-            raise ValueError(f"{path} is empty: {EXPECTED}") from None
-        raise ValueError(f"{path} is truncated, or no JSON at all ({error}): {EXPECTED}") from None
-
-
-def _check_form(path: Path, content: Any, needed: Sequence[str]) -> None:
-    if isinstance(content, list):
-        scored = content and isinstance(content[0], dict) and "score" in content[0]
-        kind = f"a results file, a list of {len(content)} detections" if scored else f"a list of {len(content)}"
-        raise ValueError(f"{path} is {kind}: {EXPECTED}")
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds {type(content).__name__}: {EXPECTED}")
-    if missing := [key for key in needed if key not in content]:
-        raise ValueError(f"{path} has no {' and no '.join(missing)}, but {_some(content) or 'nothing'}: {EXPECTED}")
-    for key in ("images", "annotations", "categories"):
-        part = content.get(key, [])
-        if not isinstance(part, list) or not all(isinstance(entry, dict) for entry in part):
-            raise ValueError(f"{path}: {key} is no list of objects: {EXPECTED}")
-        if not part and key == "categories" and (content["images"] or "annotations" in needed):
-            raise ValueError(f"{path} has no {key}: its list is empty")
+def _lean(found: dict[str, Any]) -> dict[str, Any]:
+    """An object without its polygons: they are most of the file, and of no use beside a box."""
+    polygons = found.pop("segmentation", None)
+    if polygons and not found.get("bbox"):
+        found["bbox"] = outline(polygons)
+    return found
 
 
 def _categories(path: Path, categories: list[dict[str, Any]]) -> dict[int, str]:
-    ids = _integers(path, "category", categories, "id").tolist()
-    names = [_entry(path, "category", category, "name", str, place) for place, category in enumerate(categories)]
-    _check_unique(path, "categories", "id", ids)
+    ids = integers(path, "category", categories, "id").tolist()
+    names = [entry(path, "category", category, "name", str, place) for place, category in enumerate(categories)]
+    check_unique(path, "categories", "id", ids)
     return dict(sorted(zip(ids, map(one_form, names), strict=True)))
-
-
-def _name(annotation: dict[str, Any], place: int) -> Any:
-    """Name of an annotation for a message: its id, or its position."""
-    found = annotation.get("id")
-    return f"number {place}" if found is None else found if type(found) is int else str(found)
 
 
 def _boxes(path: Path, annotations: list[dict[str, Any]], ids: list[Any]) -> tuple[np.ndarray, np.ndarray]:
@@ -255,26 +221,6 @@ def _sizes(path: Path, images: list[dict[str, Any]]) -> np.ndarray:
     return np.array([[max(0, value or 0) for value in pair] for pair in values], dtype=np.int32).reshape(-1, 2)
 
 
-def _integers(path: Path, kind: str, entries: list[dict[str, Any]], key: str) -> np.ndarray:
-    return np.array([_entry(path, kind, entry, key, int, n) for n, entry in enumerate(entries)], dtype=np.int64)
-
-
-def _entry(path: Path, kind: str, found: dict[str, Any], key: str, expected: type, place: int) -> Any:
-    value = whole(found.get(key)) if expected is int else found.get(key)
-    if not isinstance(value, expected):
-        who = f"{kind} {found['id']}" if "id" in found and key != "id" else f"{kind} number {place}"
-        what = "an integer of at most 64 bits" if expected is int else "a text"
-        has = f"has the {key} {found[key]!r:.40}" if key in found else f"has no {key}"
-        raise ValueError(f"{path}: {who} {has}: expected {what}")
-    return value
-
-
-def _check_unique(path: Path, kind: str, key: str, values: list[Any]) -> None:
-    if len(set(values)) < len(values):
-        twice = [value for value, count in Counter(values).items() if count > 1]
-        raise ValueError(f"{path}: {len(twice)} {key}s of {kind} come more than once: {_some(twice)}")
-
-
 def _warn(path: Path, names: list[str], images: np.ndarray, kinds: dict[str, np.ndarray], stray: np.ndarray) -> None:
     """Warns once of all that is left out."""
     said = [f"{found.sum()} {kind}" for kind, found in kinds.items() if found.any()]
@@ -290,7 +236,7 @@ def _warn_of_values(path: Path, ids: list[Any], kinds: dict[str, np.ndarray]) ->
     """A line for each kind of odd value, with the first few that have it."""
     for kind, found in kinds.items():
         if found.any():
-            rank_zero_warn(f"{path}: {found.sum()} of {len(found)} times {kind}: {_some(np.array(ids)[found])}")
+            rank_zero_warn(f"{path}: {found.sum()} of {len(found)} times {kind}: {some(np.array(ids)[found])}")
 
 
 def _warn_of_units(path: Path, raw: np.ndarray, limits: np.ndarray) -> None:
@@ -305,7 +251,3 @@ def _warn_of_units(path: Path, raw: np.ndarray, limits: np.ndarray) -> None:
     if beyond.sum() > len(raw) * (0.1 if corners else 0.5):
         as_corners = ", as if they were two corners, x, y, x, y" if corners else ""
         rank_zero_warn(f"{path}: {beyond.sum()} of {len(raw)} boxes reach out of their image{as_corners}; {meant}")
-
-
-def _some(values: Iterable[Any]) -> str:
-    return listing.some([f"{value!s:.60}" for value in values])

@@ -5,45 +5,38 @@ normalised and losses computed in float32 at least, and captions that are cut ke
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, Literal, Self
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
-from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from zoo._lightning import LightningModule, rank_zero_info
 from zoo.alignment.metrics import ModalityGap
 from zoo.alignment.positives import Positives, positive_keys
-from zoo.alignment.text import Act, Pool, TextTransformer
-from zoo.alignment.towers import check_unlocking, evaluate_locked, locked_names, pooled, projection
-from zoo.alignment.waiting import contrastive_sigmoid_loss, contrastive_softmax_loss, create_tokenizer
+from zoo.alignment.settings import BIAS, Loss, Projection, check_arguments, max_scale_of, scale_of
+from zoo.alignment.text import Act, Pool
+from zoo.alignment.towers import LocksTowers, create_projection, create_text_tower, pooled, unit
 from zoo.checkpoints import SafeLoading
 from zoo.common import batch as batches
 from zoo.common import loaders, optim
-from zoo.common.backbones import create_backbone, feature_width, name_of, own_image_shape, recompute_activations
+from zoo.common.backbones import TakesImages, create_backbone, name_of, recompute_activations
 from zoo.common.captions import CaptionBatch, read
 from zoo.common.compiling import Compilable
 from zoo.common.evaluation import Evaluation
 from zoo.common.log import StepLog
 from zoo.common.precision import MeanMetric
-from zoo.common.ranges import check_above, check_choices, check_ranges, check_training
-from zoo.common.tokenizers import check_special, tokenize
+from zoo.common.seeding import differ_between_ranks
+from zoo.common.texts import ReadsTexts
+from zoo.common.tokenizers import Tokenizer, create_tokenizer
+from zoo.losses import contrastive_sigmoid_loss, contrastive_softmax_loss
 from zoo.sharding import Shardable
 from zoo.weights import load as load_weights
 
-Loss = Literal["softmax", "sigmoid"]
-Projection = Literal["linear", "none"]
-SCALES: dict[str, float] = {"softmax": 1 / 0.07, "sigmoid": 10.0}
-"""Initial scales of the papers."""
-LARGEST: dict[str, float | None] = {"softmax": 100.0, "sigmoid": None}
-"""Largest scales of the papers."""
-BIAS = -10.0
-"""Initial bias of SigLIP; with "auto" it stands for one that no batch has been seen for."""
 
-
-class ImageTextAligner(SafeLoading, Compilable, Evaluation, Shardable, LightningModule):
+class ImageTextAligner(
+    SafeLoading, Compilable, Evaluation, Shardable, TakesImages, ReadsTexts, LocksTowers, LightningModule
+):
     """Image and text towers whose embeddings of a pair are close: CLIP, SigLIP, LiT.
 
     Batch: ``(images (B, C, H, W), captions)``, see :mod:`zoo.common.captions`. Training learns from the first caption
@@ -61,7 +54,7 @@ class ImageTextAligner(SafeLoading, Compilable, Evaluation, Shardable, Lightning
         weights: Weights of a whole aligner to start from: see :func:`zoo.weights.load`.
         image_weights: Weights of the image tower to start from, those of a classifier or masked autoencoder.
         tokenizer: "bytes", "words" (fitted to the training captions and kept in checkpoints), "open_clip", or the path
-            of a tokeniser's files.
+            of a tokeniser's files; or a tokeniser: see :func:`zoo.common.tokenizers.create_tokenizer`.
         context_length: Most tokens of a text; longer ones are cut, and keep their end token.
         vocab_size: Number of words for "words". None: the tokeniser's own.
         text_backbone: An ``nn.Module`` from tokens (N, L) to features (N, D) that states D as ``num_features``. None:
@@ -128,7 +121,7 @@ class ImageTextAligner(SafeLoading, Compilable, Evaluation, Shardable, Lightning
         in_channels: int = 3,
         weights: str | None = None,
         image_weights: str | None = None,
-        tokenizer: str = "bytes",
+        tokenizer: str | Tokenizer | Mapping[str, Any] = "bytes",
         context_length: int = 77,
         vocab_size: int | None = None,
         text_backbone: str | nn.Module | None = None,
@@ -168,74 +161,36 @@ class ImageTextAligner(SafeLoading, Compilable, Evaluation, Shardable, Lightning
         compile: bool = False,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=["image_backbone", "text_backbone", "weights", "image_weights"])
+        self.save_hyperparameters(ignore=["image_backbone", "text_backbone", "tokenizer", "weights", "image_weights"])
         hp = self.hparams
-        hp["image_backbone"] = name_of(image_backbone)
-        hp["text_backbone"] = None if text_backbone is None else name_of(text_backbone)
-        check_choices(loss=(loss, Loss), positives=(positives, Positives))
-        check_training(hp)
-        check_ranges(
-            image_size=(image_size, 1, None),
-            in_channels=(in_channels, 1, None),
-            embed_dim=(embed_dim, 1, None),
-            context_length=(context_length, 1, None),
-            bias_init=(None if bias_init == "auto" else bias_init, -math.inf, None),
-            max_scale=(None if max_scale == "auto" else max_scale, 1, None),
-            scale_lr=(scale_lr, 0, None),
-            chunk=(chunk, 1, None),
-            micro_batch=(micro_batch, 1, None),
-            unlock_groups=(unlock_groups, 0, None),
-            unlock_every=(unlock_every, 1, None),
-        )
-        check_above(scale_init=(scale_init, 0, math.inf))
+        hp["image_backbone"], hp["text_backbone"] = name_of(image_backbone), text_backbone and name_of(text_backbone)
+        check_arguments(hp)
+        self.tokenizer = create_tokenizer(tokenizer, vocab_size=vocab_size if isinstance(tokenizer, str) else None)
+        hp["tokenizer"] = tokenizer if isinstance(tokenizer, str) else self.tokenizer.state()["kind"]
         given = isinstance(image_backbone, nn.Module)
-        self.backbone = create_backbone(
-            image_backbone,
-            img_size=None if given else image_size,
-            in_chans=None if given else in_channels,
-        )
-        self.tokenizer = create_tokenizer(tokenizer, vocab_size)
-        check_special(self.tokenizer, text_pool, text_mask_padding)
-        self.text = (
-            text_backbone
-            if text_backbone is not None
-            else TextTransformer(
-                self.tokenizer.vocab_size,
-                width=text_width,
-                depth=text_depth,
-                heads=text_heads,
-                context_length=context_length,
-                pool=text_pool,
-                causal=text_causal,
-                mask_padding=text_mask_padding,
-                act=text_act,
-                dropout=text_dropout,
-                pad_id=self.tokenizer.pad_id,
-                end_id=self.tokenizer.end_id,
-            )
-        )
-        self.image_projection = projection(
-            image_projection, feature_width(self.backbone), embed_dim, projection_bias, "image"
-        )
-        self.text_projection = projection(text_projection, feature_width(self.text), embed_dim, projection_bias, "text")
-        scale = SCALES[loss] if scale_init is None else scale_init
-        self.logit_scale = nn.Parameter(torch.full((1,), math.log(scale), dtype=torch.float32))
+        images = {} if given else {"img_size": image_size, "in_chans": in_channels}
+        self.backbone = create_backbone(image_backbone, **images)
+        if given:
+            self.settle_images()
+        self.text = create_text_tower(text_backbone, self.tokenizer, hp)
+        self.image_projection = create_projection("image", image_projection, self.backbone, embed_dim, projection_bias)
+        self.text_projection = create_projection("text", text_projection, self.text, embed_dim, projection_bias)
+        self.logit_scale = nn.Parameter(torch.tensor([math.log(scale_of(hp))], dtype=torch.float32))
+        self.register_parameter("logit_bias", None)  # unused, it would stop DistributedDataParallel
         if loss == "sigmoid":
             bias = BIAS if bias_init == "auto" else bias_init
-            self.logit_bias = nn.Parameter(torch.full((1,), bias, dtype=torch.float32))
-        self.max_scale = LARGEST[loss] if max_scale == "auto" else max_scale
-        self.unlocked = unlock_groups
-        check_unlocking(list(self.locked()), unlock_groups, unlock_every)
-        self.step_log = StepLog()
-        self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
-        self.val_gap, self.test_gap = ModalityGap(embed_dim), ModalityGap(embed_dim)
+            self.logit_bias = nn.Parameter(torch.tensor([bias], dtype=torch.float32))
         if grad_checkpointing:
             recompute_activations(self.backbone)
             recompute_activations(self.text)
+        self.step_log = StepLog()
+        self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
+        self.val_gap, self.test_gap = ModalityGap(embed_dim), ModalityGap(embed_dim)
         if image_weights is not None:
             rank_zero_info(str(load_weights(self.backbone, image_weights)))
         if weights is not None:
             rank_zero_info(str(load_weights(self, weights)))
+        self.lock()
         if compile:
             self.compile()
 
@@ -243,8 +198,8 @@ class ImageTextAligner(SafeLoading, Compilable, Evaluation, Shardable, Lightning
 
     def forward(self, images: Tensor, captions: Sequence[str] | Tensor) -> Tensor:
         """Logits (B, N), scale * cosine (+ bias), of images (B, C, H, W) and N texts or tokens (N, L)."""
-        logits = self.logit_scale.float().exp() * self.encode_image(images) @ self.encode_text(captions).T
-        return logits + self.logit_bias.float() if self.hparams.loss == "sigmoid" else logits
+        logits = self.scale * self.encode_image(images) @ self.encode_text(captions).T
+        return logits if self.logit_bias is None else logits + self.logit_bias
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Embeddings (B, embed_dim) of images (B, C, H, W), unit vectors in float32 at least."""
@@ -260,60 +215,75 @@ class ImageTextAligner(SafeLoading, Compilable, Evaluation, Shardable, Lightning
         features = pooled(self.text(tokens), self.text, len(tokens), "text")
         return unit(self.text_projection(features))
 
-    def tokens(self, captions: Sequence[str]) -> Tensor:
-        """Tokens (N, context_length) int64 of texts, on the module's device."""
-        tokens, _ = tokenize(self.tokenizer, captions, self.hparams.context_length)
-        return tokens.to(self.device, non_blocking=True)
+    @property
+    def scale(self) -> Tensor:
+        """Factor (1,) of the cosines, one over the temperature."""
+        return self.logit_scale.exp()
 
     def losses(self, batch: CaptionBatch) -> dict[str, Tensor]:
-        """Losses of a batch by name, scalars; training descends their sum."""
+        """Losses of a batch by name, scalars; training descends their sum.
+
+        Args:
+            batch: With one caption an image.
+        """
         tokens = self.tokens(batch.captions)
-        images, texts = self.encode_image(batch.images), self.encode_tokens(tokens)
+        images, texts = self.encode_pairs(batch.images, tokens)
         return {"contrastive": self.contrastive_loss(images, texts, batch, tokens)}
 
+    def encode_pairs(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeddings (B, embed_dim) of images and of tokens (B, L), in training ``micro_batch`` at a time."""
+        return self.encode_image(images), self.encode_tokens(tokens)
+
     def contrastive_loss(self, images: Tensor, texts: Tensor, batch: CaptionBatch, tokens: Tensor) -> Tensor:
-        """The contrastive loss of embeddings (B, embed_dim) of images and of one text each, with tokens (B, L)."""
+        """Contrastive loss of pairs, in training over all processes.
+
+        Args:
+            images: (B, embed_dim), embeddings.
+            texts: (B, embed_dim), those of one caption of each image.
+            batch: Images and these captions.
+            tokens: (B, L), of these captions.
+        """
         hp = self.hparams
         keys = positive_keys(hp.positives, batch, tokens)
-        scale = self.logit_scale.exp()
-        if hp.loss == "sigmoid":
-            return contrastive_sigmoid_loss(images, texts, scale, self.logit_bias, keys, chunk=hp.chunk)
-        return contrastive_softmax_loss(images, texts, scale, keys, chunk=hp.chunk)
+        options: dict[str, Any] = {"chunk": hp.chunk, "sync_dist": self.training}
+        if self.logit_bias is None:
+            return contrastive_softmax_loss(images, texts, self.scale, keys, **options)
+        return contrastive_sigmoid_loss(images, texts, self.scale, self.logit_bias, keys, **options)
 
     # Training.
 
-    @property
-    def input_shape(self) -> tuple[int, int, int]:
-        """Shape (C, H, W) of the images it takes.
+    def training_forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeddings of images (B, C, H, W) and of as many texts of full length, for ``zoo cost``."""
+        tokens = torch.full((len(images), self.hparams.context_length), self.tokenizer.end_id or 0, dtype=torch.int64)
+        return self.encode_image(images), self.encode_tokens(tokens.to(images.device))
 
-        Raises:
-            ValueError: If neither ``image_size`` nor the backbone says so.
-        """
-        channels, size = own_image_shape(self.backbone)
-        size = size if self.hparams.image_size is None else to_2tuple(self.hparams.image_size)
-        if size is None:
-            raise ValueError(f"{type(self.backbone).__name__} does not say what images it takes: set image_size")
-        return channels or self.hparams.in_channels, *size
+    def predicting_forward(self, images: Tensor) -> Tensor:
+        """Embeddings of images, for ``zoo cost``."""
+        return self.encode_image(images)
 
-    def locked(self) -> Iterator[tuple[str, nn.Module]]:
-        """The towers that are locked, by their side."""
-        if self.hparams.lock_image:
-            yield "image", self.backbone
-        if self.hparams.lock_text:
-            yield "text", self.text
+    def random_targets(self, images: Tensor, generator: torch.Generator) -> list[str]:
+        """Captions of images (B, C, H, W) for a batch to measure with."""
+        captions = list(map(str, torch.randint(10**9, (len(images),), generator=generator).tolist()))
+        self.fit_words(lambda: captions)
+        return captions
 
-    def train(self, mode: bool = True) -> Self:
-        """Sets the mode; what is locked stays in evaluation mode."""
-        super().train(mode)
-        for side, tower in self.locked():
-            evaluate_locked(tower, locked_names(tower, self.unlocked, side))
-        return self
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        differ_between_ranks(self)
+
+    @torch.no_grad()
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Settles the bias "auto" by the first batch, unless it has been learned already."""
+        if self.hparams.loss == "sigmoid" and self.hparams.bias_init == "auto" and not batch_idx:
+            pairs = len(batches.images(batch)) * self.trainer.world_size
+            settled = torch.full_like(self.logit_bias, -math.log(max(1, pairs - 1)))
+            self.logit_bias.copy_(torch.where(self.logit_bias == BIAS, settled, self.logit_bias))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         losses = self.losses(read(batch, first=True))
         loss = torch.stack(list(losses.values())).sum()
-        values = {"train/loss": loss, "train/scale": self.logit_scale.exp().squeeze()}
-        if self.hparams.loss == "sigmoid":
+        values = {"train/loss": loss, "train/scale": self.scale.squeeze()}
+        if self.logit_bias is not None:
             values["train/bias"] = self.logit_bias.squeeze()
         if len(losses) > 1:
             values |= {f"train/loss_{name}": value for name, value in losses.items()}
@@ -336,14 +306,36 @@ class ImageTextAligner(SafeLoading, Compilable, Evaluation, Shardable, Lightning
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         return self.encode_image(batches.images(batch))
 
+    def prediction_rows(self, outputs: Tensor) -> list[dict[str, Any]]:
+        """Rows of :class:`zoo.callbacks.WritePredictions`: the embedding of each image, one column each."""
+        return [{f"feature{i}": f"{value:.6g}" for i, value in enumerate(row)} for row in outputs.float().tolist()]
+
+    def named_results(self, outputs: Tensor, top: int = 5) -> list[dict[str, Any]]:
+        """Results of predictions: the embedding of each image as ``features``."""
+        return [{"features": row} for row in outputs]
+
+    def exported_embeddings(self, images: Tensor) -> dict[str, Tensor]:
+        """The ``embeddings`` (B, embed_dim) of images (B, C, H, W)."""
+        return {"embeddings": self.encode_image(images)}
+
+    @torch.no_grad()
+    def keep_scale(self, *_: Any) -> None:
+        """Brings the scale back into its range, as a hook behind each step of an optimizer."""
+        if (largest := max_scale_of(self.hparams)) is not None:
+            self.logit_scale.clamp_(0, math.log(largest))
+
     def configure_optimizers(self) -> Any:
         hp = self.hparams
         optimizer = optim.create_optimizer(
-            self, hp.optimizer, hp.lr, hp.weight_decay, layer_decay=hp.layer_decay, betas=hp.betas, eps=hp.eps
+            self,
+            hp.optimizer,
+            hp.lr,
+            hp.weight_decay,
+            layer_decay=hp.layer_decay,
+            betas=hp.betas,
+            eps=hp.eps,
+            encoders=("backbone", "text"),
+            lr_scale=dict.fromkeys(("logit_scale", "logit_bias"), hp.scale_lr),
         )
+        optimizer.register_step_post_hook(self.keep_scale)
         return optim.lightning_schedule(self, optimizer, hp.warmup_epochs, hp.min_lr)
-
-
-def unit(vectors: Tensor) -> Tensor:
-    """Vectors (N, D) divided by their length, in float32 at least."""
-    return F.normalize(vectors.to(torch.promote_types(vectors.dtype, torch.float32)), dim=-1)

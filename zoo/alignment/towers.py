@@ -1,27 +1,63 @@
-"""Towers of an aligner: how they are built, what of them is locked, and what their features have to be."""
+"""Towers of an aligner: how they are built, what their features have to be, and what of them is locked.
 
-from collections.abc import Sequence
-from typing import Any
+A locked tower is frozen and in evaluation mode, as that of LiT (Zhai et al. 2022, "Zero-Shot Transfer with Locked-image
+text Tuning"): statistics of BatchNorm would otherwise move on, and dropout would blur what is to be learned from.
+"""
 
+from collections.abc import Iterator
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
 from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
 
+from zoo.alignment.text import TextTransformer
 from zoo.common.backbones import feature_width
+from zoo.common.tokenizers import Tokenizer, check_special
 
 
-def projection(kind: str, width: int, embed_dim: int, bias: bool, side: str) -> nn.Module:
-    """Layer from a tower's features (B, width) to embeddings (B, embed_dim).
-
-    Args:
-        kind: "linear"; or "none", for features that are embeddings already.
-        width: Of the tower's features.
-        embed_dim: Of the embeddings.
-        bias: Adds a bias to a linear layer.
-        side: "image" or "text", for messages.
+def create_text_tower(given: nn.Module | None, tokenizer: Tokenizer, hparams: Any) -> nn.Module:
+    """The text tower that was given; or a :class:`zoo.alignment.text.TextTransformer` by the ``text_`` arguments.
 
     Raises:
-        ValueError: For an unknown kind, or widths that differ without a layer between them.
+        ValueError: For a module that does not state its width; for a tokeniser that lacks a token which the pooling
+            needs; for sizes that the transformer does not take.
     """
+    if given is not None:
+        feature_width(given)
+        return given
+    check_special(tokenizer, hparams.text_pool, hparams.text_mask_padding)
+    return TextTransformer(
+        tokenizer.vocab_size,
+        width=hparams.text_width,
+        depth=hparams.text_depth,
+        heads=hparams.text_heads,
+        context_length=hparams.context_length,
+        pool=hparams.text_pool,
+        causal=hparams.text_causal,
+        mask_padding=hparams.text_mask_padding,
+        act=hparams.text_act,
+        dropout=hparams.text_dropout,
+        pad_id=tokenizer.pad_id or 0,
+        end_id=tokenizer.end_id,
+    )
+
+
+def create_projection(side: str, kind: str, tower: nn.Module, embed_dim: int, bias: bool) -> nn.Module:
+    """Layer from a tower's features to embeddings (B, embed_dim), with CLIP's initial weights.
+
+    Args:
+        side: "image" or "text", for messages.
+        kind: "linear"; or "none", for features that are embeddings already.
+        tower: Whose features.
+        embed_dim: Of the embeddings.
+        bias: Adds a bias to a linear layer.
+
+    Raises:
+        ValueError: For widths that differ without a layer between them.
+    """
+    width = feature_width(tower)
     if kind == "none":
         if width != embed_dim:
             raise ValueError(
@@ -29,10 +65,8 @@ def projection(kind: str, width: int, embed_dim: int, bias: bool, side: str) -> 
                 f"{embed_dim}: set embed_dim to {width}, or the projection to 'linear'"
             )
         return nn.Identity()
-    if kind != "linear":
-        raise ValueError(f"unknown {side}_projection {kind!r}: expected linear or none")
     layer = nn.Linear(width, embed_dim, bias=bias)
-    nn.init.normal_(layer.weight, std=width**-0.5)  # as CLIP's
+    nn.init.normal_(layer.weight, std=width**-0.5)
     if bias:
         nn.init.zeros_(layer.bias)
     return layer
@@ -54,18 +88,95 @@ def pooled(features: Any, tower: nn.Module, count: int, side: str) -> Tensor:
     return features
 
 
-def layer_groups(tower: Any, side: str) -> list[list[str]]:
-    """Names of a tower's parameters in groups that are unlocked together, from its stem to its end.
+def unit(vectors: Tensor) -> Tensor:
+    """Vectors (N, D) divided by their length, in float32 at least."""
+    return F.normalize(vectors.to(torch.promote_types(vectors.dtype, torch.float32)), dim=-1)
 
-    They are those of timm's ``group_matcher``, by which learning rates decay as well.
+
+class LocksTowers(nn.Module):
+    """Locks towers, whole or but for their last groups: ``class Net(LocksTowers, LightningModule)``.
+
+    Its ``hparams`` have ``lock_image`` and ``lock_text`` for the parts ``backbone`` and ``text``, ``unlock_groups`` and
+    ``unlock_every``; its constructor calls :meth:`lock` at the end.
+
+    Where groups are unlocked as the run goes on, those that wait are not frozen: their gradients are computed and
+    thrown away. Processes agree on gradients of the same parameters from the first step to the last, as
+    DistributedDataParallel needs it, and the optimizer knows them all.
+    """
+
+    backbone: Any
+    text: Any
+    hparams: Any
+    current_epoch: Any
+    unlocked = 0
+    """Number of the last groups of a locked tower that learn now."""
+
+    def lock(self) -> None:
+        """Freezes what never learns.
+
+        Raises:
+            ValueError: For unlocking without a locked tower, or of more groups than the towers have.
+        """
+        hp = self.hparams
+        self.unlocked = hp.unlock_groups
+        if (hp.unlock_groups or hp.unlock_every) and not (hp.lock_image or hp.lock_text):
+            raise ValueError("unlock_groups and unlock_every are for a locked tower: set lock_image or lock_text")
+        for side, tower in self._locked_towers():
+            count = len(layer_groups(tower, side)) if hp.unlock_groups or hp.unlock_every else 1
+            if hp.unlock_groups >= count:
+                raise ValueError(
+                    f"unlock_groups is {hp.unlock_groups}, and the {side} tower has {count} groups: expected fewer, or "
+                    f"lock_{side} false"
+                )
+        if not hp.unlock_every:
+            for parameter in self.locked_parameters():
+                parameter.requires_grad_(False)
+        self.train(self.training)
+
+    def locked_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters of locked towers that do not learn now."""
+        for side, tower in self._locked_towers():
+            names = locked_names(tower, self.unlocked, side)
+            yield from (parameter for name, parameter in tower.named_parameters() if name in names)
+
+    def train(self, mode: bool = True) -> Self:
+        """Sets the mode; what is locked stays in evaluation mode."""
+        super().train(mode)
+        for side, tower in self._locked_towers():
+            evaluate_locked(tower, locked_names(tower, self.unlocked, side))
+        return self
+
+    def on_train_epoch_start(self) -> None:
+        """Unlocks the group that is due."""
+        hp = self.hparams
+        due = hp.unlock_groups + (self.current_epoch // hp.unlock_every if hp.unlock_every else 0)
+        if due != self.unlocked:
+            self.unlocked = due
+            self.train(self.training)
+
+    def on_after_backward(self) -> None:
+        """Throws the gradients of groups that wait away, before they are clipped or used."""
+        if self.hparams.unlock_every:
+            for parameter in self.locked_parameters():
+                parameter.grad = None
+
+    def _locked_towers(self) -> Iterator[tuple[str, nn.Module]]:
+        if self.hparams.lock_image:
+            yield "image", self.backbone
+        if self.hparams.lock_text:
+            yield "text", self.text
+
+
+def layer_groups(tower: Any, side: str) -> list[list[str]]:
+    """Names of a tower's parameters in groups that are unlocked together, by timm's ``group_matcher``, the stem first.
 
     Raises:
-        ValueError: For a tower without them.
+        ValueError: For a tower without it.
     """
     if not callable(getattr(tower, "group_matcher", None)):
         raise ValueError(
-            f"the {side} tower {type(tower).__name__} has no group_matcher() as timm's networks do: it can be locked "
-            "as a whole, without unlock_groups and unlock_every"
+            f"the {side} tower {type(tower).__name__} has no group_matcher() as timm's networks do: it is locked as a "
+            "whole, without unlock_groups and unlock_every"
         )
     layers = group_with_matcher(tower.named_parameters(), tower.group_matcher(coarse=False), reverse=True)
     groups: dict[int, list[str]] = {}
@@ -82,40 +193,27 @@ def locked_names(tower: nn.Module, unlocked: int, side: str) -> set[str]:
     return {name for group in groups[: max(0, len(groups) - unlocked)] for name in group}
 
 
-def evaluate_locked(tower: nn.Module, locked: set[str], prefix: str = "") -> None:
-    """Puts those parts of a tower that do not learn into evaluation mode, what they normalise and drop as well.
+def evaluate_locked(module: nn.Module, locked: set[str], prefix: str = "") -> None:
+    """Puts those parts of a module whose parameters are locked into evaluation mode.
 
-    A part without parameters does what the part behind it does: dropout behind the embedding is locked with the first
-    block.
+    A part without parameters, as dropout, goes with the part behind it: embeddings are dropped as the first block is.
+
+    Args:
+        module: The tower, or a part of it.
+        locked: Names of parameters within the tower.
+        prefix: What the names of the module's parameters begin with there.
     """
-    names = [prefix + name for name, _ in tower.named_parameters()]
-    if all(name in locked for name in names):
-        tower.eval()
+    if locked.issuperset(prefix + name for name, _ in module.named_parameters()):
+        module.eval()
         return
-    waiting: list[nn.Module] = []
-    for name, part in tower.named_children():
-        inner = [f"{prefix}{name}.{each}" for each, _ in part.named_parameters()]
-        if not inner:
-            waiting.append(part)
+    bare: list[nn.Module] = []
+    for name, part in module.named_children():
+        bare.append(part)
+        if next(part.parameters(), None) is None:
             continue
-        if all(each in locked for each in inner):
-            for each in (*waiting, part):
+        if locked.issuperset(f"{prefix}{name}.{inner}" for inner, _ in part.named_parameters()):
+            for each in bare:
                 each.eval()
         else:
             evaluate_locked(part, locked, f"{prefix}{name}.")
-        waiting = []
-
-
-def check_unlocking(towers: Sequence[tuple[str, nn.Module]], unlock_groups: int, unlock_every: int | None) -> None:
-    """Raises ValueError for unlocking without a locked tower, or of more groups than the towers have."""
-    if not (unlock_groups or unlock_every):
-        return
-    if not towers:
-        raise ValueError("unlock_groups and unlock_every are for a locked tower: set lock_image or lock_text")
-    for side, tower in towers:
-        count = len(layer_groups(tower, side))
-        if unlock_groups >= count:
-            raise ValueError(
-                f"unlock_groups is {unlock_groups}, and the {side} tower has {count} groups: expected fewer, or "
-                f"lock_{side} False"
-            )
+        bare = []

@@ -1,5 +1,6 @@
 """Backbones by timm's names, or as modules: what every technique's ``backbone`` argument takes."""
 
+from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -130,3 +131,54 @@ def recompute_activations(backbone: nn.Module) -> None:
         backbone.set_grad_checkpointing(True)  # type: ignore[operator]
     except (AttributeError, AssertionError) as error:
         raise ValueError(f"grad_checkpointing: {type(backbone).__name__} cannot recompute, leave it out") from error
+
+
+def strict_size(backbone: Any) -> tuple[int, int] | None:
+    """(height, width) of the only images that a backbone takes; None if it takes others, or does not tell."""
+    embed = getattr(backbone, "patch_embed", None)
+    return embed.img_size if isinstance(embed, PatchEmbed) and embed.strict_img_size else None
+
+
+class TakesImages:
+    """States the images of a module: ``class Net(TakesImages, LightningModule)``, with a ``backbone``.
+
+    Its ``hparams`` have ``image_size``, a side or (height, width) in pixels, or None, and ``in_channels``.
+    """
+
+    backbone: Any
+    hparams: Any
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Shape (C, H, W) of the images it takes.
+
+        Raises:
+            ValueError: If neither ``image_size`` nor the backbone says so.
+        """
+        channels, size = own_image_shape(self.backbone)
+        size = size if self.hparams.image_size is None else to_2tuple(self.hparams.image_size)
+        if size is None:
+            raise ValueError(f"{type(self.backbone).__name__} does not say what images it takes: set image_size")
+        return channels or self.hparams.in_channels, *size
+
+    def check_images(self, shape: Sequence[int]) -> None:
+        """Raises ValueError for the shape (C, H, W) of images that it does not take, as far as the backbone tells."""
+        channels, size = own_image_shape(self.backbone)[0], strict_size(self.backbone)
+        if (channels or shape[0]) != shape[0] or (size or tuple(shape[1:])) != tuple(shape[1:]):
+            got, expected = ("x".join(map(str, each)) for each in (shape, self.input_shape))
+            raise ValueError(f"images are {got}, but the model was built for {expected}")
+
+    def settle_images(self) -> None:
+        """Compares ``image_size`` and ``in_channels`` with the images that a given module was built for.
+
+        The size that it says replaces ``image_size``, for whoever reads the checkpoint.
+
+        Raises:
+            ValueError: If they differ.
+        """
+        hp, (channels, _), size = self.hparams, own_image_shape(self.backbone), strict_size(self.backbone)
+        if channels is not None and hp.in_channels not in (3, channels):
+            raise ValueError(f"in_channels is {hp.in_channels}, but the backbone given is for {channels}: leave it out")
+        if size is not None and hp.image_size is not None and to_2tuple(hp.image_size) != size:
+            raise ValueError(f"image_size is {hp.image_size}, but the backbone given is for {size}: leave it out")
+        hp["image_size"] = size or hp.image_size

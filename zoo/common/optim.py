@@ -7,7 +7,7 @@ own schedulers read: under a scheduler of torch every layer would silently learn
 import inspect
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatch
 from typing import Any, cast
@@ -20,14 +20,19 @@ from torch.optim import Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from zoo._lightning import LightningModule, rank_zero_warn
-from zoo.common.backbones import backbone_of
 
 # The last part of a parameter's name that says it is a token or a position, not a weight.
 _NOT_WEIGHTS = ("*token", "*tokens", "*pos_embed", "*pos_embedding")
 
 
 def parameter_groups(
-    module: nn.Module, lr: float, weight_decay: float, layer_decay: float = 1.0
+    module: nn.Module,
+    lr: float,
+    weight_decay: float,
+    layer_decay: float = 1.0,
+    *,
+    encoders: Sequence[str] = ("backbone",),
+    lr_scale: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
     """The trainable parameters of a module in groups, as torch's optimizers take them.
 
@@ -40,36 +45,39 @@ def parameter_groups(
     et al. 2021). timm itself gives a final ``norm`` to the last block instead.
 
     Args:
-        module: Its encoder is ``module.backbone``, or the module itself where there is none.
+        module: A network, whose encoders are those of its parts that ``encoders`` names, or itself where it has none.
         lr: Learning rate of layer n.
         weight_decay: For those that decay.
-        layer_decay: In (0, 1]. Other than 1 needs a backbone with timm's ``group_matcher``.
+        layer_decay: In (0, 1]. Other than 1 needs encoders with timm's ``group_matcher``.
+        encoders: Names of the parts that have layers.
+        lr_scale: Factors of the learning rate by the name of a parameter; 1 for all others.
 
     Returns:
         Groups of ``params``, ``param_names``, ``lr`` and ``weight_decay``, the first layer first.
 
     Raises:
-        ValueError: If nothing is trainable, ``layer_decay`` is out of range, or the backbone's layers are unknown.
+        ValueError: If nothing is trainable, ``layer_decay`` is out of range, or an encoder's layers are unknown.
     """
     if not 0 < layer_decay <= 1:
         raise ValueError(f"layer_decay is {layer_decay}: expected a number above 0 and at most 1")
-    last, layers = _layers(module) if layer_decay != 1 else (0, {})
+    behind = _layers_behind(module, encoders) if layer_decay != 1 else {}
     undecayed = [
         f"{prefix}.{pattern}" if prefix else pattern
         for prefix, part in module.named_modules()
         if callable(getattr(part, "no_weight_decay", None))
         for pattern in part.no_weight_decay()
     ]
-    groups: dict[tuple[int, float], dict[str, Any]] = {}
+    groups: dict[tuple[int, float, float], dict[str, Any]] = {}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
         tail = name.rpartition(".")[2]
         plain = parameter.ndim > 1 and tail != "bias" and not any(fnmatch(tail, pattern) for pattern in _NOT_WEIGHTS)
         decay = weight_decay if plain and not any(fnmatch(name, pattern) for pattern in undecayed) else 0.0
-        layer = layers.get(name, last)
-        empty = {"params": [], "param_names": [], "lr": lr * layer_decay ** (last - layer), "weight_decay": decay}
-        group = groups.setdefault((layer, decay), empty)
+        layers, scale = behind.get(name, 0), (lr_scale or {}).get(name, 1.0)
+        rate = lr * layer_decay**layers * scale
+        empty = {"params": [], "param_names": [], "lr": rate, "weight_decay": decay}
+        group = groups.setdefault((-layers, decay, scale), empty)
         group["params"].append(parameter)
         group["param_names"].append(name)
     if not groups:
@@ -77,25 +85,35 @@ def parameter_groups(
     return [groups[key] for key in sorted(groups)]
 
 
-def _layers(module: nn.Module) -> tuple[int, dict[str, int]]:
-    """The last layer's number, and the layer of every parameter of the backbone, by name in the whole module."""
-    own = backbone_of(module)
-    backbone, prefix = (module, "") if own is None else (own, "backbone.")
-    if not callable(getattr(backbone, "group_matcher", None)):
+def _layers_behind(module: nn.Module, encoders: Sequence[str]) -> dict[str, int]:
+    """Numbers of layers behind that of each parameter of the encoders, by its name in the whole module."""
+    parts = dict(module.named_children())
+    found = {f"{name}.": parts[name] for name in encoders if name in parts} or {"": module}
+    return {
+        prefix + name: layers
+        for prefix, encoder in found.items()
+        if any(parameter.requires_grad for parameter in encoder.parameters())
+        for name, layers in _layers_of(encoder).items()
+    }
+
+
+def _layers_of(encoder: nn.Module) -> dict[str, int]:
+    """Numbers of layers behind that of each parameter of an encoder, by its name."""
+    if not callable(getattr(encoder, "group_matcher", None)):
         raise ValueError(
-            f"layer_decay needs to know the layers of {type(backbone).__name__}, which has no group_matcher() "
+            f"layer_decay needs to know the layers of {type(encoder).__name__}, which has no group_matcher() "
             "as timm's models do: give it one, or set layer_decay to 1"
         )
-    matcher = cast(Any, backbone).group_matcher(coarse=False)
+    matcher = cast(Any, encoder).group_matcher(coarse=False)
     if isinstance(matcher, dict):
         matcher = {name: _without_final_norms(spec) for name, spec in matcher.items()}
     # No pattern matches the empty name: it stands for the head, and falls in with the rest that no layer claims.
-    names = [*(name for name, _ in backbone.named_parameters()), ""]
+    names = [*(name for name, _ in encoder.named_parameters()), ""]
     layers = group_with_matcher(((name, None) for name in names), matcher, reverse=True)
     last = layers.pop("")
     if not last:  # as under torch.compile(backbone), which renames everything; backbone.compile() does not
-        raise ValueError(f"layer_decay: group_matcher() of {type(backbone).__name__} matches none of its parameters")
-    return last, {prefix + name: layer for name, layer in layers.items()}
+        raise ValueError(f"layer_decay: group_matcher() of {type(encoder).__name__} matches none of its parameters")
+    return {name: last - layer for name, layer in layers.items()}
 
 
 def _without_final_norms(spec: Any) -> Any:
@@ -115,11 +133,13 @@ def create_optimizer(
     betas: tuple[float, ...] | None = None,
     momentum: float | None = None,
     eps: float | None = None,
+    encoders: Sequence[str] = ("backbone",),
+    lr_scale: Mapping[str, float] | None = None,
 ) -> Optimizer:
     """Creates one of timm's optimizers on :func:`parameter_groups`.
 
     Args:
-        module, lr, weight_decay, layer_decay: See :func:`parameter_groups`.
+        module, lr, weight_decay, layer_decay, encoders, lr_scale: See :func:`parameter_groups`.
         optimizer: A name out of ``timm.optim.list_optimizers()``: "adamw", "sgd" (Nesterov), "lamb", "rmsproptf", ...
         betas, momentum, eps: None: timm's default of that optimizer.
 
@@ -139,7 +159,7 @@ def create_optimizer(
     for name in settings:
         if not getattr(info, f"has_{name}"):
             raise ValueError(f"optimizer {optimizer!r} has no {name}: leave it out")
-    groups = parameter_groups(module, lr, weight_decay, layer_decay)
+    groups = parameter_groups(module, lr, weight_decay, layer_decay, encoders=encoders, lr_scale=lr_scale)
     if optimizer.endswith("lars"):
         # LARS adapts weights and leaves biases and norms alone. timm's leaves alone what does not decay instead, which
         # is everything in a linear probe.

@@ -1,17 +1,16 @@
 """ViTClassifier: a vision transformer with a linear head, and how it is trained."""
 
 import math
-from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
-from timm.layers import DropPath, PatchEmbed, to_2tuple
+from timm.layers import DropPath
 from torch import Tensor, nn
 
 from zoo._lightning import rank_zero_info
 from zoo.common import batch as batches
 from zoo.common import pictures
-from zoo.common.backbones import create_backbone, feature_width, name_of, own_image_shape, recompute_activations
+from zoo.common.backbones import TakesImages, create_backbone, feature_width, name_of, recompute_activations
 from zoo.common.classification import Classifier
 from zoo.common.classification_losses import Loss, given_modules
 from zoo.common.label_weights import Balanced
@@ -25,7 +24,7 @@ Pool = Literal["token", "avg", "map"]
 Schedule = Literal["linear", "uniform"]
 
 
-class ViTClassifier(Classifier):
+class ViTClassifier(TakesImages, Classifier):
     """Vision transformer classifier.
 
     Batch: ``(images (B, C, H, W), labels (B,))``, or labels (B, classes) of 0 and 1 with ``multi_label``. Logs
@@ -176,8 +175,7 @@ class ViTClassifier(Classifier):
         if norm_eps is not None:
             set_layer_norm_eps(self.backbone, norm_eps)
         if given:
-            self._check_given(image_size, in_channels)
-            self.hparams["image_size"] = strict_size(self.backbone) or image_size  # for whoever reads the checkpoint
+            self.settle_images()
         if drop_path_schedule == "uniform":
             drop_uniformly(self.backbone, drop_path)
         if grad_checkpointing:
@@ -193,35 +191,6 @@ class ViTClassifier(Classifier):
             rank_zero_info(str(load_weights(self, weights)))
         if compile:
             self.backbone.compile()
-
-    @property
-    def input_shape(self) -> tuple[int, int, int]:
-        """Shape (C, H, W) of the images it takes.
-
-        Raises:
-            ValueError: If neither ``image_size`` nor the backbone says so.
-        """
-        channels, size = own_image_shape(self.backbone)
-        size = size if self.hparams.image_size is None else to_2tuple(self.hparams.image_size)
-        if size is None:
-            raise ValueError(f"{type(self.backbone).__name__} does not say what images it takes: set image_size")
-        return channels or self.hparams.in_channels, *size
-
-    def check_images(self, shape: Sequence[int]) -> None:
-        """Raises ValueError for the shape (C, H, W) of images that it does not take, as far as the backbone tells."""
-        channels, size = own_image_shape(self.backbone)[0], strict_size(self.backbone)
-        if (channels or shape[0]) != shape[0] or (size or tuple(shape[1:])) != tuple(shape[1:]):
-            got, expected = ("x".join(map(str, each)) for each in (shape, self.input_shape))
-            raise ValueError(f"images are {got}, but the model was built for {expected}")
-
-    def _check_given(self, image_size: int | tuple[int, int] | None, in_channels: int) -> None:
-        """Raises ValueError if arguments differ from the images that a given module was built for, where it tells."""
-        channels, _ = own_image_shape(self.backbone)
-        if channels is not None and in_channels not in (3, channels):
-            raise ValueError(f"in_channels is {in_channels}, but the backbone given is for {channels}: leave it out")
-        size = strict_size(self.backbone)
-        if size is not None and image_size is not None and to_2tuple(image_size) != size:
-            raise ValueError(f"image_size is {image_size}, but the backbone given is for {size}: leave it out")
 
     def features(self, images: Tensor) -> Tensor:
         """Pooled embeddings (B, D) of images (B, C, H, W).
@@ -292,12 +261,6 @@ class ViTClassifier(Classifier):
             for name, heat in self.attention_maps(images).items():
                 drawn[f"attention_{name}"] = pictures.heated(images, heat)
         return drawn
-
-
-def strict_size(backbone: Any) -> tuple[int, int] | None:
-    """(height, width) of the only images that a backbone takes; None if it takes others, or does not tell."""
-    embed = getattr(backbone, "patch_embed", None)
-    return embed.img_size if isinstance(embed, PatchEmbed) and embed.strict_img_size else None
 
 
 def drop_uniformly(backbone: Any, rate: float) -> None:

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from datamodules.captions import CaptionsDataModule
     from datamodules.coco import CocoDetectionDataModule
     from datamodules.digits import DigitsDataModule
     from datamodules.folder import ImageFolderDataModule
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BatchOrder",
+    "CaptionsDataModule",
     "CocoDetectionDataModule",
     "DigitsDataModule",
     "ImageFolderDataModule",
@@ -27,6 +29,7 @@ __all__ = [
 
 # The registry: exported name -> submodule. `zoo list` prints it, `zoo.cli` imports it.
 _EXPORTS = {
+    "CaptionsDataModule": "captions",
     "CocoDetectionDataModule": "coco",
     "DigitsDataModule": "digits",
     "ImageFolderDataModule": "folder",

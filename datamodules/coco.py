@@ -261,9 +261,8 @@ class CocoDetectionDataModule(DetectionDataModule):
             return folder
         first = str(annotations.names[0])
         folders = list(coco_layout.image_folders(self.files[split]))
-        for folder in folders:
-            if any((folder / name).is_file() for name in coco_layout.spellings(first)):
-                return folder
+        if (found := coco_layout.holding(folders, first)) is not None:
+            return found
         raise FileNotFoundError(
             f"{first}, the first image of {self.files[split]}, is in none of {', '.join(map(str, folders))}: set "
             f"{split}_images to the folder that it is in"

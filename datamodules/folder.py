@@ -19,25 +19,22 @@ and chosen by ``split_seed`` and the files' names: the same on every machine, an
 """
 
 from pathlib import Path
-from typing import Any, Literal, Unpack
+from typing import Literal, Unpack
 
 import numpy as np
 
 from datamodules._lightning import rank_zero_info, rank_zero_warn
-from datamodules.base import IMAGENET_MEAN, IMAGENET_STD
-from datamodules.classification import CLASSIFICATION_OPTIONS, ClassificationDataModule, ClassificationOptions
+from datamodules.classification import CLASSIFICATION_OPTIONS, ClassificationOptions
+from datamodules.files import FilesDataModule
 from datamodules.loading.labels import labels_of
 from datamodules.loading.options import with_defaults
-from datamodules.loading.seeding import Samples
-from datamodules.loading.shares import stratified_split
+from datamodules.loading.shares import shares
 from datamodules.reading import listing
-from datamodules.reading.cache import builds
 from datamodules.reading.files import ImageFiles, OnError
 from datamodules.reading.json_values import one_form
-from datamodules.reading.listing import Split
 
 
-class ImageFolderDataModule(ClassificationDataModule):
+class ImageFolderDataModule(FilesDataModule):
     """Images of your own, in a folder for each class or alone. See the top of this file for what ``root`` may hold.
 
     Batches ``(images (B, C, H, W), labels (B,))``; of unlabelled images ``images`` alone, for pretraining and
@@ -79,32 +76,12 @@ class ImageFolderDataModule(ClassificationDataModule):
         std: tuple[float, ...] | None = None,
         **options: Unpack[ClassificationOptions],
     ) -> None:
-        if channels not in (1, 3):
-            raise ValueError(f"channels is {channels}: expected 1 (grey) or 3 (RGB)")
-        if on_error not in ("raise", "skip"):
-            raise ValueError(f"unknown on_error {on_error!r}: expected raise or skip")
-        val_fraction, test_fraction = options["val_fraction"], options["test_fraction"]
-        if not (val_fraction >= 0 and test_fraction >= 0 and val_fraction + test_fraction < 1):
-            raise ValueError(
-                f"val_fraction is {val_fraction} and test_fraction {test_fraction}: expected shares in [0, 1) that "
-                "leave something for training"
-            )
-        mean = mean or (IMAGENET_MEAN if channels == 3 else (sum(IMAGENET_MEAN) / 3,))
-        std = std or (IMAGENET_STD if channels == 3 else (sum(IMAGENET_STD) / 3,))
-        super().__init__(image_size, channels, mean=mean, std=std, fill=mean, **options)
+        super().__init__(image_size, channels, on_error=on_error, mean=mean, std=std, **options)
         self.root = Path(root)
-        self.on_error: OnError = on_error
         self._folders: dict[str, Path] = {}
         self._unlabelled_test: Path | None = None
-        self._samples: dict[str, ImageFiles | None] = {}
         if self.root.exists() or self.predict_root is None:
             self._look()
-
-    def prepare_data(self) -> None:
-        """Builds a cache in a folder, in one process of each node, before the others look for it."""
-        if self.cached is not None and not self.cached.in_memory and builds(self.trainer):
-            for split in ("train", "val"):
-                self.samples(split)
 
     def setup(self, stage: str) -> None:
         """Lists what a stage needs, for training that of the test too, so that what is wrong is said before it starts.
@@ -113,8 +90,7 @@ class ImageFolderDataModule(ClassificationDataModule):
         """
         splits = {"fit": ("train", "val", "test"), "validate": ("val",), "test": ("test",)}.get(stage, ())
         for split in splits:
-            if split not in self._samples:
-                self._samples |= self._listed(split)
+            self._of(split)
         if splits:
             said = [f"{split} {self._taken(split)}" for split in splits]
             classes = "no classes" if self.classes is None else f"{len(self.classes)} classes"
@@ -138,17 +114,8 @@ class ImageFolderDataModule(ClassificationDataModule):
         left += [name for name in images if listing.is_image(name)]
         return f"; left out: {listing.some(left)}" if left else ""
 
-    def samples(self, split: Split) -> Samples | None:
-        if split not in self._samples:
-            self._samples |= self._predicted() if split == "predict" else self._listed(split)
-        if self.cached is not None and split != "predict":
-            self.cached.fill(builds(self.trainer))
-        return self._samples[split]
-
     def train_labels(self) -> np.ndarray:
-        if "train" not in self._samples:
-            self._samples |= self._listed("train")  # no cache is made for them
-        return labels_of(self._samples["train"], type(self).__name__)
+        return labels_of(self._of("train"), type(self).__name__)  # no cache is made for them
 
     # What there is, by listing folders only.
 
@@ -188,49 +155,27 @@ class ImageFolderDataModule(ClassificationDataModule):
             root = self.root
         if root is None:
             return {"predict": None}
-        return {"predict": ImageFiles.under(root, self.eval_transform, self.channels, self.on_error, self.decoder)}
+        return {"predict": self._under(root)}
 
     def _listed(self, split: str) -> dict[str, ImageFiles | None]:
-        """The samples of a split, and of all that come from the same folder."""
         if not self._folders:
             self._look()  # raises: there is a predict_root, but no root
-        held_out = self._held_out()
+        held_out = self._held_out(self._folders)
         if split not in held_out and split not in self._folders:
             return {split: None}
         if split != "train" and split not in held_out:
             names, labels = self._names_and_labels(split)
             return self._parts(split, names, labels, {split: np.arange(len(names))})
         names, labels = self._names_and_labels("train")
-        chosen, rest, left = {}, np.arange(len(names)), 1.0
-        for part, fraction in held_out.items():
-            kept, out = stratified_split(labels[rest], fraction / left, self.split_seed, names[rest])
-            chosen[part], rest, left = rest[out], rest[kept], left - fraction
-        return self._parts("train", names, labels, chosen | {"train": rest})
-
-    def _held_out(self) -> dict[str, float]:
-        """The splits that are shares of the training images, and how large these are."""
-        if "train" not in self._folders or "val" in self._folders:
-            return {}
-        if "test" in self._folders:
-            return {"val": self.val_fraction}
-        return {"test": self.test_fraction, "val": self.val_fraction}
+        return self._parts("train", names, labels, shares(labels, names, held_out, self.split_seed))
 
     def _parts(
         self, folder: str, names: np.ndarray, labels: np.ndarray, chosen: dict[str, np.ndarray]
     ) -> dict[str, ImageFiles | None]:
         """The samples of all splits that come from one folder, and their cache."""
         parts = {part: self._files(part, names[rows], labels[rows]) for part, rows in chosen.items()}
-        if self.cached is None:
-            return parts
-        copied = [part for part, files in parts.items() if files and (part == "train" or self._evaluates_copies)]
-        for part in copied:
-            self.cached.lend(parts[part])
-        if self.cached.in_memory:  # test images come once
-            copied = [part for part in copied if part != "test"]
-        if set(copied) - {"test"}:
-            pool = ImageFiles(self.root, names, self.eval_transform, self.channels, decoder=self.decoder)
-            self.cached.add(folder, pool, [(parts[part], chosen[part]) for part in copied], self.on_error == "skip")
-        return parts
+        pool = ImageFiles(self.root, names, self.eval_transform, self.channels, decoder=self.decoder)
+        return self._with_copies(folder, parts, chosen, pool)
 
     def _files(self, split: str, names: np.ndarray, labels: np.ndarray) -> ImageFiles | None:
         if len(names) == 0:
@@ -258,13 +203,3 @@ class ImageFolderDataModule(ClassificationDataModule):
                 )
             files += [(image, self.classes.index(one_form(name))) for image in images]
         return np.array([name for name, _ in files]), np.array([label for _, label in files])
-
-    # What could not be read is reported after each training epoch and at the end of a run.
-
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        if self.trainer and self.trainer.training and self.trainer.is_last_batch:
-            self.report_unreadable(self._samples)
-        return super().on_after_batch_transfer(batch, dataloader_idx)
-
-    def teardown(self, stage: str) -> None:
-        self.report_unreadable(self._samples)

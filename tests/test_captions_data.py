@@ -1,15 +1,20 @@
 """Images with captions: sources of every form, one caption drawn for a training sample, and the hop to the device."""
 
+import csv
+import json
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from PIL import Image
 
-from datamodules import DigitsDataModule
+from datamodules import CaptionsDataModule, DigitsDataModule
 from datamodules.base import ImageDataModule
 from datamodules.digits import captions_of
 from datamodules.loading.captions import collate
@@ -20,15 +25,101 @@ QUIET: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_progress
 QUIET |= {"enable_model_summary": False, "enable_checkpointing": False, "limit_val_batches": 0}
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:The number of training batches")
 
-FORMS: dict[str, Callable[..., Any]] = {
-    "digits": lambda **options: DigitsDataModule(labels="captions", labels_per_class=2, **options),
+SIZES = {"train": 20, "val": 6, "test": 5}
+
+
+def picture(path: Path, level: int) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(level).integers(0, 256, (9, 12, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def pairs(split: str) -> dict[str, list[str]]:
+    """By name of an image, its captions: two to four, with all that a table may have to quote."""
+    return {
+        f"{split}/{number:02}.png": [
+            f'{split} {number}, a "café" said\t{other} times' for other in range(2 + number % 3)
+        ]
+        for number in range(SIZES[split])
+    }
+
+
+def write_pictures(root: Path, split: str, folder: str = "") -> None:
+    for number, name in enumerate(pairs(split)):
+        picture(root / folder / name, number)
+
+
+def table(path: Path, rows: Any, columns: tuple[str, ...] = ("filepath", "title"), encoding: str = "utf-8") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding=encoding, newline="") as file:
+        csv.writer(file, delimiter="\t" if path.suffix == ".tsv" else ",").writerows([columns, *rows])
+    return path
+
+
+def write_table(root: Path, split: str, ending: str, **options: Any) -> str:
+    write_pictures(root, split)
+    # Rows of an image lie apart, as they may.
+    rows = sorted(((name, caption) for name, said in pairs(split).items() for caption in said), key=lambda row: row[1])
+    return str(table(root / f"{split}.{ending}", rows, **options))
+
+
+def write_coco(root: Path, split: str) -> str:
+    """COCO's own layout: annotations/captions_train2017.json and train2017/*.png."""
+    said = pairs(split)
+    for number, name in enumerate(said):
+        picture(root / f"{split}2017" / Path(name).name, number)
+    images = [{"id": 100 + number, "file_name": Path(name).name} for number, name in enumerate(said)]
+    owners = [100 + number for number, each in enumerate(said.values()) for _ in each]
+    texts = [caption for each in said.values() for caption in each]
+    annotations = [{"id": i, "image_id": o, "caption": t} for i, (o, t) in enumerate(zip(owners, texts, strict=True))]
+    path = root / "annotations" / f"captions_{split}2017.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"images": images, "annotations": annotations}))
+    return str(path)
+
+
+def write_texts(root: Path, split: str) -> str:
+    write_pictures(root, split)
+    for name, said in pairs(split).items():
+        (root / name).with_suffix(".txt").write_text("\n".join([*said, ""]), encoding="utf-8")
+    return str(root / split)
+
+
+def write_jsons(root: Path, split: str) -> str:
+    write_pictures(root, split)
+    for name, said in pairs(split).items():
+        (root / name).with_suffix(".json").write_text(json.dumps({"url": "", "captions": said}))
+    return str(root / split)
+
+
+WRITERS: dict[str, Callable[[Path, str], str]] = {
+    "csv": lambda root, split: write_table(root, split, "csv"),
+    "tsv": lambda root, split: write_table(root, split, "tsv", encoding="utf-16"),
+    "COCO": write_coco,
+    "texts": write_texts,
+    "jsons": write_jsons,
 }
-"""By form of the source, a data module of 20 training images with several captions each."""
+SMALL: dict[str, Any] = {"image_size": 8, "num_workers": 0, "batch_size": 4}
 
 
-@pytest.fixture(params=FORMS)
-def make(request: pytest.FixtureRequest) -> Callable[..., Any]:
-    return lambda **options: FORMS[request.param](**{"batch_size": 4, "num_workers": 0} | options)
+@pytest.fixture(scope="module", params=WRITERS)
+def sources(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A source of each split, of one form."""
+    root = tmp_path_factory.mktemp("captions")
+    return {split: WRITERS[request.param](root, split) for split in SIZES}
+
+
+@pytest.fixture(scope="module", params=["digits", *WRITERS])
+def make(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """Maker of data modules of 20 training images with several captions each, by form of the source."""
+    if request.param == "digits":
+        return lambda **options: DigitsDataModule(
+            labels="captions", labels_per_class=2, **{"batch_size": 4, "num_workers": 0} | options
+        )
+    root = tmp_path_factory.mktemp("captions")
+    given = {split: WRITERS[request.param](root, split) for split in SIZES}
+    return lambda **options: CaptionsDataModule(**given, **SMALL | options)
 
 
 class CaptionWatcher(LightningModule):
@@ -95,6 +186,7 @@ def test_training_draws_one_caption_of_an_image_and_evaluation_has_all(make):
     for epoch in range(12):
         loader.sampler.set_epoch(epoch)
         for images, said in loader:
+            assert images.dtype == torch.uint8
             assert images.shape[0] == len(said) == 4
             for entry in said:
                 (caption,) = entry["captions"]
@@ -164,6 +256,39 @@ def test_the_seed_and_the_epoch_change_the_caption_and_augmentation_does_not(mak
     assert captions() == captions(hflip=0.5) == captions(batch_size=5)
     assert captions() != captions(seed=1)
     assert captions() != captions(epoch=1)
+
+
+def test_images_come_with_the_captions_of_their_source(sources):
+    data = CaptionsDataModule(**sources, **SMALL)
+    for split in SIZES:
+        samples = data.samples(split)
+        expected = {Path(name).name: sorted(said) for name, said in pairs(split).items()}
+        assert {Path(name).name: sorted(samples.captions_of(i)) for i, name in enumerate(samples.names)} == expected
+    coco = "captions_train" in sources["train"]
+    assert data.samples("val").image_ids.tolist() == [number + 100 * coco for number in range(6)]
+    for index, (image, said) in enumerate(data.samples("test")):
+        with Image.open(Path(data.samples("test").path(index))) as file:
+            assert torch.equal(image, data.eval_transform(file.convert("RGB")))
+        assert len(said["captions"]) == 2 + index % 3
+
+
+@pytest.mark.parametrize(("options", "expected"), [({}, [16, 2, 2]), ({"val_fraction": 0.25}, [13, 5, 2])])
+def test_without_validation_a_share_of_the_images_is_held_out(sources, options, expected):
+    def parts(**more: Any) -> list[set[str]]:
+        data = CaptionsDataModule(sources["train"], **SMALL | options | more)
+        return [set(data.samples(split).names) for split in SIZES]
+
+    train, val, test = parts()
+    assert [len(part) for part in (train, val, test)] == expected
+    assert len(train | val | test) == 20
+    assert parts() == [train, val, test] != parts(split_seed=1)
+    given = CaptionsDataModule(sources["train"], sources["val"], **SMALL)
+    assert len(given.samples("train")) == 20
+    assert given.samples("test") is None
+    tested = CaptionsDataModule(sources["train"], test=sources["test"], **SMALL)
+    assert [len(tested.samples(split)) for split in SIZES] == [18, 2, 5]
+    none = CaptionsDataModule(sources["train"], val_fraction=0, test_fraction=0, **SMALL)
+    assert [none.samples(split) for split in ("val", "test")] == [None, None]
 
 
 # Parts.

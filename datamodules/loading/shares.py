@@ -1,7 +1,7 @@
 """Stratified shares of the training samples to hold out, the same on every machine."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -33,3 +33,19 @@ def stratified_split(
         held_out.append(members[: min(count, len(members) - 1)])
     chosen = np.sort(np.concatenate(held_out))
     return np.setdiff1d(np.arange(len(labels)), chosen), chosen
+
+
+def shares(labels: np.ndarray, names: np.ndarray, fractions: Mapping[str, float], seed: int) -> dict[str, np.ndarray]:
+    """Splits training samples into parts, each a share of all of them, and what is left for "train": their indices.
+
+    Args:
+        labels: (N,) class of each sample.
+        names: (N,) what each is called.
+        fractions: Share of each part, in [0, 1), together less than 1.
+        seed: Seed of the choice.
+    """
+    chosen, rest, left = {}, np.arange(len(labels)), 1.0
+    for part, fraction in fractions.items():
+        kept, out = stratified_split(labels[rest], fraction / left, seed, names[rest])
+        chosen[part], rest, left = rest[out], rest[kept], left - fraction
+    return chosen | {"train": rest}

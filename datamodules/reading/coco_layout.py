@@ -2,7 +2,7 @@
 
 import os
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -50,6 +50,11 @@ def find(folder: Path, names: np.ndarray) -> tuple[np.ndarray, list[str]]:
     return np.array(found, dtype=np.str_), missing
 
 
+def holding(folders: Iterable[Path], name: str) -> Path | None:
+    """The first folder that has a file of this name, in one of its spellings."""
+    return next((each for each in folders if any((each / spelt).is_file() for spelt in spellings(name))), None)
+
+
 def annotation_files(root: Path) -> Iterator[tuple[str, Path]]:
     """The splits that there are, and the annotation file of each."""
     for split in SPLITS:
@@ -67,7 +72,9 @@ def _any_case(pattern: str) -> str:
 
 def image_folders(file: Path) -> Iterator[Path]:
     """Candidate folders for the images of an annotation file, most likely first, in capitals or not."""
-    name = file.stem.removeprefix("instances_").removeprefix("image_info_")
+    name = file.stem
+    for prefix in ("instances_", "captions_", "image_info_"):
+        name = name.removeprefix(prefix)
     here, above = file.parent, file.parent.parent
     for folder in (
         *(here, here / "images", here / "data"),

@@ -1,7 +1,7 @@
 """Splits, classes and files of an image folder, by listing alone, and words for what lies there instead."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -100,17 +100,24 @@ def visible_files(folder: Path) -> list[str]:
     return sorted(entry.name for entry in _entries(folder) if entry.is_file())
 
 
-def images_in(folder: Path, start: str = "", above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:
-    """Image files at any depth, relative to the folder, in no order. Links are followed, but not in circles."""
+def files_in(
+    folder: Path, wanted: Callable[[str], bool], start: str = "", above: frozenset[tuple[int, int]] = frozenset()
+) -> Iterator[str]:
+    """Wanted files at any depth, relative to the folder, in no order. Links are followed, but not in circles."""
     status = folder.stat()
     here = (status.st_dev, status.st_ino)
     if here in above:
         return
     for entry in _entries(folder):
         if entry.is_dir():
-            yield from images_in(folder / entry.name, f"{start}{entry.name}/", above | {here})
-        elif is_image(entry.name):
+            yield from files_in(folder / entry.name, wanted, f"{start}{entry.name}/", above | {here})
+        elif wanted(entry.name):
             yield start + entry.name
+
+
+def images_in(folder: Path) -> Iterator[str]:
+    """Image files at any depth, relative to the folder, in no order."""
+    return files_in(folder, is_image)
 
 
 def images_under(folder: Path) -> list[str]:

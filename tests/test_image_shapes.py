@@ -8,7 +8,7 @@ from lightning.pytorch import Trainer
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules import DigitsDataModule, ImageFolderDataModule, TorchvisionDataModule
+from datamodules import CaptionsDataModule, DigitsDataModule, ImageFolderDataModule, TorchvisionDataModule
 from zoo import (
     EfficientNetClassifier,
     FasterRCNN,
@@ -105,6 +105,7 @@ def test_data_modules_say_what_their_images_are(tmp_path):
     Image.new("RGB", (9, 9)).save(tmp_path / "cat" / "1.png")
     for options, shape in (({}, (3, 224, 224)), ({"image_size": (8, 12), "channels": 1}, (1, 8, 12))):
         assert ImageFolderDataModule(tmp_path, **options).image_shape == shape
+        assert CaptionsDataModule(predict_root=tmp_path, **options).image_shape == shape
     assert DigitsDataModule().image_shape == (1, 8, 8)
     assert TorchvisionDataModule("MNIST", tmp_path, download=False).image_shape == (1, 28, 28)
     assert TorchvisionDataModule("CIFAR10", tmp_path, image_size=(16, 20), download=False).image_shape == (3, 16, 20)

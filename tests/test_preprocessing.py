@@ -20,6 +20,7 @@ from torchvision.transforms.v2 import functional as tv
 
 import zoo
 from datamodules import (
+    CaptionsDataModule,
     CocoDetectionDataModule,
     DigitsDataModule,
     ImageFolderDataModule,
@@ -124,6 +125,8 @@ PREDICTS: dict[str, Callable[[str], ImageDataModule]] = {
     "digits, threshold": lambda root: DigitsDataModule(predict_root=root, binarize="threshold", **DRAWN),
     "digits, drawn": lambda root: DigitsDataModule(16, predict_root=root, binarize="draw", seed=-7, **DRAWN),
     "digits, drawn once": lambda root: DigitsDataModule(predict_root=root, binarize="draw_once", **DRAWN),
+    "digits, with captions": lambda root: DigitsDataModule(predict_root=root, labels="captions"),
+    "captions": lambda root: CaptionsDataModule("none", image_size=(20, 36), predict_root=root),
     "COCO": lambda root: CocoDetectionDataModule(predict_root=root, image_size=24, max_size=40),
     "COCO, as they are": lambda root: CocoDetectionDataModule(
         predict_root=root, image_size=None, max_size=None, pad_multiple=1

@@ -40,7 +40,7 @@ from PIL import Image
 from torchvision import datasets
 
 import zoo
-from datamodules import ImageFolderDataModule, TorchvisionDataModule, torchvision_sets
+from datamodules import CaptionsDataModule, ImageFolderDataModule, TorchvisionDataModule, torchvision_sets
 from datamodules.reading import archives, cifar, images
 from datamodules.reading.archives import UnsafeArchiveError
 from zoo import ViTClassifier, checkpoints, weights
@@ -674,6 +674,10 @@ def test_hostile_images_are_refused_by_the_data_modules(tmp_path: Path) -> None:
     data = ImageFolderDataModule(str(tmp_path / "train"), predict_root=str(files["huge.png"].parent), num_workers=0)
     with pytest.raises(ValueError, match="cannot be read"):
         next(iter(data.predict_dataloader()))
+    (tmp_path / "pairs.csv").write_text("image,caption\ntrain/kind/huge.png,huge\n")
+    samples = CaptionsDataModule(test=str(tmp_path / "pairs.csv")).samples("test")
+    with pytest.raises(images.UnreadableImageError, match="huge.png cannot be read: .*pixels"):
+        samples[0]
     folder = tmp_path / "eurosat" / "2750" / "Forest"
     folder.mkdir(parents=True)
     for index in range(20):

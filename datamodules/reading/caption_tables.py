@@ -87,9 +87,11 @@ def read(path: Path, image_column: str | None, caption_column: str | None, encod
                 f"{path}, line {line}: {error}: expected fields in double quotes to end with one, and quotes within "
                 "them to be doubled"
             ) from None
+        if not any(field.strip() for field in record):
+            continue
         if len(record) == len(columns):
             rows.add(record[image].strip(), record[caption], line)
-        elif any(field.strip() for field in record):
+        else:
             fields = f"{len(record)} fields where the header has {len(columns)}"
             rows.fault(f"{fields} (one that holds the separator has to be quoted)", f"line {line}")
 

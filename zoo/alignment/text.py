@@ -169,11 +169,11 @@ class TextTransformer(nn.Module):
             return hidden[:, -1]
         if self.pool == "mean":
             text = (tokens != self.pad_id).unsqueeze(2)
-            total = torch.where(text, hidden, 0).sum(1, dtype=torch.float32)
+            total = torch.where(text, hidden, 0).sum(1, dtype=torch.promote_types(hidden.dtype, torch.float32))
             return (total / text.sum(1).clamp(min=1)).to(hidden.dtype)
         ends = torch.eq(tokens, cast(int, self.end_id))
         first = ends.int().argmax(1)
-        features = hidden.take_along_dim(first[:, None, None], dim=1).squeeze(1)
+        features = hidden.gather(1, first[:, None, None].expand(-1, 1, hidden.shape[2])).squeeze(1)
         return torch.where(ends.any(1, keepdim=True), features, torch.nan)
 
     def _mask(self, tokens: Tensor) -> Tensor:

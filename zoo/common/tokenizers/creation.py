@@ -15,22 +15,24 @@ KINDS: dict[str, Any] = NAMES | {each.kind: each for each in FILES.values()}
 OPTIONS = {"words": ("vocab_size",), ".json": SPECIAL, ".model": SPECIAL}
 
 
-def create_tokenizer(source: str | Path | Mapping[str, Any] | Tokenizer, **options: Any) -> Tokenizer:
+def create_tokenizer(
+    source: str | Path | Mapping[str, Any] | Tokenizer, vocab_size: int | None = None, **options: Any
+) -> Tokenizer:
     """The tokeniser of a name, a path or a state.
 
     Args:
         source: "bytes", "words" or "open_clip"; the path of a ``tokenizer.json``, of a SentencePiece ``.model`` or of a
             folder with one of them, as a model's folder of Hugging Face's is; a tokeniser's ``state()``; or a
             tokeniser, which is returned as it is. A model's name on a hub is no path: nothing is downloaded.
-        options: ``vocab_size`` of words; of files those of :class:`zoo.common.tokenizers.files.FileTokenizer`. None is
-            left to the tokeniser.
+        vocab_size: Number of ids of "words". None: as it is.
+        options: For files, those of :class:`zoo.common.tokenizers.files.FileTokenizer`. None: as it is.
 
     Raises:
         ValueError: For a name that is none and a path where nothing lies, for a folder or file of another kind, and for
             options that this tokeniser does not take.
         ImportError: Without the package that it needs.
     """
-    options = {name: value for name, value in options.items() if value is not None}
+    options = {name: value for name, value in {"vocab_size": vocab_size, **options}.items() if value is not None}
     create: Any
     if isinstance(source, str | Path):
         path = None if source in NAMES else _file(Path(source))

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from datamodules.loading.order import BatchOrder
     from datamodules.loading.seeding import SeededBatches
     from datamodules.shapes import ShapesDetectionDataModule
+    from datamodules.shapes_captions import ShapesCaptionsDataModule
     from datamodules.torchvision_sets import TorchvisionDataModule
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "DigitsDataModule",
     "ImageFolderDataModule",
     "SeededBatches",
+    "ShapesCaptionsDataModule",
     "ShapesDetectionDataModule",
     "TorchvisionDataModule",
 ]
@@ -33,6 +35,7 @@ _EXPORTS = {
     "CocoDetectionDataModule": "coco",
     "DigitsDataModule": "digits",
     "ImageFolderDataModule": "folder",
+    "ShapesCaptionsDataModule": "shapes_captions",
     "ShapesDetectionDataModule": "shapes",
     "TorchvisionDataModule": "torchvision_sets",
 }

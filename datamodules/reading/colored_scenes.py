@@ -1,0 +1,101 @@
+"""Rendered scenes of one or two coloured shapes, each a pure function of its composition, a seed and its number.
+
+All shapes are drawn at once, by distance to their outlines. Only sums, products, roots, minima and maxima go over the
+pixels, which IEEE 754 rounds everywhere alike, so that a scene is the same in whatever company it is drawn; across
+machines the noise may differ in its last digit.
+"""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+COLORS = {
+    "red": (1.0, 0.1, 0.1),
+    "green": (0.1, 0.8, 0.1),
+    "blue": (0.15, 0.2, 1.0),
+    "yellow": (1.0, 0.9, 0.1),
+    "magenta": (0.9, 0.1, 0.9),
+    "cyan": (0.1, 0.9, 0.9),
+}
+SIZES = {"small": 3.2, "large": 6.0}  # radius, as all lengths here in pixels of an image of UNIT pixels
+PLACES = {"top left": (9.0, 9.0), "top right": (23.0, 9.0), "bottom left": (9.0, 23.0), "bottom right": (23.0, 23.0)}
+UNIT = 32
+MOVED, SCALED, TURNED = 3.0, 0.15, 0.25  # a centre by up to so many pixels, a radius by this share, a shape in radians
+TINT, GRAIN = 0.08, 0.05  # standard deviations of a shape's colour and of the background, of intensities in [0, 1]
+GREY = (0.1, 0.35)  # of the background, between these
+CHUNK = 1024  # scenes drawn at once
+
+
+def _triangle(u: Tensor, v: Tensor) -> Tensor:
+    return torch.maximum(v - 0.8, 0.87 * u.abs() - 0.5 * v - 0.5)
+
+
+def _cross(u: Tensor, v: Tensor) -> Tensor:
+    u, v = u.abs(), v.abs()
+    return torch.maximum(torch.maximum(u, v) - 1, torch.minimum(u, v) - 0.32)
+
+
+SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "circle": lambda u, v: (u * u + v * v).sqrt() - 1,
+    "square": lambda u, v: torch.maximum(u.abs(), v.abs()) - 0.88,
+    "triangle": _triangle,
+    "cross": _cross,
+    "ring": lambda u, v: ((u * u + v * v).sqrt() - 0.75).abs() - 0.25,
+    "diamond": lambda u, v: (u.abs() + v.abs() - 1.15) * math.sqrt(0.5),
+}
+"""By name, the signed distance to the outline of a shape of radius 1, negative inside; v points down.
+
+Off the edges of the straight ones it is a bound of the distance.
+"""
+
+
+def render(scenes: Tensor, seed: int, numbers: Tensor, image_size: int = UNIT) -> Tensor:
+    """Draws scenes to uint8 images (N, 3, S, S).
+
+    Args:
+        scenes: int64 (N, objects, 4): shape, colour, size and place of each object, by number in the tables above.
+            Later objects lie over earlier ones.
+        seed: Seed of what is random in an image: exact place, size, angle and tint of each object, background, noise.
+        numbers: int64 (N,): the scenes' numbers, which make their images differ.
+        image_size: Side S in pixels.
+    """
+    chunks = zip(scenes.split(CHUNK), numbers.split(CHUNK), strict=True)
+    parts = [_render(some, seed, these.tolist(), image_size) for some, these in chunks]
+    return torch.cat(parts) if parts else torch.empty(0, 3, image_size, image_size, dtype=torch.uint8)
+
+
+def _render(scenes: Tensor, seed: int, numbers: list[int], image_size: int) -> Tensor:
+    objects = scenes.shape[1]
+    draws = torch.empty(len(numbers), objects, 4)
+    tints = torch.empty(len(numbers), objects, 3)
+    greys = torch.empty(len(numbers), 1, 1, 1)
+    images = torch.empty(len(numbers), 3, image_size, image_size)
+    for i, number in enumerate(numbers):  # one by one, so that a scene's draws are its own
+        rng = np.random.default_rng((seed, number))
+        draws[i] = torch.from_numpy(rng.uniform(-1, 1, draws[i].shape))
+        tints[i] = torch.from_numpy(rng.standard_normal(tints[i].shape))
+        greys[i] = rng.uniform(*GREY)
+        images[i] = torch.from_numpy(rng.standard_normal(images[i].shape, dtype=np.float32))
+    images.mul_(GRAIN).add_(greys)
+    colors, radii, places = (torch.tensor(list(table.values())) for table in (COLORS, SIZES, PLACES))
+    pixels = (torch.arange(image_size) + 0.5) * (UNIT / image_size)
+    for k in range(objects):
+        shape, color, size, place = scenes[:, k].unbind(1)
+        center = places[place] + MOVED * draws[:, k, :2]
+        radius = (radii[size] * (1 + SCALED * draws[:, k, 2]))[:, None, None]
+        angle = TURNED * draws[:, k, 3].double()[:, None, None]
+        cos, sin = angle.cos().float(), angle.sin().float()
+        right = (pixels - center[:, :1])[:, None, :] / radius
+        down = (pixels - center[:, 1:])[:, :, None] / radius
+        u, v = right * cos + down * sin, down * cos - right * sin
+        distance = torch.empty_like(u)
+        for number, outline in enumerate(SHAPES.values()):
+            of_it = shape == number
+            distance[of_it] = outline(u[of_it], v[of_it])
+        covered = (0.5 - distance * radius * (image_size / UNIT)).clamp(0, 1)[:, None]
+        tint = (colors[color] + TINT * tints[:, k]).clamp(0, 1)[:, :, None, None]
+        images = covered * tint + (1 - covered) * images
+    return images.clamp(0, 1).mul(255).round().to(torch.uint8)

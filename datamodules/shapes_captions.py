@@ -10,7 +10,8 @@ An image depends on ``images_seed`` and its number alone, so all sets are the sa
 order and of the captions drawn in training.
 """
 
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Sequence
 from functools import cache, reduce
 from itertools import permutations, product
 from typing import Any, Literal, Unpack, get_args
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from datamodules.base import ImageDataModule
+from datamodules.loading.captions import About, Captioned
 from datamodules.loading.options import IMAGE_OPTIONS, ImageOptions, with_defaults
 from datamodules.loading.order import mix
 from datamodules.loading.seeding import Samples
@@ -92,11 +94,11 @@ def scenes(held_out: HeldOut, objects: int, subset: int) -> Tensor:
 class CaptionedScenes:
     """Rendered scenes ``(image, captions)``: a uint8 tensor (3, S, S), and a dict of plain values.
 
-    In training a caption is drawn from torch's global generator, which the loader seeds by epoch and index; the dict
-    has ``captions``, that one; ``facts``, the attributes of the scene; and ``claims``, for the caption what it says of
-    them, -1 where it says nothing. In evaluation the caption is always of the first kind, and the dict besides has
-    ``image_id``, the same for images of which a full caption says the same; ``subset``, 0 for seen and 1 for unseen;
-    of one object ``label``, its pair; of two ``swapped``, the caption with the colours of the objects exchanged.
+    In training a caption is drawn from Python's generator, which the loader seeds by epoch and index; the dict has
+    ``captions``, that one; ``facts``, the attributes of the scene; and ``claims``, what the caption says of them, -1
+    where it says nothing. In evaluation the caption is always of the first kind, and the dict besides has ``image_id``,
+    the same for images of which a full caption says the same; ``subset``, 0 for seen and 1 for unseen; of one object
+    ``label``, its pair; of two ``swapped``, the caption with the colours of the objects exchanged.
 
     Args:
         images: uint8 (N, 3, S, S).
@@ -115,12 +117,12 @@ class CaptionedScenes:
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
+    def __getitem__(self, index: int) -> tuple[Tensor, About]:
         told = self.told[index].tolist()
         every = captions_of(told)
-        caption, claims = every[int(torch.randint(len(every), ())) if self.random else 0]
+        caption, claims = random.choice(every) if self.random else every[0]
         facts = _facts(told)
-        known: dict[str, Any] = {"captions": [caption], "facts": facts, "claims": [claims]}
+        known: About = {"captions": [caption], "facts": facts, "claims": [claims]}
         if self.subsets is not None:
             known |= {
                 "image_id": reduce(lambda number, fact: number * PAIRS + fact, facts),
@@ -164,15 +166,7 @@ def _swapped(told: Sequence[Sequence[int]]) -> list[list[int]]:
     return [[a[0], b[1], *a[2:]], [b[0], a[1], *b[2:]]]
 
 
-def collate(samples: Sequence[Any]) -> Any:
-    """Batches ``(images (B, 3, S, S), captions)``; of images alone, as from files to predict, the images."""
-    if isinstance(samples[0], Tensor):
-        return torch.stack(list(samples))
-    images, captions = zip(*samples, strict=True)
-    return torch.stack(images), list(captions)
-
-
-class ShapesCaptionsDataModule(ImageDataModule):
+class ShapesCaptionsDataModule(Captioned, ImageDataModule):
     """Rendered shapes with captions. Batches ``(images (B, 3, S, S), captions)``: see :class:`CaptionedScenes`.
 
     All scenes of a subset, of one object 8 for each of its pairs, come equally often. ``classes`` are the 36 pairs,
@@ -271,9 +265,6 @@ class ShapesCaptionsDataModule(ImageDataModule):
         """All captions that training images may have, for a tokeniser to be fitted to."""
         every = scenes(self.held_out, self.objects, 0)
         return list(dict.fromkeys(caption for told in every.tolist() for caption, _ in captions_of(told)))
-
-    def collate(self) -> Callable[[list[Any]], Any]:
-        return collate
 
     def _evaluated(self) -> Resize:
         return Resize(

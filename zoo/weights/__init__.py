@@ -18,6 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from zoo.common.activations import activation
 from zoo.common.classes import NamedClasses
 from zoo.common.norms import layer_norm_eps, set_layer_norm_eps
 from zoo.common.protocols import KeepsArguments, SetsLayerNorm
@@ -87,8 +88,9 @@ def load(module: nn.Module, source: str | Path) -> Report:
             ``save_pretrained`` wrote; or a name that timm has pretrained weights for, such as
             "vit_base_patch16_224.mae", which timm fetches. An average of the weights is preferred. Names are ours,
             timm's, those of the MAE and DINOv2 releases, torchvision's for EfficientNet, ResNet, ViT, RetinaNet, FCOS
-            and Faster R-CNN, Hugging Face's for ViT, ViTMAE, DeiT, BEiT and DINOv2 (also with registers), lightly's for
-            what it wraps a ViT in and for its masked autoencoder, or those of the package efficientnet_pytorch.
+            and Faster R-CNN, Hugging Face's for ViT, ViTMAE, DeiT, BEiT, DINOv2 (also with registers), CLIP and SigLIP,
+            open_clip's for CLIP with a ViT or a network of timm's, lightly's for what it wraps a ViT in and for its
+            masked autoencoder, or those of the package efficientnet_pytorch.
 
     Raises:
         FileNotFoundError: If there is no such file or name.
@@ -111,8 +113,9 @@ def load(module: nn.Module, source: str | Path) -> Report:
             own[target].copy_(value)
     used = {key for key, _ in values.values()}
     notes = [*fitted.notes, *_settle_eps(module, found.stated.norm_eps)]
-    if found.stated.activation not in (None, "gelu"):
-        notes.append(f"activations are {found.stated.activation} there: build the network alike")
+    there, here = found.stated.activation, activation(encoder_of(module))
+    if there not in (None, here or "gelu"):
+        notes.append(f"activations are {there} there: build the network alike")
     report = Report(
         source=name,
         loaded=len(used),

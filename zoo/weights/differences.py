@@ -22,6 +22,24 @@ BY_OFFSET = "attention_bias"  # (heads, offsets)
 SIZED = ("pos_embed", "rel_pos", TABLE, BY_OFFSET)
 
 
+def check_norm_before(module: nn.Module, source: Source) -> None:
+    """Compares the norm before the first block, which CLIP's image towers have in the place of their patches' bias.
+
+    Raises:
+        ValueError: If one has it and the other has not.
+    """
+    theirs, own = ({unwrapped(key) for key in state} for state in (source.tensors, module.state_dict()))
+    both = theirs & own
+    there, here = "norm_pre.weight" in theirs, "norm_pre.weight" in own
+    if "blocks.0.norm1.weight" in both and there != here:
+        has, lacks = ("has", "does not") if there else ("has no", "does")
+        raise ValueError(
+            f"{source.name} {has} norm before its first block (norm_pre), as CLIP's image towers have it, and "
+            f"{type(module).__name__} {lacks}: take a backbone such as "
+            + ("vit_base_patch16_clip_224" if there else "vit_base_patch16_224, or vit_base_patch16_siglip_224")
+        )
+
+
 def check_tokens(module: nn.Module, source: Source, missing: list[str]) -> None:
     """Compares the tokens before the patches, class, distillation and registers; and whether positions are added.
 

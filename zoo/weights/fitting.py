@@ -7,7 +7,7 @@ from timm.layers import resample_patch_embed
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
-from zoo.weights.differences import cause, check_heads, check_tokens, check_whole
+from zoo.weights.differences import cause, check_heads, check_norm_before, check_tokens, check_whole
 from zoo.weights.layouts import Layout
 from zoo.weights.names import brief, is_encoder, is_needed, part_of, place, relative, unwrapped
 from zoo.weights.positions import TABLE, Grid, adapt, find_grid, fold
@@ -39,6 +39,7 @@ def fit(module: nn.Module, source: Source, layout: Layout) -> Fit:
     own, state, name = module.state_dict(), source.tensors, type(module).__name__
     found = _matched(source, own, layout)
     missing = [target for target in own if is_needed(target, own) and target not in found]
+    check_norm_before(module, source)
     check_tokens(module, source, missing)
     if missing:
         needed = sum(is_needed(target, own) for target in own)

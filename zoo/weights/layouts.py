@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from zoo.common.protocols import ForeignWeights
-from zoo.weights import efficientnet_layouts, vit_layouts
+from zoo.weights import clip_layouts, efficientnet_layouts, vit_layouts
 from zoo.weights.names import HEADS
 
 
@@ -72,12 +72,15 @@ def translate(state: Mapping[str, Tensor], layout: Layout | None = None) -> tupl
         ValueError: If one of the three projections of an attention is missing.
     """
     kinds: list[str] = []
-    for known in (vit_layouts, efficientnet_layouts, layout or Layout()):
+    for known in (vit_layouts, efficientnet_layouts, clip_layouts, layout or Layout()):
         found, state = known.translate(state)
         kinds += found
     names = [f".{name}" for name in state]
     if any(".decoder.blocks." in name or ".decoder_blocks." in name for name in names):
         kinds.append("encoder and decoder")
-    elif any(".blocks.0.attn." in name for name in names) and not any(".head." in name for name in names):
+    elif any(".blocks.0.attn." in name for name in names) and not any(
+        ".head." in name or name.endswith(".logit_scale")
+        for name in names  # a classifier, or a text tower beside it
+    ):
         kinds.append("encoder alone")
     return ", ".join(kinds), dict(state)

@@ -25,8 +25,10 @@ from zoo.weights.stated import Stated, by_checkpoint, by_config, by_metadata, by
 CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 
 
-# Files that Hugging Face's libraries and timm write into a folder, with a config.json beside them.
-IN_FOLDERS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+# Files that Hugging Face's libraries and timm write into a folder, with a config.json beside them; and open_clip, with
+# an open_clip_config.json.
+OPEN_CLIP = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+IN_FOLDERS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", *OPEN_CLIP)
 SHARD = re.compile(r".*-\d{5}-of-\d{5}\.(safetensors|bin)")
 
 
@@ -117,7 +119,8 @@ def _json(path: Path) -> dict[str, Any]:
 def _content(path: Path) -> tuple[Any, Stated]:
     """The content of a file, and what it says, or a ``config.json`` that belongs to it."""
     name = str(path)
-    config = _json(path.with_name("config.json")) if path.name in IN_FOLDERS else {}
+    beside = "open_clip_config.json" if path.name in OPEN_CLIP else "config.json"
+    config = _json(path.with_name(beside)) if path.name in IN_FOLDERS else {}
     if path.suffix == ".safetensors":
         try:
             with safetensors.safe_open(path, framework="pt") as file:

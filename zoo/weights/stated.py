@@ -16,6 +16,12 @@ from zoo.common.protocols import KeepsArguments
 
 Size = tuple[int, int]
 
+# What Hugging Face's classes take for what a config.json leaves out, by model_type; newer files have but what differs.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "clip": {"image_size": 224, "num_attention_heads": 12, "layer_norm_eps": 1e-5, "hidden_act": "quick_gelu"},
+    "siglip": {"image_size": 224, "num_attention_heads": 12, "layer_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh"},
+}
+
 
 @dataclass(frozen=True)
 class Stated:
@@ -28,9 +34,10 @@ class Stated:
         heads: Attention heads of a block of the encoder.
         decoder_heads: The same of a masked autoencoder's decoder.
         norm_eps: Epsilon of its LayerNorms.
-        activation: By the name that Hugging Face has for it.
+        activation: By the name that timm has for it, or, of one that it does not have, Hugging Face.
         padding: How its convolutions pad: "same", as TensorFlow's do, or "symmetric".
         batch_norm_eps: Epsilon of its BatchNorms.
+        config: All that is said beside tensors, as it stands there: a configuration, or arguments of a module.
     """
 
     grid: Size | None = None
@@ -42,6 +49,7 @@ class Stated:
     activation: str | None = None
     padding: str | None = None
     batch_norm_eps: float | None = None
+    config: Mapping[str, Any] | None = None
 
     def grids(self, kernel: Size | None) -> Iterator[Size]:
         """The grids that this may mean, the surest first.
@@ -80,6 +88,7 @@ def by_checkpoint(content: Any) -> Stated:
             heads=_of(int, given.get("heads")),
             decoder_heads=_of(int, given.get("decoder_heads")),
             norm_eps=None if of_batch_norm else _of(float, given.get("norm_eps")),
+            config=given,
         )
     args = content.get("args")
     args = vars(args) if isinstance(args, Namespace) else args
@@ -90,16 +99,24 @@ def by_checkpoint(content: Any) -> Stated:
 
 
 def by_config(config: Any) -> Stated:
-    """Reads the ``config.json`` beside weights, as Hugging Face's or timm's ``save_pretrained`` writes it."""
+    """Reads the ``config.json`` beside weights, as Hugging Face's or timm's ``save_pretrained`` writes it.
+
+    Or open_clip's ``open_clip_config.json``.
+    """
     if not isinstance(config, Mapping):
         return Stated()
+    if isinstance(model := config.get("model_cfg"), Mapping):
+        return _by_open_clip(model)
     if "model_type" in config:
+        inner = config.get("vision_config", config)  # of two towers
+        said = DEFAULTS.get(str(config["model_type"]).removesuffix("_vision_model"), {}) | dict(inner or {})
         return Stated(
-            image=_size(config.get("image_size")),
-            heads=_of(int, config.get("num_attention_heads")),
-            decoder_heads=_of(int, config.get("decoder_num_attention_heads")),
-            norm_eps=_of(float, config.get("layer_norm_eps")),
-            activation=_of(str, config.get("hidden_act")),
+            image=_size(said.get("image_size")),
+            heads=_of(int, said.get("num_attention_heads")),
+            decoder_heads=_of(int, said.get("decoder_num_attention_heads")),
+            norm_eps=_of(float, said.get("layer_norm_eps")),
+            activation=timms_activation(said.get("hidden_act")),
+            config=config,
         )
     sizes = [
         inner.get(name)
@@ -108,6 +125,32 @@ def by_config(config: Any) -> Stated:
     ]
     image = next(filter(None, map(_size, sizes)), None)
     return Stated(image=image, backbone=_of(str, config.get("architecture")))
+
+
+def _by_open_clip(model: Mapping[str, Any]) -> Stated:
+    """Reads open_clip's ``model_cfg``, whose image tower may be one of timm's."""
+    vision = model.get("vision_cfg") or {}
+    if (timms := _of(str, vision.get("timm_model_name"))) is not None:
+        return Stated(image=_size(vision.get("image_size")), backbone=timms, config=model)
+    return Stated(
+        image=_size(vision.get("image_size", 224)),
+        heads=vision.get("width", 768) // vision.get("head_width", 64),
+        norm_eps=(vision.get("norm_kwargs") or {}).get("eps", 1e-5),
+        activation=open_clips_activation(model, vision),
+        config=model,
+    )
+
+
+def open_clips_activation(model: Mapping[str, Any], tower: Mapping[str, Any]) -> str:
+    """Activation of a tower of open_clip's: of ``model_cfg``, and of its ``vision_cfg`` or ``text_cfg``."""
+    if model.get("quick_gelu"):
+        return "quick_gelu"
+    return "gelu_tanh" if (tower.get("act_kwargs") or {}).get("approximate") == "tanh" else "gelu"
+
+
+def timms_activation(name: Any) -> str | None:
+    """timm's name for an activation by the name that Hugging Face has for it; another's own."""
+    return "gelu_tanh" if name in ("gelu_pytorch_tanh", "gelu_new") else _of(str, name)
 
 
 def by_metadata(metadata: Mapping[str, str] | None) -> Stated:

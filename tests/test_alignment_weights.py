@@ -1,6 +1,8 @@
 """CLIP and SigLIP as Hugging Face and open_clip have them: loaded, they compute what they compute there."""
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,9 @@ import timm
 import torch
 from torch import nn
 
-from zoo import ViTClassifier, weights
-from zoo.common.activations import set_activation
+from zoo import ImageTextAligner, ViTClassifier, weights
+from zoo.alignment.conversion import to_hugging_face, to_open_clip
+from zoo.common.activations import activation, set_activation
 
 SIDE, PATCH, CLASSES = 24, 8, 3
 SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -36,7 +39,7 @@ def hugging_face(tmp_path_factory) -> dict[str, tuple[Any, Path]]:
     transformers = pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("hugging_face")
     vision = SIZES | {"image_size": SIDE, "patch_size": PATCH}
-    text = SIZES | {"vocab_size": 40, "max_position_embeddings": 7, "eos_token_id": 39}
+    text = SIZES | {"vocab_size": 260, "max_position_embeddings": 7, "eos_token_id": 258}
     made = {}
     for kind, name, options in (("CLIP", "CLIP", {"projection_dim": 16}), ("SigLIP", "Siglip", {})):
         config = getattr(transformers, f"{name}Config")(vision_config=vision, text_config=text, **options)
@@ -51,7 +54,7 @@ def open_clip(tmp_path_factory) -> dict[str, tuple[Any, Path]]:
     """Tiny models of open_clip's: its own CLIP, and a network of timm's beside a text tower of SigLIP's kind."""
     library = pytest.importorskip("open_clip")
     folder = tmp_path_factory.mktemp("open_clip")
-    text = {"context_length": 7, "vocab_size": 40, "width": 32, "heads": 2, "layers": 2}
+    text = {"context_length": 7, "vocab_size": 260, "width": 32, "heads": 2, "layers": 2}
     vision = {"image_size": SIDE, "patch_size": PATCH, "width": 32, "head_width": 16, "layers": 2}
     timms = {"image_size": 160, "timm_model_name": "test_vit", "timm_pool": "token", "timm_proj": "linear"}
     last = {"no_causal_mask": True, "proj_bias": True, "pool_type": "last", "norm_kwargs": {"eps": 1e-6}}
@@ -72,8 +75,34 @@ def open_clip(tmp_path_factory) -> dict[str, tuple[Any, Path]]:
     return made
 
 
-def images(batch: int = 2) -> torch.Tensor:
-    return torch.randn(batch, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+def images(size: int = SIDE) -> torch.Tensor:
+    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+
+def tokens() -> torch.Tensor:
+    """Texts of bytes: with padding, without, and with an end token in the middle; open_clip looks for the largest."""
+    return torch.tensor([[257, 9, 258, 0, 0, 0, 0], [257, 3, 4, 5, 6, 7, 258], [257, 100, 200, 258, 0, 0, 0]])
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "CLIP": {"embed_dim": 16},
+    "SigLIP": {"embed_dim": 32, "loss": "sigmoid", "image_projection": "none", "projection_bias": True}
+    | {"text_pool": "last", "text_causal": False},
+}
+
+
+def aligner(kind: str, backbone: nn.Module | None = None, **options: Any) -> Any:
+    backbone = backbone or timm.create_model(NETWORKS[kind], img_size=SIDE, num_classes=0, **TIMM)
+    text = {"text_width": 32, "text_depth": 2, "text_heads": 2, "context_length": 7}
+    return ImageTextAligner(backbone, **text | KINDS[kind] | options).double().eval()
+
+
+def timms_aligner(**options: Any) -> Any:
+    """As the second of open_clip's: a network of timm's with a linear projection, a bias on the text side alone."""
+    options = {"text_pool": "last", "text_causal": False, "loss": "sigmoid"} | options
+    ours = aligner("CLIP", timm.create_model("test_vit", num_classes=0), **options)
+    ours.text_projection.bias = nn.Parameter(torch.zeros(16, dtype=torch.float64))
+    return ours
 
 
 # Image towers alone.
@@ -127,3 +156,118 @@ def test_an_image_tower_alone_of_open_clip(open_clip):
         torch.equal(value, theirs.visual.trunk.state_dict()[name].float())
         for name, value in network.state_dict().items()
     )
+
+
+# Whole aligners.
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_aligner_of_hugging_face(hugging_face, kind):
+    """The same embeddings and logits; and out again bit for bit, tensors that theirs takes."""
+    theirs, folder = hugging_face[kind]
+    ours = aligner(kind)
+    report = weights.load(ours, folder)
+    assert report.loaded == report.total
+    assert report.fresh == report.resized == ()
+    there = theirs(input_ids=tokens(), pixel_values=images())
+    torch.testing.assert_close(ours.encode_image(images()), there.image_embeds, **EXACT)
+    torch.testing.assert_close(ours.encode_text(tokens()), there.text_embeds, **EXACT)
+    torch.testing.assert_close(ours(images(), tokens()), there.logits_per_image, **EXACT)
+    out, state = to_hugging_face(ours), theirs.state_dict()
+    assert out.keys() == state.keys()
+    assert all(torch.equal(out[name], value) and out[name].shape == value.shape for name, value in state.items())
+
+
+def test_an_aligner_of_open_clip(open_clip):
+    """Its own image tower, and one of timm's beside a text tower of SigLIP's kind; activations as its config says."""
+    for kind, ours in (
+        ("CLIP", aligner("CLIP")),
+        ("timm", timms_aligner()),
+    ):
+        theirs, folder = open_clip[kind]
+        report = weights.load(ours, folder)
+        assert report.loaded == report.total
+        assert report.fresh == ()
+        seen = images() if kind == "CLIP" else images(size=160)
+        torch.testing.assert_close(ours.encode_image(seen), theirs.encode_image(seen, normalize=True), **EXACT)
+        torch.testing.assert_close(ours.encode_text(tokens()), theirs.encode_text(tokens(), normalize=True), **EXACT)
+        torch.testing.assert_close(ours(seen, tokens()), theirs.get_logits(seen, tokens())[0], **EXACT)
+        out, state = to_open_clip(ours), theirs.state_dict()
+        assert out.keys() == state.keys()
+        assert all(torch.equal(out[name], value) and out[name].shape == value.shape for name, value in state.items())
+
+
+@pytest.mark.parametrize("prefix", ["module.", "model."])
+def test_an_aligner_in_wrappers(hugging_face, open_clip, tmp_path, prefix):
+    """As a training of open_clip's with several processes writes it, and somebody's LightningModule."""
+    for theirs, kind in ((open_clip["CLIP"][0], "CLIP"), (hugging_face["SigLIP"][0], "SigLIP")):
+        state = {prefix + name: value for name, value in theirs.state_dict().items()}
+        torch.save({"epoch": 1, "state_dict": state}, tmp_path / f"{kind}.pt")
+        ours = aligner(kind)
+        report = weights.load(ours, tmp_path / f"{kind}.pt")
+        assert report.loaded == report.total
+        assert report.fresh == ()
+
+
+def test_what_the_config_says_is_set_and_remembered(hugging_face, tmp_path):
+    """Activations and epsilons, unless asked for otherwise; a checkpoint builds the same again."""
+    _, folder = hugging_face["SigLIP"]
+    ours = aligner("SigLIP")
+    said = "text_norm_eps 1e-06"
+    report = weights.load(ours, folder)
+    assert report.notes == (f"image_act gelu_tanh, text_act gelu_tanh, {said}, as there",)
+    assert (ours.hparams.image_act, ours.hparams.text_act, ours.hparams.text_norm_eps) == (
+        "gelu_tanh",
+        "gelu_tanh",
+        1e-6,
+    )
+    again = aligner("SigLIP")
+    again.on_load_checkpoint({"hyper_parameters": dict(ours.hparams), "state_dict": {}})
+    again.load_state_dict(ours.state_dict())
+    built = aligner("SigLIP", **{name: ours.hparams[name] for name in ours.from_weights})
+    built.load_state_dict(ours.state_dict())
+    for other in (again, built):
+        assert torch.equal(other(images(), tokens()), ours(images(), tokens()))
+    asked = aligner("SigLIP", text_act="gelu", image_norm_eps=1e-5)
+    report = weights.load(asked, folder)
+    assert report.notes == (
+        f"image_act gelu_tanh, {said}, as there",
+        "to compute as there, build with text_act='gelu_tanh', image_norm_eps=1e-06",
+    )
+    assert activation(asked.text) == "gelu"
+    assert asked.hparams.text_act == "gelu"
+
+
+def renamed_config(folder: Path, target: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    """A copy of a folder whose config.json says something else."""
+    shutil.copytree(folder, target)
+    config = json.loads((target / "config.json").read_text())
+    change(config)
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "text"),
+    [
+        ("CLIP", {"embed_dim": 8}, "embed_dim is 16 there and 8 here; build with embed_dim=16"),
+        ("CLIP", {"text_depth": 1, "text_width": 16}, ".*; build with text_width=32, text_depth=2, text_mlp_width"),
+        ("CLIP", {"text_depth": 3}, "text_depth is 2 there and 3 here"),
+        ("CLIP", {"context_length": 8}, "context_length is 7 there and 8 here"),
+        ("CLIP", {"text_mlp_width": 64}, "text_mlp_width is 128 there and 64 here"),
+        ("CLIP", {"text_heads": 4}, "text_heads is 2 there and 4 here; build with text_heads=2"),
+        ("CLIP", {"text_pool": "mean"}, "text_pool is end there and mean here; build with text_pool='end'"),
+        ("SigLIP", {"text_causal": True}, "text_causal is False there and True here; build with text_causal=False"),
+        ("SigLIP", {"image_projection": "linear"}, "image_projection is none there and linear here"),
+        ("SigLIP", {"projection_bias": False}, "projection_bias is True there and False here"),
+    ],
+)
+def test_another_aligner_is_refused_by_its_arguments(hugging_face, kind, options, text):
+    ours = aligner(kind, **options)
+    before = {name: value.clone() for name, value in ours.state_dict().items()}
+    with pytest.raises(
+        ValueError, match=rf"^[^\n]*\(Hugging Face, {kind}\) is of another aligner than this: {text}[^\n]*$"
+    ):
+        weights.load(ours, hugging_face[kind][1])
+    assert all(torch.equal(value, before[name]) for name, value in ours.state_dict().items())
+    assert ours.hparams.text_act is None

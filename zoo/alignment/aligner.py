@@ -11,7 +11,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from zoo._lightning import LightningModule, rank_zero_info
+from zoo._lightning import LightningModule
+from zoo.alignment.layouts import CONVENTIONS, TakesWeights, set_conventions
 from zoo.alignment.metrics import ModalityGap
 from zoo.alignment.positives import Positives, positive_keys
 from zoo.alignment.settings import BIAS, Loss, Projection, check_arguments, max_scale_of, scale_of
@@ -31,11 +32,10 @@ from zoo.common.texts import ReadsTexts
 from zoo.common.tokenizers import Tokenizer, create_tokenizer
 from zoo.losses import contrastive_sigmoid_loss, contrastive_softmax_loss
 from zoo.sharding import Shardable
-from zoo.weights import load as load_weights
 
 
 class ImageTextAligner(
-    SafeLoading, Compilable, Evaluation, Shardable, TakesImages, ReadsTexts, LocksTowers, LightningModule
+    SafeLoading, Compilable, Evaluation, Shardable, TakesImages, ReadsTexts, TakesWeights, LocksTowers, LightningModule
 ):
     """Image and text towers whose embeddings of a pair are close: CLIP, SigLIP, LiT.
 
@@ -64,9 +64,14 @@ class ImageTextAligner(
         text_heads: Attention heads of a block.
         text_pool: What is read of a text: the "end" token, the "mean" of all, the "last" position or the "first".
         text_causal: Let each token see only those before it.
-        text_act: Activation of the text transformer: "gelu", "quick_gelu" (OpenAI's weights) or "gelu_tanh" (SigLIP).
+        text_act: Activation of the text tower: "gelu", "quick_gelu" (OpenAI's weights) or "gelu_tanh" (SigLIP). None:
+            as ``weights`` were trained, if they say so, or else "gelu".
+        text_norm_eps: Epsilon of its LayerNorms. None: as ``weights`` say, or else 1e-5.
+        text_mlp_width: Hidden width of its MLPs. None: four times ``text_width``.
         text_mask_padding: Hide padding from the other tokens.
         text_dropout: Dropout of the text transformer.
+        image_act: Activation of the image tower, as ``text_act``. None: as ``weights`` say, or else its own.
+        image_norm_eps: Epsilon of its LayerNorms. None: as ``weights`` say, or else its own.
         image_projection: "linear" layer from the image tower's features to embeddings, or "none" (LiT).
         text_projection: The same of the text tower.
         projection_bias: Bias of the linear layers.
@@ -130,9 +135,13 @@ class ImageTextAligner(
         text_heads: int = 8,
         text_pool: Pool = "end",
         text_causal: bool = True,
-        text_act: Act = "gelu",
+        text_act: Act | None = None,
+        text_norm_eps: float | None = None,
+        text_mlp_width: int | None = None,
         text_mask_padding: bool = False,
         text_dropout: float = 0.0,
+        image_act: Act | None = None,
+        image_norm_eps: float | None = None,
         image_projection: Projection = "linear",
         text_projection: Projection = "linear",
         projection_bias: bool = False,
@@ -173,6 +182,7 @@ class ImageTextAligner(
         if given:
             self.settle_images()
         self.text = create_text_tower(text_backbone, self.tokenizer, hp)
+        set_conventions(self, {name: hp[name] for name in CONVENTIONS})
         self.image_projection = create_projection("image", image_projection, self.backbone, embed_dim, projection_bias)
         self.text_projection = create_projection("text", text_projection, self.text, embed_dim, projection_bias)
         self.logit_scale = nn.Parameter(torch.tensor([math.log(scale_of(hp))], dtype=torch.float32))
@@ -186,10 +196,7 @@ class ImageTextAligner(
         self.step_log = StepLog()
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
         self.val_gap, self.test_gap = ModalityGap(embed_dim), ModalityGap(embed_dim)
-        if image_weights is not None:
-            rank_zero_info(str(load_weights(self.backbone, image_weights)))
-        if weights is not None:
-            rank_zero_info(str(load_weights(self, weights)))
+        self.take_weights(image_weights, weights)
         self.lock()
         if compile:
             self.compile()

@@ -4,6 +4,7 @@ import math
 from typing import Any, Literal
 
 from zoo.alignment.positives import Positives
+from zoo.alignment.text import Act
 from zoo.common.ranges import check_above, check_choices, check_ranges, check_training
 
 Loss = Literal["softmax", "sigmoid"]
@@ -35,12 +36,14 @@ def check_arguments(hparams: Any) -> None:
         image_projection=(hparams.image_projection, Projection),
         text_projection=(hparams.text_projection, Projection),
     )
+    check_choices(**{name: (hparams[name] or "gelu", Act) for name in ("image_act", "text_act")})
     check_training(hparams)
     least = {"image_size": 1, "in_channels": 1, "embed_dim": 1, "context_length": 1, "vocab_size": 1, "chunk": 1}
     least |= {"micro_batch": 1, "unlock_groups": 0, "unlock_every": 1, "scale_lr": 0}
     check_ranges(**{name: (hparams[name], smallest, None) for name, smallest in least.items()})
     check_ranges(bias_init=(None if hparams.bias_init == "auto" else hparams.bias_init, -math.inf, None))
     scale, largest = scale_of(hparams), max_scale_of(hparams)
+    check_above(image_norm_eps=(hparams.image_norm_eps, 0, 1), text_norm_eps=(hparams.text_norm_eps, 0, 1))
     check_above(scale_init=(scale, 0, math.inf), max_scale=(largest, 1, math.inf))
     if largest is not None and not 1 <= scale <= largest:
         raise ValueError(f"scale_init is {scale:g}: expected a number from 1 to max_scale, which is {largest:g}")

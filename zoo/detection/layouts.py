@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from zoo.weights import Layout
+from zoo.weights.layouts import other_arguments
 from zoo.weights.names import renamed
 
 CLASSES = "head.cls_out"
@@ -116,21 +117,6 @@ def as_there(wanted: Mapping[str, Any], module: Any) -> str:
 def other_detector(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> str:
     """Arguments that differ between a source's FPNDetector and the module, and how to build alike; "" if none do."""
     return other_arguments(_built(theirs), _built(ours), {"head": "head_norm"})  # whose default depends on the head
-
-
-def other_arguments(there: Mapping[str, Any], here: Mapping[str, Any], along: Mapping[str, str]) -> str:
-    """Arguments that differ between two detectors, and how to build the second like the first; "" if none do.
-
-    Args:
-        there, here: Arguments of each, as far as its tensors show them.
-        along: An argument that has to be named where another one differs, by that one's name.
-    """
-    other = [name for name in here if there and there.get(name, here[name]) != here[name]]
-    if not other:
-        return ""
-    differs = ", ".join(f"{name} is {there[name]} there and {here[name]} here" for name in other)
-    other += [name for cause, name in along.items() if cause in other and name not in other]
-    return f"{differs}; build with {', '.join(f'{name}={there[name]!r}' for name in other)}"
 
 
 def _built(state: Mapping[str, Tensor]) -> dict[str, Any]:

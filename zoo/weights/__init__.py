@@ -12,21 +12,17 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from zoo.common.activations import activation
 from zoo.common.classes import NamedClasses
-from zoo.common.norms import layer_norm_eps, set_layer_norm_eps
-from zoo.common.protocols import KeepsArguments, SetsLayerNorm
 from zoo.weights.fitting import fit
 from zoo.weights.layouts import Layout, layout_of
 from zoo.weights.names import brief
 from zoo.weights.reading import Source, describe, find, read, translated
-from zoo.weights.stated import encoder_of, to_metadata
+from zoo.weights.stated import to_metadata
 
 __all__ = ["Layout", "Report", "describe", "load", "read", "reported", "save"]
 
@@ -106,16 +102,16 @@ def load(module: nn.Module, source: str | Path) -> Report:
     replaced = layout.resized(kind, state, own)
     state |= replaced
     fitted = fit(module, Source(name, state, found.stated), layout)
+    try:
+        settled = layout.settle(kind, found.stated, module)
+    except ValueError as error:
+        raise ValueError(f"{name} {error}") from error
     values = fitted.values
     resized = [*fitted.resized, *(target for target, (key, _) in values.items() if key in replaced)]
     with torch.no_grad():
         for target, (_, value) in values.items():
             own[target].copy_(value)
     used = {key for key, _ in values.values()}
-    notes = [*fitted.notes, *_settle_eps(module, found.stated.norm_eps)]
-    there, here = found.stated.activation, activation(encoder_of(module))
-    if there not in (None, here or "gelu"):
-        notes.append(f"activations are {there} there: build the network alike")
     report = Report(
         source=name,
         loaded=len(used),
@@ -123,7 +119,7 @@ def load(module: nn.Module, source: str | Path) -> Report:
         resized=tuple(resized),
         left_out=tuple(key for key in state if key not in used),
         fresh=tuple(key for key in own if key not in values and not key.endswith("num_batches_tracked")),
-        notes=tuple(notes),
+        notes=(*fitted.notes, *settled),
         advice=layout.advice(kind, state, module, values.keys()),
     )
     if isinstance(module, NamedClasses) and not report.fresh:
@@ -169,22 +165,3 @@ def save(module: nn.Module, path: str | Path, state: Mapping[str, Tensor] | None
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
-
-
-def _settle_eps(module: Any, eps: float | None) -> list[str]:
-    """Gives LayerNorms the epsilon that the weights were trained with, where the module leaves it to them.
-
-    Returns:
-        What to say of it: nothing, if it was the same.
-    """
-    here = layer_norm_eps(encoder_of(module))
-    if eps is None or here is None or here == eps:
-        return []
-    if isinstance(module, KeepsArguments):
-        if not isinstance(module, SetsLayerNorm):
-            return [f"LayerNorm's epsilon was {eps:g} there and is {here:g} here"]
-        if module.hparams.get("norm_eps") is not None:
-            return [f"to compute as there, build with norm_eps={eps:g}"]
-        module.hparams["norm_eps"] = eps  # a checkpoint remembers it
-    set_layer_norm_eps(module, eps)
-    return [f"norm_eps {eps:g}, as there"]

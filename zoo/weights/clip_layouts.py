@@ -32,14 +32,14 @@ class Names:
     block: Pairs
 
     def ours(self, name: str) -> str | None:
-        """Our name for one of theirs within the tower; within a block one that is not known stays as it is."""
+        """Name here for one of theirs within the tower; None if unknown, but within blocks it then stays."""
         if found := re.fullmatch(rf"{re.escape(self.blocks)}\.(\d+)\.(.+)", name):
             theirs = [(new, old) for old, new in self.block]
             return f"blocks.{found[1]}.{_replaced(found[2], theirs) or found[2]}"
         return _replaced(name, [(new, old) for old, new in self.tower])
 
     def theirs(self, name: str) -> str | None:
-        """Their name for one of ours; None if they have none."""
+        """Name there for one of ours; None if there is none."""
         if found := re.fullmatch(r"blocks\.(\d+)\.(.+)", name):
             rest = _replaced(found[2], list(self.block))
             return rest and f"{self.blocks}.{found[1]}.{rest}"

@@ -5,9 +5,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from zoo.common.protocols import ForeignWeights
+from zoo.common.activations import activation
+from zoo.common.norms import layer_norm_eps, set_layer_norm_eps
+from zoo.common.protocols import ForeignWeights, KeepsArguments, SetsLayerNorm
 from zoo.weights import clip_layouts, efficientnet_layouts, vit_layouts
 from zoo.weights.names import HEADS
+from zoo.weights.stated import Stated, encoder_of
 
 
 class Layout:
@@ -44,6 +47,27 @@ class Layout:
     def differences(self, theirs: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
         """Reason to refuse a file whose encoder fits, as the end of a sentence about it; "" for none."""
         return ""
+
+    def settle(self, kind: str, stated: Stated, module: nn.Module) -> list[str]:
+        """Gives the module what its arguments leave to the weights, of what their source says beside tensors.
+
+        It comes before the first tensor is written, and changes nothing where it raises.
+
+        Args:
+            kind: As above.
+            stated: By the source.
+            module: To fill.
+
+        Returns:
+            Notes on what was set, or would have to be.
+
+        Raises:
+            ValueError: With a reason to refuse the file, as the end of a sentence about it.
+        """
+        notes = _settle_eps(module, stated.norm_eps)
+        if stated.activation not in (None, activation(encoder_of(module)) or "gelu"):
+            notes.append(f"activations are {stated.activation} there: build the network alike")
+        return notes
 
     def advice(self, kind: str, state: Mapping[str, Tensor], module: nn.Module, filled: Collection[str]) -> str:
         """Advice on another way to build the module, by which weights do what they did at their source; "" if alike.
@@ -84,3 +108,37 @@ def translate(state: Mapping[str, Tensor], layout: Layout | None = None) -> tupl
     ):
         kinds.append("encoder alone")
     return ", ".join(kinds), dict(state)
+
+
+def other_arguments(there: Mapping[str, Any], here: Mapping[str, Any], along: Mapping[str, str]) -> str:
+    """Arguments that differ between two modules, and how to build the second like the first; "" if none do.
+
+    Args:
+        there, here: Arguments of each, as far as its tensors show them.
+        along: An argument that has to be named where another one differs, by that one's name.
+    """
+    other = [name for name in here if there and there.get(name, here[name]) != here[name]]
+    if not other:
+        return ""
+    differs = ", ".join(f"{name} is {there[name]} there and {here[name]} here" for name in other)
+    other += [name for cause, name in along.items() if cause in other and name not in other]
+    return f"{differs}; build with {', '.join(f'{name}={there[name]!r}' for name in other)}"
+
+
+def _settle_eps(module: Any, eps: float | None) -> list[str]:
+    """Gives LayerNorms the epsilon that the weights were trained with, where the module leaves it to them.
+
+    Returns:
+        What to say of it: nothing, if it was the same.
+    """
+    here = layer_norm_eps(encoder_of(module))
+    if eps is None or here is None or here == eps:
+        return []
+    if isinstance(module, KeepsArguments):
+        if not isinstance(module, SetsLayerNorm):
+            return [f"LayerNorm's epsilon was {eps:g} there and is {here:g} here"]
+        if module.hparams.get("norm_eps") is not None:
+            return [f"to compute as there, build with norm_eps={eps:g}"]
+        module.hparams["norm_eps"] = eps  # a checkpoint remembers it
+    set_layer_norm_eps(module, eps)
+    return [f"norm_eps {eps:g}, as there"]

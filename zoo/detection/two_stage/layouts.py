@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from zoo.detection.layouts import COCO_UNUSED, TORCHVISION_PYRAMID, WITHOUT_EPSILON, as_there, other_arguments
+from zoo.detection.layouts import COCO_UNUSED, TORCHVISION_PYRAMID, WITHOUT_EPSILON, as_there
 from zoo.weights import Layout
+from zoo.weights.layouts import other_arguments
 from zoo.weights.names import renamed, unwrapped
 
 CLASSES, BOXES = "cls_out", "box_out"

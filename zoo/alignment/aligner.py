@@ -12,21 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from zoo._lightning import LightningModule
+from zoo.alignment.evaluation import AlignerEvaluation
 from zoo.alignment.layouts import CONVENTIONS, TakesWeights, set_conventions
-from zoo.alignment.metrics import ModalityGap
 from zoo.alignment.positives import Positives, positive_keys
+from zoo.alignment.predictions import ZeroShotPredictions
 from zoo.alignment.settings import BIAS, Loss, Projection, check_arguments, max_scale_of, scale_of
 from zoo.alignment.text import Act, Pool
 from zoo.alignment.towers import LocksTowers, create_projection, create_text_tower, pooled, unit
+from zoo.alignment.zero_shot import TEMPLATES, prompts
 from zoo.checkpoints import SafeLoading
 from zoo.common import batch as batches
-from zoo.common import loaders, optim
+from zoo.common import optim
 from zoo.common.backbones import TakesImages, create_backbone, name_of, recompute_activations
 from zoo.common.captions import CaptionBatch, read
 from zoo.common.compiling import Compilable
-from zoo.common.evaluation import Evaluation
 from zoo.common.log import StepLog
-from zoo.common.precision import MeanMetric
 from zoo.common.seeding import differ_between_ranks
 from zoo.common.texts import ReadsTexts
 from zoo.common.tokenizers import Tokenizer, create_tokenizer
@@ -35,14 +35,24 @@ from zoo.sharding import Shardable
 
 
 class ImageTextAligner(
-    SafeLoading, Compilable, Evaluation, Shardable, TakesImages, ReadsTexts, TakesWeights, LocksTowers, LightningModule
+    SafeLoading,
+    Compilable,
+    ZeroShotPredictions,
+    AlignerEvaluation,
+    Shardable,
+    TakesImages,
+    ReadsTexts,
+    TakesWeights,
+    LocksTowers,
+    LightningModule,
 ):
     """Image and text towers whose embeddings of a pair are close: CLIP, SigLIP, LiT.
 
     Batch: ``(images (B, C, H, W), captions)``, see :mod:`zoo.common.captions`. Training learns from the first caption
     of each image, evaluation looks at all. Logs ``train/loss``, ``train/scale``, ``train/bias``, ``val/loss`` within
     the batches of a process, ``val/gap``, the distance of the mean embeddings of images and texts (Liang et al. 2022),
-    and the same for ``test``. Predicts embeddings (B, embed_dim), unit vectors.
+    ``val/i2t_r1`` and ``val/t2i_r1`` and so on (:class:`zoo.metrics.retrieval.CrossModalRecall`), and the same for
+    ``test``. Predicts embeddings (B, embed_dim), unit vectors, or probabilities (B, classes) of classes by their names.
 
     Args:
         image_backbone: A timm network by name, without the tag of weights; or an ``nn.Module`` from images (B, C, H, W)
@@ -93,8 +103,9 @@ class ImageTextAligner(
         unlock_every: Epochs after which one more group learns, and again. Meanwhile gradients of all groups are
             computed, so that all processes and compiled code do the same in each epoch. None: no more groups.
         layer_decay: Each layer's learning rate is this times the next one's, in both towers.
-        class_names: Classes to predict the probabilities of, by name, in the place of embeddings.
-        templates: Texts with a place {} for a class name.
+        class_names: Classes to predict the probabilities of, by name, in the place of embeddings. None: those of the
+            data that a checkpoint is of, if it knows them. Empty: embeddings are predicted.
+        templates: Texts with a place {} for a class name; of several, a class is the mean.
         grad_checkpointing: Recompute activations of both towers in the backward pass: less memory, more time.
         optimizer: Name of an optimizer of timm.
         lr: Learning rate, as it is used: nothing is scaled by batch size.
@@ -115,7 +126,6 @@ class ImageTextAligner(
     hparams: Any  # Lightning calls it a mapping, and makes its keys attributes
     changeable: ClassVar = ("class_names", "templates")  # while a run goes on: they say how it is evaluated
     compiled: ClassVar = ("encode_image", "encode_tokens")
-    exports: ClassVar = {"embeddings": "exported_embeddings"}
 
     def __init__(
         self,
@@ -158,7 +168,7 @@ class ImageTextAligner(
         unlock_every: int | None = None,
         layer_decay: float = 1.0,
         class_names: Sequence[str] | None = None,
-        templates: Sequence[str] = ("a photo of a {}.",),
+        templates: Sequence[str] = TEMPLATES,
         grad_checkpointing: bool = False,
         optimizer: str = "adamw",
         lr: float = 5e-4,
@@ -175,6 +185,8 @@ class ImageTextAligner(
         hp["image_backbone"], hp["text_backbone"] = name_of(image_backbone), text_backbone and name_of(text_backbone)
         check_arguments(hp)
         self.tokenizer = create_tokenizer(tokenizer, vocab_size=vocab_size if isinstance(tokenizer, str) else None)
+        self.classes = class_names
+        prompts(class_names or ("class",), templates)
         hp["tokenizer"] = tokenizer if isinstance(tokenizer, str) else self.tokenizer.state()["kind"]
         given = isinstance(image_backbone, nn.Module)
         images = {} if given else {"img_size": image_size, "in_chans": in_channels}
@@ -194,8 +206,7 @@ class ImageTextAligner(
             recompute_activations(self.backbone)
             recompute_activations(self.text)
         self.step_log = StepLog()
-        self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
-        self.val_gap, self.test_gap = ModalityGap(embed_dim), ModalityGap(embed_dim)
+        self.make_metrics(embed_dim)
         self.take_weights(image_weights, weights)
         self.lock()
         if compile:
@@ -210,7 +221,7 @@ class ImageTextAligner(
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Embeddings (B, embed_dim) of images (B, C, H, W), unit vectors in float32 at least."""
-        features = pooled(self.backbone(images), self.backbone, len(images), "image")
+        features = pooled(self.backbone(images), self.backbone, images.shape[0], "image")
         return unit(self.image_projection(features))
 
     def encode_text(self, captions: Sequence[str] | Tensor) -> Tensor:
@@ -219,7 +230,7 @@ class ImageTextAligner(
 
     def encode_tokens(self, tokens: Tensor) -> Tensor:
         """Embeddings (N, embed_dim) of tokens (N, L) int64."""
-        features = pooled(self.text(tokens), self.text, len(tokens), "text")
+        features = pooled(self.text(tokens), self.text, tokens.shape[0], "text")
         return unit(self.text_projection(features))
 
     @property
@@ -296,34 +307,6 @@ class ImageTextAligner(
             values |= {f"train/loss_{name}": value for name, value in losses.items()}
         self.step_log(self, {name: value.detach() for name, value in values.items()}, prog_bar=("train/loss",))
         return loss
-
-    def start_evaluation(self, stage: str) -> None:
-        loaders.start(self, f"{stage}_loss", f"{stage}_gap")
-
-    def evaluation_step(self, batch: Any, batch_idx: int, dataloader_idx: int, stage: str) -> None:
-        found = read(batch)
-        tokens = self.tokens(found.captions)
-        images, texts = self.encode_image(found.images), self.encode_tokens(tokens)
-        first = torch.searchsorted(found.owners, torch.arange(len(images), device=images.device))
-        loss, gap = (loaders.metric(self, f"{stage}_{name}", dataloader_idx) for name in ("loss", "gap"))
-        loss.update(self.contrastive_loss(images, texts[first], read(batch, first=True), tokens[first]), len(images))
-        gap.update(images, texts)
-        loaders.log(self, {f"{stage}/loss": loss, f"{stage}/gap": gap})
-
-    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        return self.encode_image(batches.images(batch))
-
-    def prediction_rows(self, outputs: Tensor) -> list[dict[str, Any]]:
-        """Rows of :class:`zoo.callbacks.WritePredictions`: the embedding of each image, one column each."""
-        return [{f"feature{i}": f"{value:.6g}" for i, value in enumerate(row)} for row in outputs.float().tolist()]
-
-    def named_results(self, outputs: Tensor, top: int = 5) -> list[dict[str, Any]]:
-        """Results of predictions: the embedding of each image as ``features``."""
-        return [{"features": row} for row in outputs]
-
-    def exported_embeddings(self, images: Tensor) -> dict[str, Tensor]:
-        """The ``embeddings`` (B, embed_dim) of images (B, C, H, W)."""
-        return {"embeddings": self.encode_image(images)}
 
     @torch.no_grad()
     def keep_scale(self, *_: Any) -> None:

@@ -248,8 +248,8 @@ def _rows(
     module: Any, outputs: Any, own: Sequence[str] | None, of_data: Sequence[str] | None, all_classes: bool | None
 ) -> list[list[Mapping[str, Any]]]:
     """The rows of each sample, as dictionaries of columns; ``own`` names the outputs, or else what the data says."""
-    if isinstance(module, PredictsRows):
-        return [rows if isinstance(rows, list) else [rows] for rows in module.prediction_rows(outputs)]
+    if isinstance(module, PredictsRows) and (found := module.prediction_rows(outputs)) is not None:
+        return [rows if isinstance(rows, list) else [rows] for rows in found]
     if not isinstance(outputs, Tensor) or outputs.ndim != 2 or not outputs.is_floating_point():
         shape = f"a tensor of shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
         raise ValueError(

@@ -73,6 +73,14 @@ class StatesLearnedRanges(Protocol):
 
 
 @runtime_checkable
+class HasSubsets(Protocol):
+    """A data module whose evaluation data has parts, of which each sample may say the number."""
+
+    subsets: Sequence[str]
+    """Names by number."""
+
+
+@runtime_checkable
 class TrainsInStages(Protocol):
     """A data module whose training images may change from epoch to epoch."""
 

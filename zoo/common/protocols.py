@@ -17,6 +17,7 @@ from zoo.common.data_protocols import (  # noqa: F401  # one door to all of them
     HasNats,
     HasSamples,
     HasSizeRanges,
+    HasSubsets,
     KnownOrder,
     KnownSamples,
     StatesLearnedRanges,
@@ -80,8 +81,11 @@ class DrawsPictures(Protocol):
 class PredictsRows(Protocol):
     """A module whose predictions are not probabilities (B, classes), for :class:`zoo.callbacks.WritePredictions`."""
 
-    def prediction_rows(self, outputs: Any) -> Sequence[Mapping[str, Any] | list[Mapping[str, Any]]]:
-        """Rows by column of each sample of what ``predict_step`` returned: one, or a list of them."""
+    def prediction_rows(self, outputs: Any) -> Sequence[Mapping[str, Any] | list[Mapping[str, Any]]] | None:
+        """Rows by column of each sample of what ``predict_step`` returned: one, or a list of them.
+
+        None: they are probabilities (B, classes) after all.
+        """
 
 
 @runtime_checkable

@@ -44,18 +44,34 @@ class NamedProbabilities:
 
     def named_results(self, outputs: Tensor, top: int = 5) -> list[dict[str, Any]]:
         """Results of probabilities (B, classes): see :class:`zoo.common.protocols.NamesResults`."""
-        several, values = bool(self.hparams.multi_label), outputs.detach().float().cpu()
-        sorted_values, order = values.sort(stable=True, dim=1, descending=True)  # of equal ones the first, as argmax
-        best = zip(order[:, :top].tolist(), sorted_values[:, :top].tolist(), strict=True)
-        tops = [[self._named(index, probability) for index, probability in zip(*each, strict=True)] for each in best]
-        if not several:
-            return [{**ranked[0], "top": ranked} for ranked in tops]
-        chosen = values >= (THRESHOLD if self.thresholds is None else self.thresholds)
+        named = named_probabilities(outputs, self.classes, top)
+        if not self.hparams.multi_label:
+            return named
+        chosen = outputs.detach().float().cpu() >= (THRESHOLD if self.thresholds is None else self.thresholds)
         labels = [[class_name(self.classes, index) for index in each.nonzero().flatten().tolist()] for each in chosen]
-        return [{"labels": names, "top": ranked} for names, ranked in zip(labels, tops, strict=True)]
+        return [{"labels": names, "top": each["top"]} for names, each in zip(labels, named, strict=True)]
 
-    def _named(self, index: int, probability: float) -> dict[str, Any]:
-        return {"label": class_name(self.classes, index), "index": index, "probability": probability}
+
+def named_probabilities(outputs: Tensor, classes: Sequence[str] | None, top: int = 5) -> list[dict[str, Any]]:
+    """Most likely classes of images as plain data, of equal ones the first.
+
+    Args:
+        outputs: Probabilities (B, classes).
+        classes: Names by label. None: the labels themselves.
+        top: How many classes are named for each image.
+
+    Returns:
+        For each image ``{"label", "index", "probability", "top": [{"label", "index", "probability"}, ...]}``.
+    """
+    values, order = outputs.detach().float().cpu().sort(stable=True, dim=1, descending=True)
+    ranked = [
+        [
+            {"label": class_name(classes, index), "index": index, "probability": value}
+            for index, value in zip(*each, strict=True)
+        ]
+        for each in zip(order[:, :top].tolist(), values[:, :top].tolist(), strict=True)
+    ]
+    return [{**best[0], "top": best} for best in ranked]
 
 
 def named_detections(

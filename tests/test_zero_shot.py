@@ -1,0 +1,364 @@
+"""Zero-shot classification: against a calculation by hand, in evaluations, in predictions, and what it refuses."""
+
+import csv
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningDataModule, Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import datamodules.preprocessing
+from datamodules import DigitsDataModule
+from zoo import ImageTextAligner, ViTClassifier
+from zoo.alignment import SwapTest, ZeroShot, ZeroShotClassifier
+from zoo.alignment.evaluation import Evaluated
+from zoo.alignment.metrics import Shares
+from zoo.alignment.zero_shot import class_embeddings, prompts
+from zoo.callbacks import WritePredictions
+from zoo.common.captions import read
+from zoo.common.exporting import Variant
+from zoo.metrics.retrieval import CrossModalRecall
+from zoo.serving.predictor import Predictor
+
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "enable_checkpointing": False,
+}
+NAMES = ["red circle", "blue circle", "red square", "blue square", "ring", "cross", "disc"]
+TEXT = {"text_width": 8, "text_depth": 1, "text_heads": 2, "context_length": 40, "embed_dim": 6}
+
+
+class FlatTower(nn.Module):
+    """Images (B, 1, 4, 4) as features (B, 5), with dropout that evaluation is without."""
+
+    num_features = 5
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.drop = nn.Linear(16, 5), nn.Dropout(0.5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.drop(self.layer(images.flatten(1)))
+
+
+def aligner(seed: int = 0, **options: Any) -> ImageTextAligner:
+    torch.manual_seed(seed)
+    made = ImageTextAligner(FlatTower(), in_channels=1, **TEXT, text_dropout=0.5, **options)
+    with torch.no_grad():  # so that texts differ
+        made.text.token_embed.weight.normal_()
+    return made
+
+
+class CaptionedNoise(LightningDataModule):
+    """Random images of 1x4x4 with two captions each, in one or several loaders."""
+
+    classes = NAMES
+    subsets = ("seen", "unseen")
+
+    def __init__(self, sizes: tuple[int, ...] = (20,), labels: bool = True, swapped: bool = True) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        self.sets = []
+        for size in sizes:
+            samples = []
+            for index in range(size):
+                label = int(torch.randint(-1, len(NAMES), (), generator=generator))
+                captions = [f"one {NAMES[label]}", f"a {NAMES[label]} number {index}"]
+                about: dict[str, Any] = {"captions": captions, "subset": index % 3 - 1}
+                about |= {"label": label} if labels else {}
+                about |= {"swapped": [text[::-1] for text in captions]} if swapped else {}
+                samples.append((torch.randn(1, 4, 4, generator=generator), about))
+            self.sets.append(samples)
+
+    def loaders(self) -> list[DataLoader]:
+        def collate(samples: list[Any]) -> Any:
+            return torch.stack([image for image, _ in samples]), [about for _, about in samples]
+
+        return [DataLoader(each, batch_size=8, collate_fn=collate) for each in self.sets]  # type: ignore[arg-type]
+
+    train_dataloader = val_dataloader = test_dataloader = predict_dataloader = loaders
+
+
+# The classifier.
+
+
+def test_class_embeddings_are_those_worked_by_hand():
+    """Each template's embedding is normalised, whatever its length, and so is their mean."""
+    vectors = {"a cat": [3.0, 4.0], "no cat": [0.0, 0.1], "a dog": [-2.0, 0.0], "no dog": [0.0, 5.0]}
+    asked = []
+
+    def encode(texts):
+        asked.extend(texts)
+        return torch.tensor([vectors[text] for text in texts], dtype=torch.bfloat16)
+
+    found = class_embeddings(encode, ["cat", "dog"], ["a {}", lambda name: f"no {name}"], batch_size=3)
+    cat, dog = np.array([0.6, 0.8 + 1.0]), np.array([-1.0, 1.0])
+    expected = np.stack([cat / np.linalg.norm(cat), dog / np.linalg.norm(dog)])
+    assert found.dtype == torch.float32
+    assert found.numpy() == pytest.approx(expected, abs=1e-6)
+    assert asked == ["a cat", "no cat", "a dog", "no dog"]
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_logits_are_the_aligners_own(loss):
+    """Of a single template they are those of the texts as captions, in evaluation mode, from training mode too."""
+    model = aligner(loss=loss).train()
+    classifier = model.zero_shot(NAMES, "a photo of a {}.")
+    assert all(part.training for part in model.modules())
+    images = torch.randn(3, 1, 4, 4)
+    model.eval()
+    expected = model(images, [f"a photo of a {name}." for name in NAMES])
+    assert isinstance(classifier, ZeroShotClassifier)
+    assert torch.allclose(classifier(images), expected, atol=1e-5)
+    assert torch.allclose(classifier.probabilities(images).sum(1), torch.ones(3))
+    assert classifier.classes == NAMES
+
+
+def test_the_softmax_of_sigmoid_logits_is_their_probability_that_one_alone_is_true():
+    classifier = aligner(loss="sigmoid", bias_init=-1.0).eval().zero_shot(NAMES[:3])
+    images = torch.randn(4, 1, 4, 4)
+    true = classifier(images).sigmoid().double()
+    alone = torch.stack([true[:, c] * torch.cat([1 - true[:, :c], 1 - true[:, c + 1 :]], 1).prod(1) for c in range(3)])
+    assert torch.allclose(classifier.probabilities(images).double(), (alone / alone.sum(0)).T, atol=1e-6)
+
+
+def test_a_classifier_is_a_network_without_the_text_tower_and_can_be_exported():
+    model = aligner().eval()
+    classifier = model.zero_shot(NAMES)
+    images = torch.randn(5, 1, 4, 4)
+    assert not any(name.startswith("text") for name in classifier.state_dict())
+    batch = torch.export.Dim("batch", min=1, max=64)
+    graph = torch.export.export(classifier, (torch.randn(2, 1, 4, 4),), dynamic_shapes=({0: batch},)).module()
+    assert torch.allclose(graph(images), classifier(images), atol=1e-6)
+    assert torch.equal(Variant(classifier)(images)["probabilities"], classifier.probabilities(images))
+    single = classifier(images)
+    assert torch.allclose(classifier.double()(images.double()).float(), single, atol=1e-4)
+    assert classifier.bfloat16()(images.bfloat16()).dtype == torch.float32
+
+
+def test_templates_are_the_modules_own_unless_others_are_given():
+    model = aligner(templates=["{} here", "there is {}"]).eval()
+    own = model.zero_shot(NAMES).embeddings
+    assert torch.equal(own, model.zero_shot(NAMES, ["{} here", "there is {}"]).embeddings)
+    assert not torch.allclose(own, model.zero_shot(NAMES, "{} here").embeddings)
+    assert not torch.allclose(own, aligner().eval().zero_shot(NAMES).embeddings)
+
+
+# What is refused.
+
+
+def test_templates_and_braces():
+    assert prompts(["a", "b"], ["{{{}}}", str.upper]) == [["{a}", "A"], ["{b}", "B"]]
+
+
+@pytest.mark.parametrize(
+    ("names", "templates", "message"),
+    [
+        ("cats", "{}", "class_names is 'cats': expected a list of names"),
+        ([], "{}", r"class_names is \[\]: expected a list of names"),
+        (["cat", " "], "{}", r"class_names\[1\] is ' ': expected a name"),
+        (["cat", 7], "{}", r"class_names\[1\] is 7: expected a name"),
+        (["cat", "dog", "cat"], "{}", "class_names has 'cat' at 0 and at 2: expected each name once"),
+        (["cat"], [], "there are no templates"),
+        (["cat"], "a photo.", "template 0, 'a photo.', has no place for the class name: expected one {}"),
+        (["cat"], ["{}", "{} and {}"], "template 1, '{} and {}', has places {}, {}: expected one {}"),
+        (["cat"], "a {name}", "template 0, 'a {name}', has places {name}: expected one {}"),
+        (["cat"], "a {", "template 0, 'a {', cannot be read .*: expected one {}"),
+        (["cat", "dog"], lambda name: "a photo", "template 0 says 'a photo' of both 'cat' and 'dog'"),
+        (["cat"], lambda name: "", "template 0 makes '' of 'cat': expected a text"),
+        (["cat"], lambda name: None, "template 0 makes None of 'cat': expected a text"),
+    ],
+)
+def test_names_and_templates_that_say_nothing_are_refused(names, templates, message):
+    with pytest.raises(ValueError, match=message):
+        prompts(names, templates)
+    with pytest.raises(ValueError, match=message):
+        aligner().zero_shot(names, templates)
+
+
+def test_an_aligner_refuses_them_before_it_is_trained():
+    with pytest.raises(ValueError, match="has no place for the class name"):
+        aligner(templates=["a photo"])
+    with pytest.raises(ValueError, match="class_names has 'cat' at 0 and at 1"):
+        aligner(class_names=["cat", "cat"])
+    with pytest.raises(ValueError, match="class_names has 'cat' at 0 and at 1"):
+        ZeroShot(["cat", "cat"])
+
+
+# Evaluations.
+
+
+def by_hand(model: ImageTextAligner, batches: list[Any], templates: Any) -> dict[str, float]:
+    """All figures of an evaluation, from its batches as one."""
+    about = [each for _, batch in batches for each in batch]
+    found = read((torch.cat([images for images, _ in batches]), about))
+    with torch.no_grad():
+        images, texts = model.encode_image(found.images), model.encode_text(found.captions)
+        swapped, classes = model.encode_text(found.swapped), model.zero_shot(NAMES, templates).embeddings
+    order = (images @ classes.T).argsort(1, descending=True)
+    own = (images[found.owners] * texts).sum(1) > (images[found.owners] * swapped).sum(1)
+    expected = {}
+    for suffix, part in {"": slice(None), "_seen": found.subsets == 0, "_unseen": found.subsets == 1}.items():
+        known = found.labels[part] >= 0
+        right = (order[part] == found.labels[part, None])[known]
+        expected |= {f"acc{suffix}": right[:, 0].float().mean().item()}
+        expected |= {f"acc5{suffix}": right[:, :5].any(1).float().mean().item()}
+        part = slice(None) if part == slice(None) else part[found.owners]
+        expected[f"swap_acc{suffix}"] = own[part].float().mean().item()
+    recall = CrossModalRecall(subsets=["seen", "unseen"])
+    keys = torch.tensor([found.captions.index(caption) for caption in found.captions])
+    recall.update(images, torch.arange(len(images)), texts, found.owners, found.subsets, keys)
+    expected |= {name: value.item() for name, value in recall.compute().items()}
+    expected["gap"] = (images.mean(0) - texts.mean(0)).norm().item()
+    return expected
+
+
+@pytest.mark.parametrize("stage", ["validate", "test"])
+def test_an_evaluation_logs_what_is_counted_by_hand(stage):
+    model, data = aligner().eval(), CaptionedNoise()
+    templates = ["{} here", "there is {}"]
+    trainer = Trainer(**QUIET, callbacks=[ZeroShot(templates=templates), SwapTest()])
+    (logged,) = getattr(trainer, stage)(model, datamodule=data, verbose=False)
+    prefix = "val" if stage == "validate" else "test"
+    expected = by_hand(model, list(data.loaders()[0]), templates)
+    assert logged.pop(f"{prefix}/loss") > 0
+    assert logged == pytest.approx({f"{prefix}/{name}": value for name, value in expected.items()}, rel=1e-5)
+    assert model.evaluated is None
+
+
+def test_loaders_are_counted_apart():
+    model, data = aligner().eval(), CaptionedNoise((12, 9))
+    trainer = Trainer(**QUIET, callbacks=[ZeroShot(NAMES, "{}"), SwapTest()])
+    logged = trainer.validate(model, datamodule=data, verbose=False)
+    for index in range(2):
+        expected = by_hand(model, list(data.loaders()[index]), "{}")
+        found = {name: value for name, value in logged[index].items() if "/loss" not in name}
+        assert found == pytest.approx(
+            {f"val/{name}/dataloader_idx_{index}": value for name, value in expected.items()}, rel=1e-5
+        )
+    assert trainer.callback_metrics["val/acc"] == logged[0]["val/acc/dataloader_idx_0"]
+
+
+def test_what_batches_do_not_carry_is_not_logged():
+    data = CaptionedNoise(labels=False, swapped=False)
+    trainer = Trainer(**QUIET, callbacks=[ZeroShot(NAMES[:2]), SwapTest()])
+    (logged,) = trainer.validate(aligner(), datamodule=data, verbose=False)
+    assert not any("acc" in name for name in logged)
+
+
+def test_labels_beyond_the_names_and_missing_names_are_refused():
+    with pytest.raises(ValueError, match="is out of range: ZeroShot has 2 classes, labels run from 0"):
+        Trainer(**QUIET, callbacks=[ZeroShot(NAMES[:2])]).validate(aligner(), datamodule=CaptionedNoise())
+    with pytest.raises(ValueError, match="ZeroShot does not know the classes: set class_names"):
+        Trainer(**QUIET, callbacks=[ZeroShot()]).validate(aligner(), CaptionedNoise().loaders())
+    net = ViTClassifier("vit_tiny_patch16_224", width=12, depth=1, heads=2, image_size=32)
+    trainer = Trainer(**QUIET, callbacks=[ZeroShot(NAMES)])
+    with pytest.raises(ValueError, match="ZeroShot is for an ImageTextAligner, and got ViTClassifier"):
+        trainer.validate(net, CaptionedNoise().loaders())
+
+
+def test_shares_of_subsets():
+    shares = Shares(("a", "b"), ["seen", "none"])
+    right = {"a": torch.tensor([True, True, False]), "b": torch.tensor([False, False, True])}
+    shares.update(right, torch.tensor([0, 5, -1]))
+    shares.update(right, counts=torch.tensor([True, False, False]))
+    assert shares.compute() == {"a": 0.75, "b": 0.25, "a_seen": 1.0, "b_seen": 0.0}
+
+
+def test_random_weights_are_at_chance():
+    """Of 36 classes, within five standard deviations of a binomial distribution."""
+    generator = torch.Generator().manual_seed(0)
+    names = [f"{a} {b}" for a in "abcdef" for b in "uvwxyz"]
+    labels = torch.randint(36, (1500,), generator=generator)
+    model = aligner(3).eval()
+    shares = ZeroShot(names)
+    batch = read(
+        (torch.randn(1500, 1, 4, 4, generator=generator), [{"captions": "x", "label": int(y)} for y in labels])
+    )
+    with torch.no_grad():
+        shares._embeddings = class_embeddings(model.encode_text, names)
+        found = shares.judge(
+            model, Evaluated(batch, model.encode_image(batch.images), model.encode_text(batch.captions))
+        )
+    for name, chance in (("acc", 1 / 36), ("acc5", 5 / 36)):
+        deviation = math.sqrt(chance * (1 - chance) / 1500)
+        assert found[0][name].float().mean().item() == pytest.approx(chance, abs=5 * deviation)
+
+
+# Predictions.
+
+
+def predicted(model: ImageTextAligner, folder: Any, data: Any) -> list[dict[str, str]]:
+    writer = WritePredictions()
+    trainer = Trainer(**QUIET, default_root_dir=folder, callbacks=[writer])
+    trainer.predict(model, datamodule=data, return_predictions=False)
+    with open(writer.last_path) as file:
+        return list(csv.DictReader(file))
+
+
+def test_predictions_name_classes_as_a_classifiers_do(tmp_path):
+    model, data = aligner(class_names=NAMES), CaptionedNoise()
+    rows = predicted(model, tmp_path, data)
+    images = torch.stack([image for image, _ in data.sets[0]])
+    probabilities = model.eval().zero_shot(NAMES).probabilities(images)
+    assert [row["class"] for row in rows] == [NAMES[label] for label in probabilities.argmax(1).tolist()]
+    assert list(rows[0]) == ["file", "class", "probability", *(f"probability_{name}" for name in NAMES)]
+    for name, column in zip(NAMES, probabilities.T, strict=True):
+        assert [float(row[f"probability_{name}"]) for row in rows] == pytest.approx(column.tolist(), abs=1e-6)
+
+
+def test_predictions_without_classes_are_embeddings(tmp_path):
+    model, data = aligner(), CaptionedNoise()
+    rows = predicted(model, tmp_path, data)
+    embeddings = model.eval().encode_image(torch.stack([image for image, _ in data.sets[0]]))
+    assert list(rows[0]) == ["file", *(f"feature{i}" for i in range(6))]
+    found = torch.tensor([[float(row[f"feature{i}"]) for i in range(6)] for row in rows])
+    assert torch.allclose(found, embeddings, atol=1e-5)
+
+
+def test_a_predictor_names_other_classes_than_were_trained():
+    stated = DigitsDataModule(image_size=8).preprocessing()
+    steps = datamodules.preprocessing.create(stated)
+    torch.manual_seed(0)
+    model = ImageTextAligner("test_resnet", in_channels=1, image_size=8, **TEXT, class_names=["one", "two"])
+    image = np.zeros((8, 8), dtype=np.uint8)
+    own, other = Predictor(model, steps)(image), Predictor(model, steps, ["moon", "sun", "star"])(image, top=2)
+    assert {each["label"] for each in own["top"]} == {"one", "two"}
+    assert own["label"] == own["top"][0]["label"]
+    assert sum(each["probability"] for each in own["top"]) == pytest.approx(1)
+    assert {each["label"] for each in other["top"]} < {"moon", "sun", "star"}
+    model.classes = None
+    assert F.normalize(Predictor(model, steps)(image)["features"], dim=0).shape == (6,)
+
+
+def test_class_embeddings_follow_the_weights_and_the_names():
+    model = aligner(class_names=NAMES).eval()
+    batch = torch.randn(2, 1, 4, 4), ["a", "b"]
+    with torch.no_grad():
+        before = model.predict_step(batch, 0)
+        assert torch.equal(model.predict_step(batch, 0), before)
+        model.train()
+        model.text_projection.weight.neg_()
+        model.eval()
+        after = model.predict_step(batch, 0)
+        assert torch.allclose(after, model.zero_shot(NAMES).probabilities(batch[0]), atol=1e-6)
+        assert not torch.allclose(after, before)
+        model.classes = NAMES[:2]
+        assert model.predict_step(batch, 0).shape == (2, 2)
+
+
+def test_a_checkpoint_names_the_classes_of_the_data_that_it_is_of():
+    """Unless the module has names of its own, or is told to have none."""
+    content = {"classes": ["sun", "moon"]}
+    for given, expected in ((None, ["sun", "moon"]), (NAMES, NAMES), ([], [])):
+        model = aligner(class_names=given)
+        model.on_load_checkpoint(content)
+        assert model.classes == expected

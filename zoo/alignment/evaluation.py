@@ -1,0 +1,91 @@
+"""An aligner's evaluation: loss, modality gap, and retrieval between all images and captions."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from zoo.alignment.metrics import ModalityGap
+from zoo.alignment.positives import token_hash
+from zoo.common import loaders
+from zoo.common.captions import CaptionBatch, read
+from zoo.common.evaluation import Evaluation
+from zoo.common.precision import MeanMetric
+from zoo.common.protocols import HasSubsets
+from zoo.metrics.retrieval import CrossModalRecall
+
+
+class Evaluated(NamedTuple):
+    """Embeddings of a batch of an evaluation, for callbacks.
+
+    Attributes:
+        batch: B images and their N captions, without samples that only fill a process up.
+        images: (B, embed_dim), unit vectors.
+        texts: (N, embed_dim), unit vectors.
+    """
+
+    batch: CaptionBatch
+    images: Tensor
+    texts: Tensor
+
+
+class AlignerEvaluation(Evaluation):
+    """Validation and test of an aligner: ``class Net(AlignerEvaluation, LightningModule)``.
+
+    Attributes:
+        evaluated: The batch that has been evaluated last, until the next one; None if all of it was repeated.
+    """
+
+    evaluated: Evaluated | None = None
+
+    def make_metrics(self, embed_dim: int) -> None:
+        """Creates the metrics; to be called in the constructor."""
+        self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
+        self.val_gap, self.test_gap = ModalityGap(embed_dim), ModalityGap(embed_dim)
+        self.val_recall, self.test_recall = CrossModalRecall(), CrossModalRecall()
+
+    def start_evaluation(self, stage: str) -> None:
+        loaders.start(self, f"{stage}_loss", f"{stage}_gap", f"{stage}_recall")
+
+    def evaluation_step(self, batch: Any, batch_idx: int, dataloader_idx: int, stage: str) -> None:
+        module: Any = self
+        found = read(batch)
+        tokens = module.tokens(found.captions)
+        images, texts = module.encode_image(found.images), module.encode_tokens(tokens)
+        first = torch.searchsorted(found.owners, torch.arange(len(images), device=images.device))
+        loss, gap, recall = (
+            loaders.metric(module, f"{stage}_{name}", dataloader_idx) for name in ("loss", "gap", "recall")
+        )
+        pairs = read(batch, first=True)
+        loss.update(module.contrastive_loss(images, texts[first], pairs, tokens[first]), len(images))
+        gap.update(images, texts)
+        ids = found.image_ids
+        if ids is None:  # numbers below zero, other ones in each process
+            seen = sum(map(len, recall.images)) + (module.global_rank << 40)
+            ids = -1 - seen - torch.arange(len(images), device=images.device)
+        recall.subsets = subsets_of(module._trainer)
+        parts = found.subsets if recall.subsets else None
+        recall.update(images, ids, texts, ids[found.owners], parts, token_hash(tokens))
+        loaders.log(module, {f"{stage}/loss": loss, f"{stage}/gap": gap})
+        self.evaluated = Evaluated(found, images, texts)
+
+    def end_evaluation(self, stage: str) -> None:
+        """Logs recall and median ranks, in each loader by itself, and lets go of the embeddings."""
+        self.evaluated = None
+        for index in loaders.numbers(self._trainer):  # type: ignore[attr-defined]
+            recall = loaders.metric(self, f"{stage}_recall", index)  # type: ignore[arg-type]
+            scores = {f"{stage}/{name}": value for name, value in recall.compute().items() if not value.isnan()}
+            loaders.report(self, scores, index)
+            recall.reset()
+
+    def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.evaluated = None
+
+    def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.evaluated = None
+
+
+def subsets_of(trainer: Any) -> tuple[str, ...]:
+    """Names of the parts that a Trainer's data module divides its evaluation data into, by number."""
+    data = None if trainer is None else trainer.datamodule
+    return tuple(data.subsets) if isinstance(data, HasSubsets) else ()

@@ -1,0 +1,87 @@
+"""An aligner's predictions: embeddings, or the names of classes that it has not been trained on."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Self
+
+from torch import Tensor
+
+from zoo.alignment.zero_shot import Template, ZeroShotClassifier, class_logits
+from zoo.common import batch as batches
+from zoo.common.classes import in_checkpoint
+from zoo.common.results import named_probabilities
+
+
+class ZeroShotPredictions:
+    """Predicts embeddings, or class probabilities: ``class Net(ZeroShotPredictions, LightningModule)``.
+
+    The module has ``encode_image``, ``encode_text``, ``logit_scale``, ``logit_bias`` and ``hparams`` with
+    ``class_names`` and ``templates``.
+    """
+
+    hparams: Any
+    exports: ClassVar = {"embeddings": "exported_embeddings"}  # of classes, those of zero_shot(...)
+    encode_image: Any
+    _classes: list[str] | None = None
+    _classifier: tuple[Tensor, ...] | None = None  # what classes are while nothing is trained
+
+    @property
+    def classes(self) -> list[str] | None:
+        """Classes whose probabilities are predicted, by label. None, or none: embeddings are.
+
+        They are ``class_names``; where these are None, those of the data that a checkpoint is of, if it knows them.
+        """
+        return self._classes
+
+    @classes.setter
+    def classes(self, names: Sequence[str] | None) -> None:
+        self._classes, self._classifier = None if names is None else list(names), None
+
+    def zero_shot(
+        self, class_names: Sequence[str], templates: Template | Sequence[Template] | None = None
+    ) -> ZeroShotClassifier:
+        """Classifier of images by names of classes: an ``nn.Module`` from images (B, C, H, W) to logits (B, classes).
+
+        Args:
+            class_names: Names, all different.
+            templates: Texts with a place {} for a name, or functions of a name. None: the module's own.
+
+        Raises:
+            ValueError: For names or templates that say nothing, or the same: see
+                :func:`zoo.alignment.zero_shot.prompts`.
+        """
+        return ZeroShotClassifier(self, class_names, self.hparams.templates if templates is None else templates)
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        images = self.encode_image(batches.images(batch))
+        if not self.classes:
+            return images
+        if self._classifier is None:
+            made = self.zero_shot(self.classes)
+            self._classifier = made.embeddings, made.scale, made.bias
+        return class_logits(images, *(each.to(images.device) for each in self._classifier)).softmax(1)
+
+    def exported_embeddings(self, images: Tensor) -> dict[str, Tensor]:
+        """The ``embeddings`` (B, embed_dim) of images (B, C, H, W), unit vectors."""
+        return {"embeddings": self.encode_image(images)}
+
+    def train(self, mode: bool = True) -> Self:
+        """Sets the mode. What classes are is asked anew: weights may have changed."""
+        self._classifier = None
+        return super().train(mode)  # type: ignore[misc]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
+        if self.hparams.class_names is None:
+            self.classes = in_checkpoint(checkpoint)[0]
+
+    def prediction_rows(self, outputs: Tensor) -> list[dict[str, Any]] | None:
+        """Rows of :class:`zoo.callbacks.WritePredictions`: as a classifier's, or the embedding, one column each."""
+        if self.classes:
+            return None
+        return [{f"feature{i}": f"{value:.6g}" for i, value in enumerate(row)} for row in outputs.float().tolist()]
+
+    def named_results(self, outputs: Tensor, top: int = 5) -> Sequence[Mapping[str, Any]]:
+        """Results of predictions: the ``top`` classes of each image by name, or its embedding as ``features``."""
+        if self.classes:
+            return named_probabilities(outputs, self.classes, top)
+        return [{"features": row} for row in outputs]

@@ -17,13 +17,15 @@ from zoo.common.backbones import feature_width
 from zoo.common.tokenizers import Tokenizer, check_special
 
 
-def create_text_tower(given: nn.Module | None, tokenizer: Tokenizer, hparams: Any) -> nn.Module:
+def create_text_tower(given: str | nn.Module | None, tokenizer: Tokenizer, hparams: Any) -> nn.Module:
     """The text tower that was given; or a :class:`zoo.alignment.text.TextTransformer` by the ``text_`` arguments.
 
     Raises:
         ValueError: For a module that does not state its width; for a tokeniser that lacks a token which the pooling
             needs; for sizes that the transformer does not take.
     """
+    if isinstance(given, str):
+        raise ValueError(f"unknown text_backbone {given!r}: expected a module, or None for a text transformer")
     if given is not None:
         feature_width(given)
         return given

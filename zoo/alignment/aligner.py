@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo._lightning import LightningModule
+from zoo.alignment.caching import in_micro_batches
 from zoo.alignment.evaluation import AlignerEvaluation
 from zoo.alignment.layouts import CONVENTIONS, TakesWeights, set_conventions
 from zoo.alignment.positives import Positives, positive_keys
@@ -250,7 +251,10 @@ class ImageTextAligner(
 
     def encode_pairs(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings (B, embed_dim) of images and of tokens (B, L), in training ``micro_batch`` at a time."""
-        return self.encode_image(images), self.encode_tokens(tokens)
+        size = self.hparams.micro_batch if self.training else None
+        if size is None:
+            return self.encode_image(images), self.encode_tokens(tokens)
+        return in_micro_batches(self.encode_image, images, size), in_micro_batches(self.encode_tokens, tokens, size)
 
     def contrastive_loss(self, images: Tensor, texts: Tensor, batch: CaptionBatch, tokens: Tensor) -> Tensor:
         """Contrastive loss of pairs, in training over all processes.

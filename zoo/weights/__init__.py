@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.common.classes import NamedClasses
+from zoo.common.texts import ReadsTexts
 from zoo.weights.fitting import fit
 from zoo.weights.layouts import Layout, layout_of
 from zoo.weights.names import brief
@@ -76,7 +77,8 @@ def load(module: nn.Module, source: str | Path) -> Report:
     Every other part, such as a head or a decoder, is taken whole if its names and shapes agree. A classifier of another
     size, or a part that the source does not have at all, is left as it is; half of a decoder, or one of another size,
     is refused. What else a module understands, it says itself: its ``foreign_weights``, a :class:`Layout`. A module
-    that gets all from a Lightning checkpoint gets the names of its outputs too (:mod:`zoo.common.classes`).
+    that gets all from a Lightning checkpoint gets the names of its outputs too (:mod:`zoo.common.classes`), and its
+    tokeniser (:mod:`zoo.common.texts`).
 
     Args:
         module: Any module. The encoder has timm's parameter names.
@@ -124,6 +126,8 @@ def load(module: nn.Module, source: str | Path) -> Report:
     )
     if isinstance(module, NamedClasses) and not report.fresh:
         module.take_classes(found.content)
+    if isinstance(module, ReadsTexts) and not report.fresh:
+        module.take_tokenizer(found.content)
     if (loads := _loads.get()) is not None:
         loads.append((module, report))
     return report

@@ -1,9 +1,9 @@
 """Images with captions of your own: ``CaptionsDataModule("train.csv")``.
 
-Each split is a table of pairs (.csv, .tsv), COCO's captions (.json), or a folder of images and texts; see
-:mod:`datamodules.reading.captions` for what they hold. A missing ``val`` is held out of the training images, and so is
-a missing ``test`` if there is no ``val`` either: by image, with all of its captions, chosen by ``split_seed`` and the
-images' names.
+Each split is a table of pairs (.csv, .tsv, .jsonl, .json), COCO's captions (.json), or a folder of images and texts;
+see :mod:`datamodules.reading.captions` for what they hold. A missing ``val`` is held out of the training images, and so
+is a missing ``test`` if there is no ``val`` either: by image, with all of its captions, chosen by ``split_seed`` and
+the images' names.
 """
 
 import os

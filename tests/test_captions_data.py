@@ -22,6 +22,7 @@ from datamodules.loading.captions import collate
 from datamodules.reading import captions as reading
 from datamodules.reading.images import UnreadableImageError
 from zoo.callbacks import ExactResume
+from zoo.common import captions as zoo_captions
 from zoo.common.data_protocols import HasCaptions
 
 QUIET: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
@@ -96,12 +97,20 @@ def write_jsons(root: Path, split: str) -> str:
     return str(root / split)
 
 
+def write_objects(root: Path, split: str) -> str:
+    write_pictures(root, split)
+    path = root / f"{split}.jsonl"
+    path.write_text("\n".join(json.dumps({"image": name, "captions": said}) for name, said in pairs(split).items()))
+    return str(path)
+
+
 WRITERS: dict[str, Callable[[Path, str], str]] = {
     "csv": lambda root, split: write_table(root, split, "csv"),
     "tsv": lambda root, split: write_table(root, split, "tsv", encoding="utf-16"),
     "COCO": write_coco,
     "texts": write_texts,
     "jsons": write_jsons,
+    "objects": write_objects,
 }
 SMALL: dict[str, Any] = {"image_size": 8, "num_workers": 0, "batch_size": 4}
 
@@ -219,6 +228,10 @@ def test_entries_are_plain_values_that_nothing_copies(make):
     assert images.dtype == torch.float32
     assert isinstance(said, list)
     assert all(type(value) in (int, list) for entry in said for value in entry.values())
+    found = zoo_captions.read(given)
+    assert found.captions == [caption for entry in said for caption in entry["captions"]]
+    assert found.image_ids.tolist() == [entry["image_id"] for entry in said]
+    assert (found.labels is None) == ("label" not in said[0])
     batch = next(iter(data.train_dataloader()))
     moved = data.transfer_batch_to_device(batch, torch.device("meta"), 0)
     assert moved[0].device.type == "meta"
@@ -226,9 +239,8 @@ def test_entries_are_plain_values_that_nothing_copies(make):
     assert data.on_after_batch_transfer(batch, 0)[1] is batch[1]
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_workers_draw_the_same_captions(make, workers):
-    alone, helped = (make(num_workers=count).train_dataloader() for count in (0, workers))
+def test_workers_draw_the_same_captions(make):
+    alone, helped = (make(num_workers=count).train_dataloader() for count in (0, 2))
     for epoch in range(2):
         for loader in (alone, helped):
             loader.sampler.set_epoch(epoch)
@@ -242,10 +254,9 @@ def test_ranks_draw_the_same_captions(make):
         assert by_image([batch]) == by_image(part[number] for part in parts)
 
 
-@pytest.mark.parametrize(("before", "after"), [(0, 0), (1, 0), (0, 1)])
-def test_a_continued_run_draws_the_captions_that_it_would_have_drawn(make, before, after):
-    whole = fit(make(num_workers=before, hflip=0.5), [ExactResume(), Stops()])
-    rest = fit(make(num_workers=after, hflip=0.5), [ExactResume()], ckpt_path="middle.ckpt")
+def test_a_continued_run_draws_the_captions_that_it_would_have_drawn(make):
+    whole = fit(make(num_workers=1, hflip=0.5), [ExactResume(), Stops()])
+    rest = fit(make(num_workers=0, hflip=0.5), [ExactResume()], ckpt_path="middle.ckpt")
     assert len(whole) == 10
     assert same(rest, whole[7:])
 
@@ -344,6 +355,30 @@ def test_tables_of_many_programs_are_understood(name, tmp_path, monkeypatch):
     written({**TWO, "pairs.csv": content})
     found = read("pairs.csv", **options)
     assert {Path(image).name: said for image, said in found.items()} == HELD
+
+
+LAVIS = [{"image": "a.png", "caption": "one", "image_id": "a"}, {"image": "b.png", "caption": ["two"], "image_id": "b"}]
+OBJECTS: dict[str, tuple[str, Any, dict[str, Any]]] = {
+    "LAVIS": ("pairs.json", LAVIS, {}),
+    "Hugging Face": (
+        "metadata.jsonl",
+        '{"file_name": "a.png", "text": "one"}\n\n{"file_name": "b.png", "text": "two"}\n',
+        {},
+    ),
+    "by name": ("pairs.json", {"a.png": "one", "b.png": ["two"]}, {}),
+    "named keys": (
+        "pairs.json",
+        [{"which": "a.png", "what": ["one"]}, {"which": "b.png", "what": "two"}],
+        {"image_column": "which", "caption_column": "what"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OBJECTS)
+def test_objects_are_understood_as_rows(name):
+    file, content, options = OBJECTS[name]
+    written({**TWO, file: content})
+    assert read(file, **options) == HELD
 
 
 def test_names_of_files_may_be_absolute_or_of_another_folder(tmp_path):
@@ -473,7 +508,33 @@ FAULTS: dict[str, tuple[dict[str, Any], str, str, bool]] = {
         "^p.json has no images, but annotations: expec",
         False,
     ),
-    "COCO: a list": ({"p.json": [1]}, "p.json", "^p.json is a list of 1: expected COCO's captions", False),
+    "COCO: a number alone": ({"p.json": [1]}, "p.json", "^p.json holds no objects: expected COCO's captions", False),
+    "objects: another key": (
+        {"p.json": [{"image": "a.png", "captoin": "one"}]},
+        "p.json",
+        r"^p.json has no column title, .*: it has image, captoin: set caption_column to one of them such as captoin$",
+        False,
+    ),
+    "objects: no caption": (
+        {"p.json": [{"image": "a.png", "text": "one"}, {"image": "b.png"}, {"image": "b.png", "text": []}]},
+        "p.json",
+        "^p.json, entry 2: a caption that is no text, None, and 1 more",
+        True,
+    ),
+    "objects: no image": (
+        {"p.jsonl": '{"image": "a.png", "text": "one"}\n\n{"image": 3, "text": "two"}'},
+        "p.jsonl",
+        "^p.jsonl, line 3: an image that is no text, 3",
+        True,
+    ),
+    "objects: no JSON": (
+        {"p.jsonl": '{"image": "a.png", "text": "one"}\n{"image":'},
+        "p.jsonl",
+        "^p.jsonl, line 2: no JSON",
+        False,
+    ),
+    "objects: a list": ({"p.jsonl": "[1]"}, "p.jsonl", "^p.jsonl, line 1: expected an object with an image", False),
+    "objects: none": ({"p.json": []}, "p.json", "^p.json has no captions: expected a table", False),
     "COCO: cut": (
         {"p.json": '{"images": ['},
         "p.json",
@@ -585,7 +646,7 @@ def test_a_source_of_which_nothing_is_left_is_refused():
     written({"p.csv": "image,caption\nc.png,x\n"})
     with (
         pytest.warns(UserWarning, match="^p.csv, line 2: no such image in ., c.png: left out$"),
-        pytest.raises(ValueError, match=r"^p.csv has no captions: expected a table \(.csv or .tsv\), COCO's"),
+        pytest.raises(ValueError, match=r"^p.csv has no captions: expected a table \(.csv, .*\), COCO's"),
     ):
         read("p.csv", on_error="skip")
 

@@ -1,28 +1,78 @@
-"""Captions in COCO's JSON, and in text files beside images."""
+"""Captions in JSON, COCO's or of other programs, and in text files beside images."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 from datamodules._lightning import rank_zero_warn
 from datamodules.reading import coco_layout, listing
 from datamodules.reading.caption_rows import Rows
-from datamodules.reading.caption_tables import lines
+from datamodules.reading.caption_tables import chosen, lines
 from datamodules.reading.coco_json import check_form, check_unique, entry, integers, name_of, parsed
 
 COCO = 'expected COCO\'s captions, {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}'
+JSON = COCO + ', or [{"image": ..., "caption": ...}, ...], or {"a.jpg": "a caption", ...}'
 BESIDE = 'expected a text, a list of texts, or {"caption": ...}'
 TEXTS = (".txt", ".json")
 KEYS = ("captions", "caption", "texts", "text", "title")
 
 
-def read_coco(path: Path) -> Rows:
-    """Reads COCO's captions. Captions whose annotations have ids of their own count each, also where they are equal.
+def read_json(path: Path, image_column: str | None, caption_column: str | None) -> Rows:
+    """Reads a JSON file of one of three forms: COCO's captions, a list of objects, captions by name of the image.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is of another form, none of its annotations has a caption, or ids or file names repeat.
+        ValueError: If it is of another form, or names no image or caption.
     """
-    content = parsed(path, COCO)
+    content = parsed(path, JSON)
+    if isinstance(content, dict) and {*content} & {"images", "annotations"}:
+        return _coco(path, content)
+    if isinstance(content, dict):
+        image_column, caption_column = "image", "caption"
+        content = [{"image": name, "caption": said} for name, said in content.items()]
+    if not isinstance(content, list) or not all(isinstance(each, dict) for each in content):
+        raise ValueError(f"{path} holds no objects: {JSON}")
+    return _objects(path, list(enumerate(content, 1)), "entry {}", image_column, caption_column)
+
+
+def read_json_lines(path: Path, image_column: str | None, caption_column: str | None, encoding: str) -> Rows:
+    """Reads a file with a JSON object in each line.
+
+    Raises:
+        ValueError: If a line holds something else, or the first one names no image or caption.
+    """
+    objects = []
+    for number, line in enumerate(lines(path, encoding), 1):
+        if not line.strip():
+            continue
+        try:
+            objects.append((number, json.loads(line)))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number}: no JSON ({error})") from None
+        if not isinstance(objects[-1][1], dict):
+            raise ValueError(f"{path}, line {number}: expected an object with an image and a caption")
+    return _objects(path, objects, "line {}", image_column, caption_column)
+
+
+def _objects(
+    path: Path, objects: list[tuple[int, dict[str, Any]]], where: str, image_column: str | None, column: str | None
+) -> Rows:
+    """Rows of objects, each with its place, as those of a table; a caption may be a list of several."""
+    rows = Rows(path, [path.parent], where=where)
+    if not objects:
+        return rows
+    image_column, column = chosen(path, list(objects[0][1]), image_column, column)
+    for place, each in objects:
+        image, said = each.get(image_column), each.get(column)
+        if not isinstance(image, str):
+            rows.fault("an image that is no text", where.format(place), f"{image!r:.40}")
+            continue
+        for caption in said if isinstance(said, list) and said else [said]:
+            rows.add_text(image.strip(), caption, place)
+    return rows
+
+
+def _coco(path: Path, content: dict[str, Any]) -> Rows:
+    """Rows of COCO's captions. Those whose annotations have ids of their own count each, also where they are equal."""
     check_form(path, content, ("images", "annotations"), COCO)
     images, annotations = content["images"], content["annotations"]
     names = [entry(path, "image", image, "file_name", str, place) for place, image in enumerate(images)]
@@ -42,12 +92,10 @@ def read_coco(path: Path) -> Rows:
     name_by_id = dict(zip(image_ids, names, strict=True))
     owners = integers(path, "annotation", annotations, "image_id").tolist()
     for owner, annotation, said in zip(owners, annotations, ids, strict=True):
-        if owner not in name_by_id:
-            rows.fault("an image_id that is not among the images", f"annotation {said}", str(owner))
-        elif not isinstance(caption := annotation.get("caption"), str):
-            rows.fault("a caption that is no text", f"annotation {said}", f"{caption!r:.40}")
+        if owner in name_by_id:
+            rows.add_text(name_by_id[owner], annotation.get("caption"), said)
         else:
-            rows.add(name_by_id[owner], caption, said)
+            rows.fault("an image_id that is not among the images", rows.where.format(said), str(owner))
     for image_id in sorted({*image_ids} - {*owners}):
         rows.fault("no caption", f"image {image_id}", name_by_id[image_id])
     return rows
@@ -86,10 +134,7 @@ def _add_text(rows: Rows, image: str, text: str, encoding: str) -> None:
     """Adds the captions of an image that a text beside it holds."""
     if text.lower().endswith(".json"):
         for number, caption in enumerate(_captions_in(parsed(rows.source / text, BESIDE))):
-            if isinstance(caption, str):
-                rows.add(image, caption, f"{text}, caption {number + 1}")
-            else:
-                rows.fault("a caption that is no text", f"{text}, caption {number + 1}", f"{caption!r:.40}")
+            rows.add_text(image, caption, f"{text}, caption {number + 1}")
         return
     said = [(number, line) for number, line in enumerate(lines(rows.source / text, encoding), 1) if line.strip()]
     for number, line in said or [(1, "")]:

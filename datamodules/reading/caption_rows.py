@@ -47,6 +47,13 @@ class Rows:
         self.captions.append(caption.strip())
         self.places.append(place)
 
+    def add_text(self, name: str, caption: Any, place: Any) -> None:
+        """Adds a caption if it is a text; otherwise this is a fault."""
+        if isinstance(caption, str):
+            self.add(name, caption, place)
+        else:
+            self.fault("a caption that is no text", self.where.format(place), f"{caption!r:.40}")
+
     def place(self, number: int) -> str:
         return self.where.format(self.places[number])
 

@@ -102,17 +102,31 @@ def _columns(
     """The separator, the names of the columns, and which of them have the image and the caption."""
     parted = {separator: _fields(header, separator) for separator in SEPARATORS}
     wanted = ((image_column, IMAGE_COLUMNS), (caption_column, CAPTION_COLUMNS))
-    by_separator = {s: [_matching(columns, *names) for names in wanted] for s, columns in parted.items()}
-    most = max(SEPARATORS, key=lambda separator: len(parted[separator]))
-    separator = next((each for each, found in by_separator.items() if all(found)), most)
-    columns, found = parted[separator], by_separator[separator]
-    for (name, usual), option, places in zip(wanted, ("image_column", "caption_column"), found, strict=True):
-        if not places:
+    complete = (each for each in SEPARATORS if all(_matching(parted[each], *names) for names in wanted))
+    separator = next(complete, max(SEPARATORS, key=lambda each: len(parted[each])))
+    columns = parted[separator]
+    image, caption = chosen(path, columns, image_column, caption_column)
+    return separator, columns, columns.index(image), columns.index(caption)
+
+
+def chosen(path: Path, columns: Sequence[str], image_column: str | None, caption_column: str | None) -> tuple[str, str]:
+    """The columns that have the image and the caption.
+
+    Raises:
+        ValueError: If there is none, or more than one that may be meant; the message says which there are.
+    """
+    found = []
+    for option, name, usual in (
+        ("image_column", image_column, IMAGE_COLUMNS),
+        ("caption_column", caption_column, CAPTION_COLUMNS),
+    ):
+        matching = _matching(columns, name, usual)
+        if not matching:
             raise ValueError(f"{path} has no column {_lacking(columns, option, name, usual)}")
-        if len(places) > 1:
-            several = " and ".join(columns[place] for place in places)
-            raise ValueError(f"{path} has the columns {several}: set {option} to the one that is meant")
-    return separator, columns, found[0][0], found[1][0]
+        if len(matching) > 1:
+            raise ValueError(f"{path} has the columns {' and '.join(matching)}: set {option} to the one that is meant")
+        found += matching
+    return found[0], found[1]
 
 
 def _fields(header: str, separator: str) -> list[str]:
@@ -123,11 +137,9 @@ def _fields(header: str, separator: str) -> list[str]:
     return [field.strip() for field in fields]
 
 
-def _matching(columns: Sequence[str], name: str | None, usual: Sequence[str]) -> list[int]:
-    """Numbers of the columns that are called by a name, or in one of the usual ways."""
-    if name is not None:
-        return [number for number, column in enumerate(columns) if column == name]
-    return [number for number, column in enumerate(columns) if column.lower() in usual]
+def _matching(columns: Sequence[str], name: str | None, usual: Sequence[str]) -> list[str]:
+    """The columns that are called by a name, or in one of the usual ways."""
+    return [column for column in columns if (column.lower() in usual if name is None else column == name)]
 
 
 def _lacking(columns: Sequence[str], option: str, name: str | None, usual: Sequence[str]) -> str:

@@ -3,12 +3,14 @@
 ``read(source)`` takes
 
 - a ``.csv``, ``.tsv`` or ``.txt`` file with a header and a row for each caption (``caption_tables.py``);
+- a ``.jsonl`` file with an object in each line, or a ``.json`` file that is a list of them, with keys for columns and a
+  caption or a list of several; or a ``.json`` file that gives the captions by the name of the image;
 - COCO's ``captions_*.json``: ``{"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}``;
 - a folder of images, at any depth, with a text beside each of the same name: ``a.txt``, a caption a line, or ``a.json``
   (``caption_files.py``).
 
-Several captions of an image are several rows, annotations or lines. Arrays, since lists of millions of texts would be
-copied into every loader worker, by the counting of references.
+An image may come in several rows, with a caption each. Arrays, since lists of millions of texts would be copied into
+every loader worker, by the counting of references.
 """
 
 import os
@@ -24,7 +26,8 @@ from datamodules.reading.caption_rows import Rows
 from datamodules.reading.files import OnError
 
 EXPECTED = (
-    "expected a table (.csv or .tsv), COCO's captions (.json), or a folder with a text beside each image (a.jpg, a.txt)"
+    "expected a table (.csv, .tsv, .jsonl, .json), COCO's captions (.json), or a folder with a text beside each image "
+    "(a.jpg and a.txt)"
 )
 
 
@@ -108,7 +111,9 @@ def read(
     elif ending in (".csv", ".tsv", ".txt"):
         rows = caption_tables.read(source, image_column, caption_column, encoding)
     elif ending == ".json":
-        rows = caption_files.read_coco(source)
+        rows = caption_files.read_json(source, image_column, caption_column)
+    elif ending == ".jsonl":
+        rows = caption_files.read_json_lines(source, image_column, caption_column, encoding)
     else:
         raise ValueError(f"{source} is of no known form: {EXPECTED}")
     return _packed(rows, _folder(rows, images), on_error)

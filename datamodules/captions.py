@@ -63,7 +63,8 @@ class CaptionsDataModule(Captioned, FilesDataModule):
         test: Source of the test images.
         root: Folder that the other paths are relative to.
         images: Folder that names of images are relative to. None: that of the table; for COCO, ``train2017`` for
-            ``captions_train2017.json`` beside the file or one level up, and other usual places.
+            ``captions_train2017.json`` beside the file or one level up, and other usual places. A folder of texts
+            holds its images, and takes none.
         val_images: The same for ``val``. None: as for training if ``images`` is given, otherwise looked for.
         test_images: The same for ``test``.
         image_size: Side in pixels, or (height, width).
@@ -117,7 +118,7 @@ class CaptionsDataModule(Captioned, FilesDataModule):
         caption_tables.check_encoding(encoding)
         super().__init__(image_size, channels, on_error=on_error, mean=mean, std=std, **options)
         given = {"train": train, "val": val, "test": test}
-        folders = {"train": images, "val": val_images or images, "test": test_images or images}
+        folders = {"train": images, "val": val_images, "test": test_images}
         self.sources = {split: Path(root, path) for split, path in given.items() if path is not None}
         self.folders = {split: Path(root, path) for split, path in folders.items() if path is not None}
         self.columns, self.encoding, self.choice = (image_column, caption_column), encoding, captions
@@ -174,7 +175,10 @@ class CaptionsDataModule(Captioned, FilesDataModule):
         if split not in self.sources and split not in held_out:
             return {split: None}
         source = split if split in self.sources else "train"
-        said = read(self.sources[source], self.folders.get(source), *self.columns, self.encoding, self.on_error)
+        path, folder = self.sources[source], self.folders.get(source)
+        if folder is None and not path.is_dir():
+            folder = self.folders.get("train")
+        said = read(path, folder, *self.columns, self.encoding, self.on_error)
         every = np.arange(len(said))
         chosen = {source: every}
         if source == "train":

@@ -389,6 +389,16 @@ def test_names_of_files_may_be_absolute_or_of_another_folder(tmp_path):
         read("pairs.csv", images=Path("nowhere"))
 
 
+def test_each_split_may_have_its_images_elsewhere_and_a_folder_of_texts_has_its_own():
+    written({"photos/a.png": 1, "others/a.png": 2, "texts/a.png": 3, "texts/a.txt": "x", "p.csv": OK})
+    data = CaptionsDataModule("p.csv", "p.csv", "p.csv", images="photos", test_images="others", **SMALL)
+    assert [data.samples(split).path(0) for split in SIZES] == ["photos/a.png", "photos/a.png", "others/a.png"]
+    data = CaptionsDataModule("p.csv", "texts", images="photos", **SMALL)
+    assert data.samples("val").path(0) == "texts/a.png"
+    with pytest.raises(ValueError, match="^texts is a folder of images and texts, but photos is given for its images"):
+        CaptionsDataModule("texts", images="photos", **SMALL).samples("train")
+
+
 def test_captions_keep_quotes_commas_line_ends_and_letters_of_every_language():
     said = ['a "red", round thing', "two\nlines", "ein Hündchen", "一只猫", "🦊", "x\ty"]
     written({"a.png": 1})
@@ -407,8 +417,11 @@ def test_an_encoding_is_that_of_tables_and_texts_without_a_mark():
             ValueError, match="is not utf-8: set encoding to that of the file, such as cp1252 or gb1803"
         ):
             read(source)
-    with pytest.raises(ValueError, match="unknown encoding 'utf-9': expected utf-8, cp1252, gb18030 or another"):
-        CaptionsDataModule("pairs.csv", encoding="utf-9")
+    with pytest.raises(ValueError, match="^pairs.csv is not utf-16: UTF-16 stream does not start with BOM"):
+        read("pairs.csv", encoding="utf-16")
+    for unknown in ("utf-9", "hex", ""):
+        with pytest.raises(ValueError, match=f"unknown encoding '{unknown}': expected utf-8, cp1252, gb18030 or"):
+            CaptionsDataModule("pairs.csv", encoding=unknown)
 
 
 def test_folders_hold_texts_of_several_forms_at_any_depth():

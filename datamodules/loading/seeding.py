@@ -16,9 +16,9 @@ from datamodules.loading.order import Key, Keys, mix
 
 
 class Samples(Protocol):
-    """Samples of one split: ``samples[index]`` is an image, or ``(image, label)``, or None if unreadable.
+    """Samples of one split: ``samples[index]`` is an image, ``(image, label or dict)``, or None if unreadable.
 
-    Images are uint8 tensors (C, H, W), labels integers from 0. Optional attributes:
+    Images are uint8 tensors (C, H, W), labels integers from 0, dicts of plain Python values. Optional attributes:
     ``names``, what each sample is called (a file name); ``labels``, all labels (N,), or (N, labels) of 0 and 1, by
     which classes are counted and balanced; ``unreadable``, a shared uint8 tensor that marks samples which could not be
     read; ``random = False`` when making a sample involves no chance, so that seeding can be left out;

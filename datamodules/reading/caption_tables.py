@@ -25,8 +25,8 @@ BYTE_ORDER_MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-1
 def check_encoding(encoding: str) -> None:
     """Raises ValueError for the name of an encoding that Python does not know."""
     try:
-        codecs.lookup(encoding)
-    except LookupError:
+        "".encode(encoding)
+    except (LookupError, ValueError):  # also of codecs that are not of texts
         raise ValueError(
             f"unknown encoding {encoding!r}: expected utf-8, cp1252, gb18030 or another that Python knows"
         ) from None
@@ -49,6 +49,8 @@ def lines(path: Path, encoding: str) -> Iterator[str]:
             f"{path}, line {_undecodable(path, encoding)}: byte {error.object[error.start]:#04x} is not {encoding}: "
             "set encoding to that of the file, such as cp1252 or gb18030"
         ) from None
+    except UnicodeError as error:  # of UTF-16 without a mark
+        raise ValueError(f"{path} is not {encoding}: {error}") from None
 
 
 def _undecodable(path: Path, encoding: str) -> int:

@@ -104,6 +104,10 @@ def read(
         ValueError: If it is of another form, or has no captions. One line says what is wrong and where.
     """
     ending = source.suffix.lower()
+    if source.is_dir() and images is not None:
+        raise ValueError(
+            f"{source} is a folder of images and texts, but {images} is given for its images: leave it out"
+        )
     if source.is_dir():
         rows = caption_files.read_folder(source, encoding)
     elif not source.exists():

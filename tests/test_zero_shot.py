@@ -2,6 +2,7 @@
 
 import csv
 import math
+import warnings
 from typing import Any
 
 import numpy as np
@@ -51,7 +52,7 @@ class FlatTower(nn.Module):
 
 def aligner(seed: int = 0, **options: Any) -> ImageTextAligner:
     torch.manual_seed(seed)
-    made = ImageTextAligner(FlatTower(), in_channels=1, **TEXT, text_dropout=0.5, **options)
+    made = ImageTextAligner(FlatTower(), in_channels=1, **{**TEXT, "text_dropout": 0.5, **options})
     with torch.no_grad():  # so that texts differ
         made.text.token_embed.weight.normal_()
     return made
@@ -84,7 +85,10 @@ class CaptionedNoise(LightningDataModule):
 
         return [DataLoader(each, batch_size=8, collate_fn=collate) for each in self.sets]  # type: ignore[arg-type]
 
-    train_dataloader = val_dataloader = test_dataloader = predict_dataloader = loaders
+    val_dataloader = test_dataloader = predict_dataloader = loaders
+
+    def train_dataloader(self) -> DataLoader:
+        return self.loaders()[0]
 
 
 # The classifier.
@@ -362,3 +366,49 @@ def test_a_checkpoint_names_the_classes_of_the_data_that_it_is_of():
         model = aligner(class_names=given)
         model.on_load_checkpoint(content)
         assert model.classes == expected
+
+
+# A loss that stays at ln B.
+
+
+class AllAlike(CaptionedNoise):
+    """Grey images with one caption, of which nothing can be learned."""
+
+    def __init__(self) -> None:
+        super().__init__((16,))
+        self.sets = [[(torch.zeros(1, 4, 4), "a grey square") for _ in range(16)]]
+
+
+def warnings_of(model: ImageTextAligner, data: LightningDataModule, steps: int) -> list[str]:
+    trainer = Trainer(**QUIET, max_steps=steps, max_epochs=-1, limit_val_batches=0, log_every_n_steps=3)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(model, datamodule=data)
+    return [str(each.message) for each in caught if "what guessing gives" in str(each.message)]
+
+
+def test_a_loss_that_stays_at_ln_b_is_told_once_with_what_to_look_at():
+    model = aligner(lr=1e-4, text_dropout=0.0)
+    model.backbone.drop.p = 0.0
+    model.loss_watch.after = 5
+    (message,) = warnings_of(model, AllAlike(), 20)
+    assert message.startswith("the contrastive loss is 2.079 after 6 steps, and ln 8 = 2.079 is what guessing gives.")
+    assert "1 of these 8 differ" in message
+    assert "mean 0 and standard deviation 0 here" in message
+    assert not warnings_of(model, AllAlike(), 20)
+
+
+@pytest.mark.parametrize(
+    ("options", "after", "data"),
+    [
+        ({}, 21, AllAlike()),  # too early
+        ({"warmup_epochs": 20.0}, 5, AllAlike()),
+        ({"loss": "sigmoid"}, 5, AllAlike()),
+        ({"lr": 0.0}, 5, CaptionedNoise((16,))),  # worse than guessing
+    ],
+)
+def test_other_losses_are_not_told_of(options, after, data):
+    model = aligner(text_dropout=0.0, **options)
+    model.backbone.drop.p = 0.0
+    model.loss_watch.after = after
+    assert not warnings_of(model, data, 20)

@@ -15,6 +15,7 @@ from zoo._lightning import LightningModule
 from zoo.alignment.caching import in_micro_batches
 from zoo.alignment.evaluation import AlignerEvaluation
 from zoo.alignment.layouts import CONVENTIONS, TakesWeights, set_conventions
+from zoo.alignment.loss_watch import LossWatch
 from zoo.alignment.positives import Positives, positive_keys
 from zoo.alignment.predictions import ZeroShotPredictions
 from zoo.alignment.settings import BIAS, Loss, Projection, check_arguments, max_scale_of, scale_of
@@ -206,7 +207,7 @@ class ImageTextAligner(
         if grad_checkpointing:
             recompute_activations(self.backbone)
             recompute_activations(self.text)
-        self.step_log = StepLog()
+        self.step_log, self.loss_watch = StepLog(), LossWatch()
         self.make_metrics(embed_dim)
         self.take_weights(image_weights, weights)
         self.lock()
@@ -302,14 +303,15 @@ class ImageTextAligner(
             self.logit_bias.copy_(torch.where(self.logit_bias == BIAS, settled, self.logit_bias))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        losses = self.losses(read(batch, first=True))
+        losses = self.losses(pairs := read(batch, first=True))
         loss = torch.stack(list(losses.values())).sum()
         values = {"train/loss": loss, "train/scale": self.scale.squeeze()}
         if self.logit_bias is not None:
             values["train/bias"] = self.logit_bias.squeeze()
         if len(losses) > 1:
             values |= {f"train/loss_{name}": value for name, value in losses.items()}
-        self.step_log(self, {name: value.detach() for name, value in values.items()}, prog_bar=("train/loss",))
+        if self.step_log(self, {name: value.detach() for name, value in values.items()}, prog_bar=("train/loss",)):
+            self.loss_watch.tell(self, pairs)
         return loss
 
     @torch.no_grad()

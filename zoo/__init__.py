@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from zoo.alignment import ImageTextAligner
+    from zoo.alignment import ImageTextAligner, ImageTextFusion
     from zoo.detection import FasterRCNN, FPNDetector
     from zoo.efficientnet import EfficientNetClassifier
     from zoo.gumbel_vae import GaussianVAE, GumbelVAE
@@ -25,6 +25,7 @@ __all__ = [
     "GaussianVAE",
     "GumbelVAE",
     "ImageTextAligner",
+    "ImageTextFusion",
     "MAEPretrainer",
     "ViTClassifier",
     "export",
@@ -39,6 +40,7 @@ _EXPORTS = {
     "GaussianVAE": "gumbel_vae",
     "GumbelVAE": "gumbel_vae",
     "ImageTextAligner": "alignment",
+    "ImageTextFusion": "alignment",
     "MAEPretrainer": "mae",
     "ViTClassifier": "vit",
 }

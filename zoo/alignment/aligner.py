@@ -127,7 +127,7 @@ class ImageTextAligner(
     text: Any
     hparams: Any  # Lightning calls it a mapping, and makes its keys attributes
     changeable: ClassVar = ("class_names", "templates")  # while a run goes on: they say how it is evaluated
-    compiled: ClassVar = ("encode_image", "encode_tokens")
+    compiled: ClassVar[tuple[str, ...]] = ("encode_image", "encode_tokens")
 
     def __init__(
         self,

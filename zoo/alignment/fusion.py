@@ -14,8 +14,8 @@ from timm.models import checkpoint, named_apply
 from timm.models.vision_transformer import Block, init_weights_vit_timm
 from torch import Tensor, nn
 
-from zoo.alignment.aligner import unit
-from zoo.alignment.towers import pooled
+from zoo.alignment.caching import in_micro_batches
+from zoo.alignment.towers import pooled, unit
 
 
 class CrossAttention(nn.Module):
@@ -169,28 +169,34 @@ def image_tokens(features: Tensor, width: int, backbone: nn.Module) -> Tensor:
     )
 
 
-def image_features(parts: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+def image_features(parts: Any, images: Tensor, micro_batch: int | None = None) -> tuple[Tensor, Tensor]:
     """Image tokens (B, T, D) of images (B, C, H, W), and embeddings (B, E), out of one pass.
 
     Args:
         parts: A module with a timm network as ``backbone``, and its ``image_projection``.
         images: Normalised floats.
+        micro_batch: Images that the tower takes at a time: see :mod:`zoo.alignment.caching`. None: all.
 
     Raises:
         ValueError: As :func:`image_tokens`; for features that are not pooled.
     """
-    features = parts.backbone.forward_features(images)
+    features = _encoded(parts.backbone.forward_features, images, micro_batch)
     tokens = image_tokens(features, parts.backbone.num_features, parts.backbone)
     embedded = pooled(parts.backbone.forward_head(features), parts.backbone, len(images), "image")
     return tokens, unit(parts.image_projection(embedded))
 
 
-def text_features(parts: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def text_features(parts: Any, tokens: Tensor, micro_batch: int | None = None) -> tuple[Tensor, Tensor]:
     """Text tokens (N, L, W) of tokens (N, L), and embeddings (N, E), out of one pass.
 
     Args:
         parts: A module with a :class:`zoo.alignment.text.TextTransformer` as ``text``, and its ``text_projection``.
         tokens: int64.
+        micro_batch: Texts that the tower takes at a time. None: all.
     """
-    hidden = parts.text.hidden(tokens)
+    hidden = _encoded(parts.text.hidden, tokens, micro_batch)
     return hidden, unit(parts.text_projection(parts.text.pooled(hidden, tokens)))
+
+
+def _encoded(encoder: Any, inputs: Tensor, micro_batch: int | None) -> Tensor:
+    return encoder(inputs) if micro_batch is None else in_micro_batches(encoder, inputs, micro_batch)

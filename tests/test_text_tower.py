@@ -45,14 +45,17 @@ def texts(*lengths: int) -> Tensor:
 TEXTS = texts(9, 2, 5, 1)
 
 
+@pytest.fixture(params=[True, False], ids=["fused", "plain"])
+def fused(request):
+    """Attention as torch's one call, and as timm writes it out, which is chosen when a network is built."""
+    set_fused_attn(request.param)
+    yield request.param
+    set_fused_attn(True)
+
+
 @pytest.mark.parametrize(("pool", "causal", "mask_padding"), SETTINGS)
-@pytest.mark.parametrize("fused", [True, False])
 def test_equals_torchs_own_transformer(pool, causal, mask_padding, fused):
-    set_fused_attn(fused)
-    try:
-        ours = tower(pool=pool, causal=causal, mask_padding=mask_padding, mlp_width=31, norm_eps=1e-3)
-    finally:
-        set_fused_attn(True)
+    ours = tower(pool=pool, causal=causal, mask_padding=mask_padding, mlp_width=31, norm_eps=1e-3)
     assert ours.blocks[0].attn.fused_attn == fused
     layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 31, 0.0, "gelu", 1e-3, batch_first=True, norm_first=True)
     theirs = nn.TransformerEncoder(layer, DEPTH, nn.LayerNorm(WIDTH, 1e-3), enable_nested_tensor=False).double().eval()
@@ -213,7 +216,7 @@ def test_the_first_end_is_read_and_without_one_features_are_not_a_number():
 
 
 @pytest.mark.parametrize(("pool", "causal", "mask_padding"), SETTINGS)
-def test_features_and_gradients_of_padding_alone_are_numbers(pool, causal, mask_padding):
+def test_features_and_gradients_of_padding_alone_are_numbers(pool, causal, mask_padding, fused):
     network = tower(pool=pool, causal=causal, mask_padding=mask_padding)
     features = network(torch.zeros(2, 4, dtype=torch.int64))
     if pool == "mean":
@@ -331,6 +334,14 @@ def test_layers_learn_at_their_own_rates():
     assert rates["norm.weight"] == (1.0, 0.0)
 
 
+def test_mlps_have_the_width_that_is_asked_for():
+    """As well where its share of the width is no binary number."""
+    for width in range(1, 200):
+        network = TextTransformer(VOCABULARY, **SIZES | {"width": 49, "heads": 1, "depth": 1, "mlp_width": width})
+        assert network.blocks[0].mlp.fc1.out_features == width
+    assert tower().blocks[0].mlp.fc1.out_features == 4 * WIDTH
+
+
 @pytest.mark.parametrize("act", ["gelu", "quick_gelu", "gelu_tanh"])
 def test_activations(act):
     x = torch.linspace(-4, 4, 50, dtype=torch.float64)
@@ -345,8 +356,8 @@ def test_activations(act):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"pool": "max"}, "pool is 'max': expected one of end, mean, last, first"),
-        ({"act": "relu"}, "act is 'relu': expected one of gelu, quick_gelu, gelu_tanh"),
+        ({"pool": "max"}, "unknown pool 'max': expected end or mean or last or first"),
+        ({"act": "relu"}, "unknown act 'relu': expected gelu or quick_gelu or gelu_tanh"),
         ({"heads": 5}, "heads is 5, which does not divide the width 24"),
         ({"end_id": None}, "pool='end' reads at the end token: set end_id"),
         ({"pool": "first"}, "pool='first' reads a token that sees no other if causal: set causal=False"),

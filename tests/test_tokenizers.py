@@ -335,6 +335,7 @@ def test_a_file_without_special_tokens_says_what_is_lacking(tmp_path):
         check_special(bare, "last")
     padded = create_tokenizer(file, pad="red")
     assert not padded.pad_reserved  # it stands for unknown words
+    assert padded.encode("square") == [0]
     with pytest.raises(ValueError, match="text 0, '', has no tokens"):
         tokenize(padded, [""], 4)
 

@@ -1,7 +1,7 @@
 """Text tower: a pre-norm transformer over tokens, which pools one vector out of a text."""
 
 from functools import partial
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, cast
 
 import torch
 from timm.layers import get_act_layer
@@ -9,7 +9,7 @@ from timm.models import checkpoint
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from zoo.common.ranges import check_above, check_ranges
+from zoo.common.ranges import check_above, check_choices, check_ranges
 
 Pool = Literal["end", "mean", "last", "first"]
 Act = Literal["gelu", "quick_gelu", "gelu_tanh"]
@@ -65,9 +65,7 @@ class TextTransformer(nn.Module):
         end_id: int | None = None,
     ) -> None:
         super().__init__()
-        for name, value, choices in (("pool", pool, get_args(Pool)), ("act", act, get_args(Act))):
-            if value not in choices:
-                raise ValueError(f"{name} is {value!r}: expected one of {', '.join(choices)}")
+        check_choices(pool=(pool, Pool), act=(act, Act))
         check_ranges(vocab_size=(vocab_size, 1, None), width=(width, 1, None), mlp_width=(mlp_width, 1, None))
         check_ranges(depth=(depth, 1, None), heads=(heads, 1, None), context_length=(context_length, 1, None))
         check_ranges(dropout=(dropout, 0, 1), pad_id=(pad_id, 0, vocab_size), end_id=(end_id, 0, vocab_size))

@@ -1,6 +1,7 @@
 """Tokenisers: nothing is lost that is promised to come back, and ids are those of who made the files."""
 
 import copy
+import gzip
 import io
 import json
 import pickle
@@ -298,6 +299,15 @@ def test_sentencepiece_gives_the_ids_of_who_trained_it(sentencepiece):
     assert siglip.encode("a red circle") != siglip.encode("a red circle at")
 
 
+def test_sentencepiece_gives_the_ids_of_transformers_siglip(sentencepiece):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.SiglipTokenizer(str(sentencepiece / "spiece.model"))
+    ours = create_tokenizer(sentencepiece, pad="</s>", canonicalize=True)
+    texts = [*CAPTIONS, "A Red circle, at  the TOP!", "a blue-green (large) square."]
+    expected = theirs(texts, padding="max_length", max_length=64, return_tensors="pt").input_ids
+    assert torch.equal(tokenize(ours, texts, 64)[0], expected)
+
+
 def test_open_clip_gives_its_own_ids():
     open_clip = pytest.importorskip("open_clip")
     ours = OpenClipTokenizer()
@@ -310,6 +320,26 @@ def test_open_clip_gives_its_own_ids():
     assert ours.encode("!")[1:-1] != []
     assert set(ours.encode("wow!<end_of_text>")[1:-1]).isdisjoint({49406, 49407})
     assert ours.decode(ours.encode("Wow! It's 2 O'clock")) == "wow ! it 's 2 o ' clock"
+
+
+def test_a_folder_of_clip_gives_the_ids_of_open_clip(tmp_path):
+    """Transformers' CLIP and open_clip's own, both with CLIP's first 400 merges."""
+    theirs = pytest.importorskip("open_clip.tokenizer")
+    transformers = pytest.importorskip("transformers")
+    lines = gzip.decompress(Path(theirs.default_bpe()).read_bytes()).decode().split("\n")[:401]
+    (tmp_path / "bpe.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+    simple = theirs.SimpleTokenizer(str(tmp_path / "bpe.gz"))
+    start, end = simple.sot_token_id, simple.eot_token_id
+    vocabulary = {key: value for key, value in simple.encoder.items() if value < start}
+    vocabulary |= {"<|startoftext|>": start, "<|endoftext|>": end}
+    transformers.CLIPTokenizer(vocabulary, list(simple.bpe_ranks)).save_pretrained(tmp_path)
+    ours = create_tokenizer(tmp_path)
+    for text in [*CAPTIONS, "A photo of a CAT!  It's 12 o'clock", "红圆 👍🏽 naïve"]:
+        assert ours.encode(text) == [start, *simple.encode(text), end]
+        assert ours.decode(ours.encode(text)) == simple.decode(simple.encode(text)).strip()
+    assert (ours.vocab_size, ours.pad_id, ours.start_id, ours.end_id) == (simple.vocab_size, end, start, end)
+    assert not ours.pad_reserved
+    assert ours.encode("a <|endoftext|> b") == ours.encode("a b")
 
 
 def test_special_tokens_by_option(bpe, unigram, sentencepiece):

@@ -54,7 +54,8 @@ class FileTokenizer(ABC):
         self.pad_id, self.start_id, self.end_id, self.mask_id = (ids[role] for role in self.spelled)
         unknown = ids.get("unknown")
         self.pad_reserved = self.pad_id not in (None, unknown, self.start_id, self.end_id)
-        self._special = {ids[role] for role in self.spelled} - {unknown}
+        # CLIP's end token stands for what is unknown as well, of which a BPE of bytes has nothing.
+        self._special = {self.start_id, self.end_id, self.mask_id} | ({self.pad_id} - {unknown})
 
     @classmethod
     @abstractmethod
@@ -113,6 +114,7 @@ class HuggingFaceTokenizer(FileTokenizer):
         self._tokenizer.no_truncation()
         self.vocab_size = max(vocabulary.values()) + 1
         model = json.loads(contents)["model"]
+        self._end_of_word = model.get("end_of_word_suffix") or ""
         unknown = model["unk_id"] if "unk_id" in model else vocabulary.get(model.get("unk_token"))
         # What is put around a text shows around one that has tokens, of which the vocabulary has examples.
         for text in chain("a", vocabulary):
@@ -152,7 +154,8 @@ class HuggingFaceTokenizer(FileTokenizer):
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def _decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids))
+        text = str(self._tokenizer.decode(ids))
+        return text.replace(self._end_of_word, " ").strip() if self._end_of_word else text  # as transformers has to do
 
 
 class SentencePieceTokenizer(FileTokenizer):

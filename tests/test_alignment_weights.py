@@ -1,19 +1,23 @@
 """CLIP and SigLIP as Hugging Face and open_clip have them: loaded, they compute what they compute there."""
 
 import json
-import shutil
-from collections.abc import Callable
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+from timm.layers import resample_abs_pos_embed
 from torch import nn
 
 from zoo import ImageTextAligner, ViTClassifier, weights
 from zoo.alignment.conversion import to_hugging_face, to_open_clip
 from zoo.common.activations import activation, set_activation
+from zoo.common.tokenizers import ByteTokenizer
+from zoo.weights.fitting import fit
+from zoo.weights.reading import Source, translated
+from zoo.weights.stated import Stated
 
 SIDE, PATCH, CLASSES = 24, 8, 3
 SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -238,15 +242,6 @@ def test_what_the_config_says_is_set_and_remembered(hugging_face, tmp_path):
     assert asked.hparams.text_act == "gelu"
 
 
-def renamed_config(folder: Path, target: Path, change: Callable[[dict[str, Any]], None]) -> Path:
-    """A copy of a folder whose config.json says something else."""
-    shutil.copytree(folder, target)
-    config = json.loads((target / "config.json").read_text())
-    change(config)
-    (target / "config.json").write_text(json.dumps(config))
-    return target
-
-
 @pytest.mark.parametrize(
     ("kind", "options", "text"),
     [
@@ -271,3 +266,142 @@ def test_another_aligner_is_refused_by_its_arguments(hugging_face, kind, options
         weights.load(ours, hugging_face[kind][1])
     assert all(torch.equal(value, before[name]) for name, value in ours.state_dict().items())
     assert ours.hparams.text_act is None
+
+
+def test_what_is_no_aligner_of_ours_is_refused(hugging_face, open_clip, tmp_path):
+    """Each in a line that says what to do; what only looks like it is not taken in part."""
+    theirs = {kind: model.state_dict() for kind, (model, _) in hugging_face.items()}
+    flat = open_clip["CLIP"][0].state_dict()
+    said: dict[str, tuple[str, dict[str, torch.Tensor], str]] = {
+        "tower alone": (
+            "CLIP",
+            {name: value for name, value in theirs["CLIP"].items() if name.startswith("vision_model.")},
+            "has no text tower: start the image tower alone from it, with image_weights",
+        ),
+        "other kind": (
+            "SigLIP",
+            theirs["CLIP"],
+            "has norm before its first block .*: take a backbone such as vit_base_p",
+        ),
+        "other kind back": ("CLIP", theirs["SigLIP"], "has no norm before its first block .*: take a backbone such as"),
+        "tokens": (
+            "CLIP",
+            theirs["CLIP"] | {"text_model.embeddings.token_embedding.weight": torch.zeros(9, 32)},
+            "is of 9 tokens, and the tokeniser here has 260: set tokenizer to the one that it came with",
+        ),
+        "part": (
+            "CLIP",
+            {name: value for name, value in flat.items() if name != "transformer.resblocks.1.ln_2.bias"},
+            "has another text than ImageTextAligner: text.blocks.1.norm2.bias is missing there",
+        ),
+        "projection": (
+            "CLIP",
+            {name: value for name, value in flat.items() if name != "visual.proj"},
+            "image_projection is none there and linear here",
+        ),
+        "third": (
+            "CLIP",
+            {name: value for name, value in theirs["CLIP"].items() if "layers.0.self_attn.k_proj" not in name},
+            "lacks one of its three projections",
+        ),
+        "layer scale": (
+            "CLIP",
+            flat | {"transformer.resblocks.0.ls_1.gamma": torch.zeros(32)},
+            "text.blocks.0.ls1.gamma",
+        ),
+        "queries": (
+            "CLIP",
+            flat | {"visual.attn_pool.query": torch.zeros(4, 32)},
+            "visual.attn_pool.query: take the same",
+        ),
+        "class token": ("CLIP", flat | {"cls_emb": torch.zeros(32)}, "does not compute with, cls_emb"),
+        "ResNet": (
+            "CLIP",
+            {"visual.attnpool.positional_embedding": torch.zeros(2, 2)} | flat,
+            "CLIP's ResNet, which is",
+        ),
+        "NaFlex": (
+            "SigLIP",
+            theirs["SigLIP"] | {"vision_model.embeddings.patch_embedding.weight": torch.zeros(32, 192)},
+            r"SigLIP 2 for images of any size \(NaFlex\) is not built here",
+        ),
+    }
+    ours = {kind: aligner(kind) for kind in KINDS}
+    before = {kind: {name: value.clone() for name, value in model.state_dict().items()} for kind, model in ours.items()}
+    for name, (kind, state, text) in said.items():
+        path = tmp_path / f"{name}.pt"
+        torch.save(state, path)
+        with pytest.raises(ValueError, match=rf"^{re.escape(str(path))}[^\n]*{text}[^\n]*$"):
+            weights.load(ours[kind], path)
+        assert all(torch.equal(value, before[kind][key]) for key, value in ours[kind].state_dict().items()), name
+
+
+def test_images_of_another_size(hugging_face):
+    """Positions are interpolated as timm does it; all else stays as it is."""
+    theirs, folder = hugging_face["CLIP"]
+    ours = aligner("CLIP", timm.create_model(CLIP, img_size=32, num_classes=0, **TIMM))
+    assert weights.load(ours, folder).resized == ("backbone.pos_embed",)
+    positions = theirs.vision_model.embeddings.position_embedding.weight[None].float()
+    expected = resample_abs_pos_embed(positions, [4, 4], [3, 3])
+    torch.testing.assert_close(ours.backbone.pos_embed, expected.double(), **EXACT)
+
+
+class ForeignTokens(ByteTokenizer):
+    """As many tokens as a published model has."""
+
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__()
+        self.vocab_size = vocab_size
+
+
+def of_siglip(width: int, depth: int, heads: int, mlp: int, tokens: int = 32000) -> dict[str, Any]:
+    text = {"text_width": width, "text_depth": depth, "text_heads": heads, "text_mlp_width": mlp, "context_length": 64}
+    return KINDS["SigLIP"] | text | {"embed_dim": width, "tokenizer": ForeignTokens(tokens)}
+
+
+def of_clip(width: int, heads: int) -> dict[str, Any]:
+    return {"embed_dim": width, "text_width": width, "text_heads": heads, "tokenizer": ForeignTokens(49408)}
+
+
+L14 = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+L14_TEXT = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
+SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
+# timm's network and our arguments; Hugging Face's configuration of images and of texts; open_clip's name.
+PUBLISHED: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], str]] = {
+    "CLIP B/32": ("vit_base_patch32_clip_224", of_clip(512, 8), {}, {}, "ViT-B-32"),
+    "CLIP B/16": ("vit_base_patch16_clip_224", of_clip(512, 8), {"patch_size": 16}, {}, "ViT-B-16"),
+    "CLIP L/14": ("vit_large_patch14_clip_224", of_clip(768, 12), L14 | {"patch_size": 14}, L14_TEXT, "ViT-L-14"),
+    "SigLIP B/16": ("vit_base_patch16_siglip_224", of_siglip(768, 12, 12, 3072), {}, {}, "ViT-B-16-SigLIP"),
+    # 384 pixels are 27 patches of 14 and a rest, which 378 leave out.
+    "SigLIP so400m": (
+        *("vit_so400m_patch14_siglip_378", of_siglip(1152, 27, 16, 4304)),
+        *(SO400M | {"patch_size": 14, "image_size": 384}, SO400M, "ViT-SO400M-14-SigLIP-384"),
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_published_sizes_fit(size):
+    """All names and shapes of both libraries, without memory; out again under the same."""
+    transformers, library = pytest.importorskip("transformers"), pytest.importorskip("open_clip")
+    network, options, vision, text, config = PUBLISHED[size]
+    is_clip = size.startswith("CLIP")
+    with torch.device("meta"):
+        ours = ImageTextAligner(network, **options)
+        kind = "CLIP" if is_clip else "Siglip"
+        more = {"projection_dim": options["embed_dim"]} if is_clip else {}
+        said = getattr(transformers, f"{kind}Config")(vision_config=vision, text_config=text, **more)
+        hugging_face = getattr(transformers, f"{kind}Model")(said)
+        given = library.get_model_config(config)
+        apart = given.pop("custom_text", False)
+        theirs = (library.CustomTextCLIP if apart else library.CLIP)(**given)
+    for model, out in ((hugging_face, to_hugging_face(ours)), (theirs, to_open_clip(ours))):
+        name, state = translated("file", model.state_dict(), ours.foreign_weights)
+        stated = Stated(image=(ours.input_shape[1], ours.input_shape[2]))
+        fitted = fit(ours, Source(name, state, stated), ours.foreign_weights)
+        assert fitted.values.keys() == ours.state_dict().keys()
+        assert len(fitted.values) == len(state)
+        assert fitted.resized == []
+        shapes = {name: value.shape for name, value in model.state_dict().items()}
+        assert {name: value.shape for name, value in out.items()} == shapes

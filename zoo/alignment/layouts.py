@@ -75,7 +75,9 @@ class AlignerLayout(Layout):
             )
         if ("attn_pool.latent" in theirs) != ("backbone.attn_pool.latent" in own):
             return "pools its patches in another way than the image tower here: take the same backbone"
-        besides = [key for key in theirs if key.startswith(("text.", "visual.", "vision_model.")) and key not in own]
+        besides = [
+            key for key in theirs if key.startswith(("text.", "visual.", "vision_model.", "cls_emb")) and key not in own
+        ]
         return f"has what the aligner does not compute with, {brief(besides)}: take the same towers" if besides else ""
 
     def settle(self, kind: str, stated: Stated, module: Any) -> list[str]:

@@ -60,7 +60,7 @@ def fit(module: nn.Module, source: Source, layout: Layout) -> Fit:
         raise ValueError(f"{source.name} {error}") from error
     done = Fit(notes=[grid.assumed] if grid and grid.assumed else [])
     for target, key in found.items():
-        value = _shaped(module, source, target, state[key], grid)
+        value = _shaped(module, own, source, target, state[key], grid)
         if value is not state[key]:
             done.resized.append(target)
         done.values[target] = key, value
@@ -118,13 +118,14 @@ def _drop_partial(module: nn.Module, source: Source, layout: Layout, done: Fit) 
             done.resized = [other for other in done.resized if other != name]
 
 
-def _shaped(module: nn.Module, source: Source, name: str, value: Tensor, grid: Grid | None) -> Tensor:
+def _shaped(
+    module: nn.Module, own: Mapping[str, Tensor], source: Source, name: str, value: Tensor, grid: Grid | None
+) -> Tensor:
     """A tensor in the shape that the module has it in; one of another part than the encoder may keep its own.
 
     Raises:
         ValueError: If only a network of another size could have it.
     """
-    own = module.state_dict()
     parent, _, leaf = name.rpartition(".")
     owner, target = module.get_submodule(parent), own[name]
     if leaf.startswith("pos_embed") or leaf == TABLE:

@@ -447,6 +447,10 @@ def held(**options: Any) -> int:
     return sum(found)
 
 
+def predicted(**options: Any) -> list[list[float]]:
+    return flat(**options).eval().predict_step((images(side=8), CAPTIONS), 0).tolist()
+
+
 def started(**options: Any) -> float:
     """A weight of the image tower, of files that are written for it."""
     with pytest.MonkeyPatch.context() as patch:
@@ -497,6 +501,8 @@ MATTERS = {
     "unlock_groups": (learning, {"lock_image": True}, LOCKED),
     "unlock_every": (learning, LOCKED, LOCKED | {"unlock_every": 2}),
     "layer_decay": (rates, {}, {"layer_decay": 0.7}),
+    "class_names": (predicted, {}, {"class_names": ["a", "b"]}),
+    "templates": (predicted, {"class_names": ["a", "b"]}, {"class_names": ["a", "b"], "templates": ["{}!"]}),
     "grad_checkpointing": (
         lambda **options: (small(**options).backbone.grad_checkpointing, small(**options).text.grad_checkpointing),
         {},

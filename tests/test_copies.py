@@ -14,12 +14,15 @@ from zoo import (
     FPNDetector,
     GaussianVAE,
     GumbelVAE,
+    ImageTextAligner,
     MAEPretrainer,
     ViTClassifier,
 )
 
 VIT = {"backbone": "vit_tiny_patch16_224", "width": 12, "depth": 1, "heads": 2, "image_size": 32}
 VAE = {"latents": 2, "image_size": 8, "hidden": (8,)}
+ALIGNER = {"image_backbone": "test_resnet", "image_size": 32, "embed_dim": 8, "context_length": 8}
+ALIGNER |= {"text_width": 8, "text_depth": 1, "text_heads": 1}
 MODULES = {
     "ViTClassifier": lambda **o: ViTClassifier(num_classes=3, **VIT, **o),
     "EfficientNetClassifier": lambda **o: EfficientNetClassifier(phi=-6, num_classes=3, image_size=32, **o),
@@ -28,6 +31,7 @@ MODULES = {
     "FasterRCNN": lambda **o: FasterRCNN("test_resnet", num_classes=3, channels=8, head_width=8, **o),
     "GumbelVAE": lambda **o: GumbelVAE(categories=2, **VAE, **o),
     "GaussianVAE": lambda **o: GaussianVAE(**VAE, **o),
+    "ImageTextAligner": lambda **o: ImageTextAligner(**ALIGNER, **o),
 }
 
 
@@ -53,14 +57,14 @@ def outputs(module: nn.Module) -> tuple[float, float]:
     """
     side = 8 if "VAE" in type(module).__name__ else 32
     generator = torch.Generator().manual_seed(0)
-    images = torch.rand(1, 1 if side == 8 else 3, side, side, generator=generator).round()
+    pairs = isinstance(module, ImageTextAligner)
+    images = torch.rand(1 + pairs, 1 if side == 8 else 3, side, side, generator=generator).round()
     module.eval()
     with torch.compiler.set_stance("force_eager"), torch.no_grad():
         torch.manual_seed(0)
-        found = module(images)
-        loss = module.training_step(
-            (images, [BOXES] if isinstance(module, FPNDetector | FasterRCNN) else BOXES["labels"]), 0
-        )
+        beside = [BOXES] if isinstance(module, FPNDetector | FasterRCNN) else ["a", "b"] if pairs else BOXES["labels"]
+        found = module(images, beside) if pairs else module(images)
+        loss = module.training_step((images, beside), 0)
     parts = [found] if isinstance(found, Tensor) else found[:2]
     return sum(part.abs().sum().item() for part in parts), loss.item()
 

@@ -14,7 +14,16 @@ import torch
 from torch import nn
 from torch.export import Dim
 
-from zoo import EfficientNetClassifier, FasterRCNN, FPNDetector, GaussianVAE, GumbelVAE, MAEPretrainer, ViTClassifier
+from zoo import (
+    EfficientNetClassifier,
+    FasterRCNN,
+    FPNDetector,
+    GaussianVAE,
+    GumbelVAE,
+    ImageTextAligner,
+    MAEPretrainer,
+    ViTClassifier,
+)
 from zoo.common.exporting import Variant
 from zoo.detection.heads import DenseMaps
 from zoo.detection.postprocessing import fixed_nms, non_maximum_suppression
@@ -45,6 +54,10 @@ QUICK = {
     "Gumbel VAE": (lambda: GumbelVAE(categories=5, **MLP), "codes"),
     "reconstruction": (lambda: GaussianVAE(**MLP), "reconstruction"),
     "Gaussian VAE": (lambda: GaussianVAE(in_channels=3, **MLP), "features"),
+    "aligner": (
+        lambda: ImageTextAligner("test_vit", 8, image_size=32, text_width=8, text_depth=1, text_heads=1),
+        "embeddings",
+    ),
     "detections": (lambda: FPNDetector("test_resnet", **FPN | {"levels": (3, 3), "neck": "single"}), "detections"),
 }
 SLOWER = {

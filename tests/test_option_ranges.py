@@ -16,6 +16,7 @@ from zoo import (
     FPNDetector,
     GaussianVAE,
     GumbelVAE,
+    ImageTextAligner,
     MAEPretrainer,
     ViTClassifier,
 )
@@ -34,12 +35,15 @@ TECHNIQUES: dict[type, dict[str, Any]] = {
     | {"image_size": 32},
     GumbelVAE: {"latents": 2, "categories": 3, "image_size": 8, "hidden": (8,)},
     GaussianVAE: {"latents": 2, "image_size": 8, "hidden": (8,)},
+    ImageTextAligner: {"image_backbone": "test_vit", "embed_dim": 8, "in_channels": 1, "image_size": 32}
+    | {"context_length": 8, "text_width": 8, "text_depth": 1, "text_heads": 1},
 }
 # What an option goes with, where another choice would leave it unread or refuse it.
 WITH = {"predict_ratio": {"decoder": "cross"}, "prior_temperature": {"kl": "relaxed"}, "betas": {"optimizer": "adamw"}}
-WITH |= {"milestones": {"schedule": "steps"}}
+WITH |= {"milestones": {"schedule": "steps"}, "bias_init": {"loss": "sigmoid"}, "vocab_size": {"tokenizer": "words"}}
+WITH |= {"unlock_groups": {"lock_image": True}, "unlock_every": {"lock_image": True}}
 # Options of which these are in range, besides what is at least 0: of a network by the rule phi may be any number.
-SIGNED = {"head_bias": (-1.0,), "phi": (-1.0,)}
+SIGNED = {"head_bias": (-1.0,), "phi": (-1.0,), "bias_init": (-1.0,)}
 # Read when training begins, since it may then be another that they have to fit; tested with the schedules.
 LATER = {"milestones"}
 OF_OPTIMIZERS = {*TRAINING, "layer_decay", "decay_rate", "decay_epochs"}  # no step reads them
@@ -90,6 +94,9 @@ def batch_for(module: Any, options: dict[str, Any]) -> Any:
     ] * 2).round()  # fmt: skip
     if isinstance(module, Detector):
         return images, [{"boxes": torch.tensor([[4.0, 4, 20, 20]]), "labels": torch.tensor([0])}] * 2
+    if isinstance(module, ImageTextAligner):
+        captions = module.random_targets(images, torch.Generator())
+        return images, captions
     return images, torch.tensor([0, 1])
 
 

@@ -14,7 +14,7 @@ from zoo.common.tokenizers import Tokenizer, WordTokenizer, create_tokenizer, to
 class ReadsTexts:
     """Turns texts into tokens: ``class Net(ReadsTexts, LightningModule)``, with ``hparams.context_length``.
 
-    Words are fitted to the captions of the data module of the first fit, if it has any. Checkpoints hold the tokeniser
+    Words are fitted to the captions of the first fit's data module, where it has captions. Checkpoints hold the tokeniser
     itself, as the hyperparameter ``tokenizer``, so that no file is needed to read them.
 
     Attributes:

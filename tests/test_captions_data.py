@@ -395,7 +395,7 @@ def test_each_split_may_have_its_images_elsewhere_and_a_folder_of_texts_has_its_
     assert [data.samples(split).path(0) for split in SIZES] == ["photos/a.png", "photos/a.png", "others/a.png"]
     data = CaptionsDataModule("p.csv", "texts", images="photos", **SMALL)
     assert data.samples("val").path(0) == "texts/a.png"
-    with pytest.raises(ValueError, match="^texts is a folder of images and texts, but photos is given for its images"):
+    with pytest.raises(ValueError, match="^texts is a folder of images and texts, but images is photos: leave it out"):
         CaptionsDataModule("texts", images="photos", **SMALL).samples("train")
 
 

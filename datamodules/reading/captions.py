@@ -105,9 +105,7 @@ def read(
     """
     ending = source.suffix.lower()
     if source.is_dir() and images is not None:
-        raise ValueError(
-            f"{source} is a folder of images and texts, but {images} is given for its images: leave it out"
-        )
+        raise ValueError(f"{source} is a folder of images and texts, but images is {images}: leave it out")
     if source.is_dir():
         rows = caption_files.read_folder(source, encoding)
     elif not source.exists():

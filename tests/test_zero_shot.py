@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule, Trainer
+from PIL import ImageColor
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -19,10 +20,12 @@ from zoo import ImageTextAligner, ViTClassifier
 from zoo.alignment import SwapTest, ZeroShot, ZeroShotClassifier
 from zoo.alignment.evaluation import Evaluated
 from zoo.alignment.metrics import Shares
+from zoo.alignment.pictures import retrieval_pictures
 from zoo.alignment.zero_shot import class_embeddings, prompts
 from zoo.callbacks import WritePredictions
 from zoo.common.captions import read
 from zoo.common.exporting import Variant
+from zoo.common.pictures import CAPTION_HEIGHT, COLORS
 from zoo.metrics.retrieval import CrossModalRecall
 from zoo.serving.predictor import Predictor
 
@@ -412,3 +415,54 @@ def test_other_losses_are_not_told_of(options, after, data):
     model.backbone.drop.p = 0.0
     model.loss_watch.after = after
     assert not warnings_of(model, data, 20)
+
+
+# Pictures.
+
+
+def color(image: Tensor, right: bool) -> bool:
+    """Whether some of an image is in the colour of what is right, or wrong."""
+    wanted = torch.tensor(ImageColor.getrgb(COLORS[right]))[:, None, None] / 255
+    return bool(((image - wanted).abs() < 1e-3).all(0).any())
+
+
+def test_pictures_mark_what_is_right():
+    """Three images, of which the first two share a caption; the third one's second is in letters that no font has."""
+    about = [["a dog"], ["a dog", "a cat"], ["a bird", "\U000e0041"]]
+    batch = read((torch.rand(3, 1, 8, 8), about))
+    similarity = torch.tensor(
+        [
+            [0.9, 0.9, 0.1, 0.0, 0.0],  # of the first image: its caption first
+            [0.1, 0.1, 0.8, 0.5, 0.2],  # of the second: a cat, the bird, the last one, the dog
+            [0.95, 0.95, 0.8, 0.2, 0.1],
+        ]
+    )
+    drawn = retrieval_pictures(batch, similarity)
+    assert list(drawn) == ["captions", "images"]
+    below = drawn["captions"][:, :, 256:]
+    assert drawn["captions"].shape == (3, 3, 256 + 4 * CAPTION_HEIGHT, 256)
+    lines = [[(color(line, True), color(line, False)) for line in image.split(CAPTION_HEIGHT, 1)] for image in below]
+    right, wrong = (True, False), (False, True)
+    assert lines == [[right, wrong, wrong, wrong], [right, wrong, wrong, right], [wrong, wrong, right, right]]
+    side = 96 + 2 * 4
+    assert drawn["images"].shape == (2, 3, side + CAPTION_HEIGHT, 3 * side)  # two captions are first ones
+    frames = [[color(each, True) for each in row[:, :side].split(side, 2)] for row in drawn["images"]]
+    assert frames == [[False, True, True], [False, True, False]]
+    assert all(each.min() >= 0 and each.max() <= 1 for each in drawn.values())
+
+
+def test_pictures_of_what_a_batch_has():
+    model = aligner(class_names=NAMES).eval()
+    images, about = next(iter(CaptionedNoise().loaders()[0]))
+    drawn = model.pictures((images, about))
+    assert list(drawn) == ["captions", "images", "classes"]
+    assert [len(each) for each in drawn.values()] == [8, len({each["captions"][0] for each in about}), 8]
+    assert list(model.pictures(images)) == ["classes"]
+    large = retrieval_pictures(read((torch.rand(2, 3, 300, 400), ["a", "b"])), torch.eye(2))["images"]
+    assert large.shape == (2, 3, 96 + 2 * 4 + CAPTION_HEIGHT, 2 * (128 + 2 * 4))
+    assert list(aligner().pictures(images)) == []
+    known = [index for index, each in enumerate(about) if each["label"] >= 0]
+    best = model.predict_step((images, about), 0).topk(5)[1]
+    for index in known:
+        own = about[index]["label"] in best[index].tolist()
+        assert color(drawn["classes"][index, :, 256:], True) == own

@@ -3,10 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor
 
+from zoo.alignment.pictures import class_pictures, retrieval_pictures
 from zoo.alignment.zero_shot import Template, ZeroShotClassifier, class_logits
 from zoo.common import batch as batches
+from zoo.common.captions import has_captions, read
 from zoo.common.classes import in_checkpoint
 from zoo.common.results import named_probabilities
 
@@ -21,6 +24,7 @@ class ZeroShotPredictions:
     hparams: Any
     exports: ClassVar = {"embeddings": "exported_embeddings"}  # of classes, those of zero_shot(...)
     encode_image: Any
+    encode_text: Any
     _classes: list[str] | None = None
     _classifier: tuple[Tensor, ...] | None = None  # what classes are while nothing is trained
 
@@ -63,6 +67,25 @@ class ZeroShotPredictions:
     def exported_embeddings(self, images: Tensor) -> dict[str, Tensor]:
         """The ``embeddings`` (B, embed_dim) of images (B, C, H, W), unit vectors."""
         return {"embeddings": self.encode_image(images)}
+
+    @torch.no_grad()
+    def pictures(self, batch: Any) -> dict[str, Tensor]:
+        """Images (B, 3, h, w) in [0, 1]: what is retrieved among the samples of a batch, and classes if there are some.
+
+        ``captions``: each image with the captions that are most similar, green if they are its own; ``images``: the
+        first caption of each image with the images that are most similar, framed likewise; ``classes``: each image with
+        the most probable classes, green if it is labelled so. What the batch does not have is not drawn.
+        """
+        drawn: dict[str, Tensor] = {}
+        if has_captions(batch):
+            found = read(batch)
+            similarity = class_logits(self.encode_image(found.images), self.encode_text(found.captions))
+            drawn = retrieval_pictures(found, similarity.cpu())
+        if self.classes:
+            images = batches.images(batch)
+            labels = read(batch).labels if has_captions(batch) else None
+            drawn["classes"] = class_pictures(images, self.predict_step(batch, 0), self.classes, labels)
+        return drawn
 
     def train(self, mode: bool = True) -> Self:
         """Sets the mode. What classes are is asked anew: weights may have changed."""

@@ -41,6 +41,14 @@ class CaptionBatch(NamedTuple):
     swapped: list[str] | None = None
 
 
+def has_captions(batch: Any) -> bool:
+    """Tells whether a batch carries a list beside its images, as captions are."""
+    try:
+        return bool(_entries(batch))
+    except ValueError:
+        return False
+
+
 def read(batch: Any, first: bool = False) -> CaptionBatch:
     """Images and captions of a batch.
 

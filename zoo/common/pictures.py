@@ -44,23 +44,27 @@ def displayable(images: Tensor, least: int = 96, values: tuple[float, float] | N
     return images.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
 
 
-def captioned(images: Tensor, captions: Sequence[str], right: Sequence[bool | None]) -> Tensor:
+def captioned(
+    images: Tensor, captions: Sequence[str], right: Sequence[bool | Sequence[bool | None] | None], least: int = 96
+) -> Tensor:
     """Images with text below each: (B, 3, H + 14 lines, W). Text is green if right, red if wrong, white if neither.
 
     Args:
         images: Normalised, (B, C, H, W); made presentable by :func:`displayable`.
         captions: One for each image, of one line or several; what is wider than the image is :func:`shortened`.
-        right: One for each image.
+        right: One for each image, or one for each line of its text.
+        least: See :func:`displayable`.
     """
-    images = displayable(images)
+    images = displayable(images, least)
     lines = [caption.split("\n") for caption in captions]
     size = images.shape[-1], CAPTION_HEIGHT * max(map(len, lines), default=1)
     strips = []
     for texts, is_right in zip(lines, right, strict=True):
         draw = _draw_on(strip := Image.new("RGB", size))
-        for number, text in enumerate(texts):
+        of_lines = is_right if isinstance(is_right, Sequence) else [is_right] * len(texts)
+        for number, (text, of_line) in enumerate(zip(texts, of_lines, strict=True)):
             text = shortened(text, size[0] - 2 * MARGIN)
-            draw.text((MARGIN, number * CAPTION_HEIGHT), text, fill=COLORS[is_right])
+            draw.text((MARGIN, number * CAPTION_HEIGHT), text, fill=COLORS[of_line])
         strips.append(pil_to_tensor(strip).float() / 255)
     return torch.cat([images, torch.stack(strips)], dim=2)
 
@@ -72,8 +76,13 @@ def class_name(classes: Sequence[str] | None, index: int) -> str:
 
 def legible_name(classes: Sequence[str] | None, index: int) -> str:
     """A class's name on one line, or ``class 7`` where the font has not all of its letters, as of Chinese."""
-    name = " ".join(class_name(classes, index).split())
-    return name if name and all(ord(letter) in _letters() for letter in name) else f"class {index}"
+    return legible(class_name(classes, index), f"class {index}")
+
+
+def legible(text: str, otherwise: str) -> str:
+    """A text on one line, or another where the font has not all of its letters, or it has none."""
+    line = " ".join(text.split())
+    return line if line and all(ord(letter) in _letters() for letter in line) else otherwise
 
 
 def shortened(text: str, width: float) -> str:

@@ -15,7 +15,51 @@ Pool = Literal["end", "mean", "last", "first"]
 Act = Literal["gelu", "quick_gelu", "gelu_tanh"]
 
 
-class TextTransformer(nn.Module):
+class PoolsTexts:
+    """Mixin of a text tower with features of every position, of which it pools one vector.
+
+    Attributes:
+        pool: Where.
+        pad_id: Token that a short text is filled up with.
+        end_id: Token that ends a text.
+    """
+
+    pool: Pool
+    pad_id: int
+    end_id: int | None
+    hidden: Any
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Features (N, W) of texts, without projection.
+
+        With ``pool="end"`` those of a text without an end token are NaN: it has no such position, and looking for it
+        must not wait for the device.
+
+        Args:
+            tokens: (N, L), as of :meth:`hidden`.
+
+        Raises:
+            ValueError: As :meth:`hidden`.
+        """
+        return self.pooled(self.hidden(tokens), tokens)
+
+    def pooled(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """Features (N, W) of texts, of those of their positions (N, L, W) and their tokens (N, L)."""
+        if self.pool == "first":
+            return hidden[:, 0]
+        if self.pool == "last":
+            return hidden[:, -1]
+        if self.pool == "mean":
+            text = (tokens != self.pad_id).unsqueeze(2)
+            total = torch.where(text, hidden, 0).sum(1, dtype=torch.promote_types(hidden.dtype, torch.float32))
+            return (total / text.sum(1).clamp(min=1)).to(hidden.dtype)
+        ends = torch.eq(tokens, cast(int, self.end_id))
+        first = ends.int().argmax(1)
+        features = hidden.gather(1, first[:, None, None].expand(-1, 1, hidden.shape[2])).squeeze(1)
+        return torch.where(ends.any(1, keepdim=True), features, torch.nan)
+
+
+class TextTransformer(PoolsTexts, nn.Module):
     """Text transformer of CLIP (Radford et al. 2021) and SigLIP (Zhai et al. 2023), with timm's parameter names.
 
     CLIP's is ``act="quick_gelu"`` with the other defaults. SigLIP's is ``pool="last"``, ``causal=False``,
@@ -144,35 +188,6 @@ class TextTransformer(nn.Module):
             run = partial(checkpoint, block) if self.grad_checkpointing and self.training else block
             x = run(x, attn_mask=mask, is_causal=self.causal and mask is None)
         return self.norm(x)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Features (N, W) of texts, without projection.
-
-        With ``pool="end"`` those of a text without an end token are NaN: it has no such position, and looking for it
-        must not wait for the device.
-
-        Args:
-            tokens: (N, L), as of :meth:`hidden`.
-
-        Raises:
-            ValueError: As :meth:`hidden`.
-        """
-        return self.pooled(self.hidden(tokens), tokens)
-
-    def pooled(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """Features (N, W) of texts, of those of their positions (N, L, W) and their tokens (N, L)."""
-        if self.pool == "first":
-            return hidden[:, 0]
-        if self.pool == "last":
-            return hidden[:, -1]
-        if self.pool == "mean":
-            text = (tokens != self.pad_id).unsqueeze(2)
-            total = torch.where(text, hidden, 0).sum(1, dtype=torch.promote_types(hidden.dtype, torch.float32))
-            return (total / text.sum(1).clamp(min=1)).to(hidden.dtype)
-        ends = torch.eq(tokens, cast(int, self.end_id))
-        first = ends.int().argmax(1)
-        features = hidden.gather(1, first[:, None, None].expand(-1, 1, hidden.shape[2])).squeeze(1)
-        return torch.where(ends.any(1, keepdim=True), features, torch.nan)
 
     def _mask(self, tokens: Tensor) -> Tensor:
         """Positions that each may see, (N, 1, 1 or L, L), True where it may."""

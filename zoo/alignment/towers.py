@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from zoo.alignment.text import TextTransformer
 from zoo.common.backbones import feature_width
+from zoo.common.protocols import FitsTokenizer
 from zoo.common.tokenizers import Tokenizer, check_special
 
 
@@ -28,6 +29,8 @@ def create_text_tower(given: str | nn.Module | None, tokenizer: Tokenizer, hpara
         raise ValueError(f"unknown text_backbone {given!r}: expected a module, or None for a text transformer")
     if given is not None:
         feature_width(given)
+        if isinstance(given, FitsTokenizer):
+            given.fit_tokenizer(tokenizer, hparams.context_length)
         return given
     check_special(tokenizer, hparams.text_pool, hparams.text_mask_padding)
     return TextTransformer(

@@ -33,6 +33,7 @@ def images() -> torch.Tensor:
 def folders(tmp_path_factory) -> dict[str, tuple[Any, Path]]:
     """Models of Hugging Face's with random weights, and the folders that they are saved in."""
     transformers = pytest.importorskip("transformers")
+    torch.manual_seed(1)
     two = {"text_config": TEXT, "vision_config": VISION}
     t5 = {"vocab_size": 260, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
     made = {
@@ -95,13 +96,14 @@ def test_image_towers_of_hugging_face(folders):
 
 
 def test_an_aligner_of_foreign_towers_learns(folders):
+    torch.manual_seed(1)
     text = HuggingFaceText(folders["Bert"][1])
     options: dict[str, Any] = {"embed_dim": 8, "context_length": 12, "lr": 1e-2, "grad_checkpointing": True}
     aligner = ImageTextAligner(HuggingFaceImage(folders["ViT"][1]), text_backbone=text, **options)
     assert aligner.input_shape == (3, SIDE, SIDE)
     optimizer = torch.optim.AdamW(aligner.parameters(), 1e-2)
     losses = []
-    for _ in range(20):
+    for _ in range(30):
         loss = aligner.losses(read((images(), CAPTIONS)))["contrastive"]
         optimizer.zero_grad()
         loss.backward()

@@ -42,6 +42,8 @@ OTHERS = {
     "_timeout _trainer add_image auto_requeue best_model_path datamodule dirpath hparams last_model_path "
     "lightning_module monitor overfit_batches procs rank requeue_signal root_dir save_on_exception scaler "
     "train_dataloader",
+    "transformers: configurations and outputs of models of one kind or another": "eos_token_id hidden_size image_size "
+    "is_encoder_decoder max_position_embeddings num_channels pad_token_id pooler_output",
     "jsonargparse's parsers": "parent_parser print_config subcommand_parser",
     "submodules, which an instance check does not see since Python 3.12": "backbone decoder",
     "the optional attributes of datamodules' Samples, which its docstring lists": "batch in_batch labels names random "

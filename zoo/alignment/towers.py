@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from zoo.alignment.text import TextTransformer
 from zoo.common.backbones import feature_width
-from zoo.common.protocols import FitsTokenizer
-from zoo.common.tokenizers import Tokenizer, check_special
+from zoo.common.tokenizers import FitsTokenizer, Tokenizer, check_special
 
 
 def create_text_tower(given: str | nn.Module | None, tokenizer: Tokenizer, hparams: Any) -> nn.Module:

@@ -278,14 +278,6 @@ class StatesMaps(Protocol):
 
 
 @runtime_checkable
-class FitsTokenizer(Protocol):
-    """A text tower that was made for certain tokens, and pools and masks by those of the tokeniser it is used with."""
-
-    def fit_tokenizer(self, tokenizer: Any, context_length: int) -> None:
-        """Takes its special tokens. It raises ValueError for more tokens, or more positions, than the tower has."""
-
-
-@runtime_checkable
 class CreatedByTimm(Protocol):
     """A network that says how timm creates one like it, for weights in timm's format."""
 

@@ -6,11 +6,12 @@
 
 from zoo.common.tokenizers.creation import create_tokenizer
 from zoo.common.tokenizers.files import HuggingFaceTokenizer, OpenClipTokenizer, SentencePieceTokenizer
-from zoo.common.tokenizers.interface import Tokenizer, check_special, tokenize
+from zoo.common.tokenizers.interface import FitsTokenizer, Tokenizer, check_special, tokenize
 from zoo.common.tokenizers.plain import ByteTokenizer, WordTokenizer
 
 __all__ = [
     "ByteTokenizer",
+    "FitsTokenizer",
     "HuggingFaceTokenizer",
     "OpenClipTokenizer",
     "SentencePieceTokenizer",

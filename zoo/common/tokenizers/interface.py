@@ -47,6 +47,14 @@ class Tokenizer(Protocol):
         """The tokeniser that a state was made by."""
 
 
+@runtime_checkable
+class FitsTokenizer(Protocol):
+    """A text tower that was made for certain tokens, and pools and masks by those of the tokeniser it is used with."""
+
+    def fit_tokenizer(self, tokenizer: Tokenizer, context_length: int) -> None:
+        """Takes its special tokens. It raises ValueError for more tokens, or more positions, than the tower has."""
+
+
 def tokenize(tokenizer: Tokenizer, texts: Sequence[str], context_length: int) -> tuple[Tensor, int]:
     """Token ids (N, context_length) of texts, int64, and the number of texts that were cut to fit.
 

@@ -1,7 +1,6 @@
 """ImageTextFusion: what its heads learn from, what they learn, and what they refuse."""
 
 import math
-from functools import cache
 
 import pytest
 import timm
@@ -77,6 +76,7 @@ def loader(batch_size: int = 8) -> DataLoader:
         {"matching": 0, "captioning": 0, "momentum": 0.9},
         {"masking": 0, "momentum": 0.9},
         {"lock_image": True, "lock_text": True},
+        {"micro_batch": 3},
         {"loss": "sigmoid", "grad_checkpointing": True},
     ],
     ids=str,
@@ -328,37 +328,45 @@ def test_weights_of_an_aligner_start_towers_and_teacher(tmp_path):
 # What it learns.
 
 
-@cache
+@pytest.fixture(scope="module")
 def learned() -> ImageTextFusion:
-    model = fusion(lr=3e-3, fusion_dropout=0.0, weight_decay=0.0, mask_rate=0.3)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
-    pairs = batch()
-    for _ in range(200):
+    """A model of 200 steps, in which learning rates rise and fall, on the eight pairs."""
+    model = fusion(mask_rate=0.3)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
+    for step in range(200):
+        optimizer.param_groups[0]["lr"] = 5e-3 * min(1, (step + 1) / 20, 2 - step / 100)
         optimizer.zero_grad()
-        sum(model.losses(pairs).values()).backward()
+        sum(model.losses(batch()).values()).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-    return model.eval()
+    return model.eval().requires_grad_(False)
 
 
-def test_it_learns_which_captions_match():
-    model, images = learned(), rendered()
-    pairs = model.match(images.repeat_interleave(8, 0), CAPTIONS * 8).reshape(8, 8)
-    assert pairs.diagonal().min() > 0.8
-    assert (pairs - torch.eye(8)).max() < 0.2
+@pytest.mark.slow
+def test_it_learns_which_captions_match(learned):
+    """The hardest negatives by contrast: those that it tells apart by far are hardly ever drawn, nor learned."""
+    own = torch.arange(8)
+    matches = learned.match(rendered().repeat_interleave(8, 0), CAPTIONS * 8).reshape(8, 8)
+    similar = learned(rendered(), CAPTIONS).fill_diagonal_(-torch.inf)
+    assert matches.diagonal().min() > 0.8
+    assert matches[own, similar.argmax(1)].max() < 0.2
+    assert matches[similar.argmax(0), own].max() < 0.2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beams", [1, 3])
-def test_it_learns_to_caption(beams):
-    assert learned().caption(rendered(), beams=beams) == CAPTIONS
+def test_it_learns_to_caption(learned, beams):
+    assert learned.caption(rendered(), beams=beams) == CAPTIONS
 
 
-def test_it_learns_to_fill_in_words_from_the_image():
+@pytest.mark.slow
+def test_it_learns_to_fill_in_words_from_the_image(learned):
     texts = [f"{caption.split()[0][:-1]}[MASK] [MASK]{caption.split()[1][1:]}" for caption in CAPTIONS]
-    assert learned().fill(rendered(), texts) == CAPTIONS
+    assert learned.fill(rendered(), texts) == CAPTIONS
 
 
 def test_captions_are_cut_where_asked_and_beams_of_images_do_not_mix():
-    model, images = learned(), rendered()
+    model, images = fusion().eval(), rendered()
     assert model.generate(images, max_length=4).shape == (8, 4)
     alone = [model.caption(image[None], beams=3)[0] for image in images[:3]]
     assert alone == model.caption(images[:3], beams=3)
@@ -400,7 +408,8 @@ def test_towers_of_tokens_and_of_maps_are_attended_to_and_pooled_as_they_are(nam
 
 
 def test_a_tower_of_several_streams_is_refused_by_name():
-    network = timm.create_model("crossvit_tiny_240", num_classes=0, img_size=48)
+    network = tower()
+    network.forward_features = lambda images: [images, images]  # as CrossViT's
     model = fusion(image_backbone=network)
-    with pytest.raises(ValueError, match="forward_features of CrossVit gives a list: the fusion attends to tokens"):
-        model.losses(read((torch.randn(8, 3, 48, 48), CAPTIONS), first=True))
+    with pytest.raises(ValueError, match="forward_features of VisionTransformer gives a list: the fusion attends to"):
+        model.losses(batch())

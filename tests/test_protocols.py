@@ -37,7 +37,8 @@ OTHERS = {
     "torchvision: box formats, policies, archives": "format value ops _ARCHIVE_EXTRACTORS _decompress",
     "timm, and networks like its": "act attn blocks channels dist_token drop drop_path1 drop_path2 drop_rate "
     "feature_info forward_features forward_head forward_intermediates grid_size group_matcher head head_drop heads "
-    "img_size no_weight_decay num_heads output_fmt patch_embed pretrained_cfg proj prune_intermediate_layers reset_classifier window_size",
+    "img_size no_weight_decay num_heads output_fmt patch_embed pretrained_cfg proj prune_intermediate_layers "
+    "reset_classifier window_size",
     "Lightning: what is missing without a Trainer, or of some loggers, plugins and callbacks": "_batch_sampler "
     "_timeout _trainer add_image auto_requeue best_model_path datamodule dirpath hparams last_model_path "
     "lightning_module monitor overfit_batches procs rank requeue_signal root_dir save_on_exception scaler "

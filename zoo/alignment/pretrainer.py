@@ -116,6 +116,7 @@ class ImageTextFusion(ImageTextAligner):
             tokeniser or a text tower that a head cannot work with.
     """
 
+    tokenizer: Any  # whose special tokens are there
     fusion: Any
     matching_head: Any
     captioning_head: Any

@@ -472,6 +472,7 @@ MATTERS = {
     "loss": (shapes, {}, SIGMOID),
     "image_size": (shapes, {}, {"image_size": 48}),
     "in_channels": (shapes, {}, {"in_channels": 1}),
+    "image_options": (shapes, {}, {"image_options": {"depth": 1}}),
     "weights": (started, {}, {"weights": "somewhere.pth"}),
     "image_weights": (started, {"weights": "somewhere.pth"}, {"image_weights": "somewhere.pth"}),
     "tokenizer": (shapes, {}, {"tokenizer": "words"}),

@@ -23,6 +23,8 @@ SMALL_VIT = ["--model.width", "24", "--model.depth", "1", "--model.heads", "2", 
 SMALL_DECODER = ["--model.decoder_dim", "16", "--model.decoder_depth", "1", "--model.decoder_heads", "2"]
 SMALL_VAE = ["--model.hidden=[8]", "--model.width=4", "--model.blocks=1", "--model.elbo_samples=1"]
 SMALL_VAE += ["--model.compile=false"]
+SMALL_ALIGNER = ["--model.tokenizer=words", "--model.text_width=16", "--model.text_depth=1", "--model.text_heads=2"]
+SMALL_ALIGNER += ["--model.compile=false"]
 FEW_REGIONS = ["--model.region_samples", "8", "--model.post_nms_top_k", "[30,10]"]
 SMALL_MODEL = {
     "zoo.ViTClassifier": SMALL_VIT,
@@ -30,6 +32,7 @@ SMALL_MODEL = {
     "zoo.EfficientNetClassifier": ["--model.image_size", "32", "--data.image_size", "32", "--model.compile", "false"],
     "zoo.GumbelVAE": SMALL_VAE,
     "zoo.GaussianVAE": SMALL_VAE,
+    "zoo.ImageTextAligner": SMALL_ALIGNER,
     "zoo.FPNDetector": ["--model.image_size", "64", "--model.channels", "8", "--model.head_depth", "1"],
     "zoo.FasterRCNN": ["--model.image_size", "64", "--model.channels", "8", "--model.head_width", "8", *FEW_REGIONS],
 }
@@ -63,9 +66,29 @@ def write_data(settings: dict, root: Path, monkeypatch) -> list[str]:
     elif kind == "CocoDetectionDataModule":
         for split, count in (("train", 8), ("valid", 3)):
             write_coco(root / split / "_annotations.coco.json", root / split, count, {0: "animals", 1: "cat", 2: "dog"})
+    elif kind == "CaptionsDataModule":
+        for split, count in (("train", 8), ("val", 4)):
+            write_captions(root / options[split], root / f"{split}2017", count)
+    elif kind == "ShapesCaptionsDataModule":
+        return ["--data.train_size=16", "--data.val_size=4", "--data.test_size=4"]
     else:
         return []
     return ["--data.root", str(root)]
+
+
+def write_captions(file: Path, folder: Path, count: int) -> None:
+    """Images, and COCO's json or a table of two captions for each."""
+    for parent in (file.parent, folder):
+        parent.mkdir(parents=True, exist_ok=True)
+    images = [{"id": index, "file_name": f"{index}.jpg"} for index in range(count)]
+    said = [(i, f"a picture of {i + copy} things") for i in range(count) for copy in range(2)]
+    for image in images:
+        (folder / str(image["file_name"])).write_bytes(jpeg(0))
+    if file.suffix == ".json":
+        annotations = [{"id": k, "image_id": i, "caption": text} for k, (i, text) in enumerate(said)]
+        file.write_text(json.dumps({"images": images, "annotations": annotations}))
+    else:
+        file.write_text("\n".join(["filepath,title", *(f"{folder.name}/{i}.jpg,{text}" for i, text in said)]) + "\n")
 
 
 def write_coco(file: Path, folder: Path, count: int, categories: dict[int, str]) -> None:
@@ -93,17 +116,27 @@ def small_detector(recipe: dict) -> list[str]:
     return [f"--model.backbone={small}", *(f"--data.{name}={size}" for name, size in sizes.items())]
 
 
+def small_aligner(recipe: dict) -> list[str]:
+    """A small image tower in the place of a large one, as wide as the embeddings if they are its features."""
+    if recipe["model"]["init_args"]["image_size"] < 224:
+        return []
+    return ["--model.image_backbone=test_vit", "--model.embed_dim=64", "--model.image_size=32", "--data.image_size=32"]
+
+
 def small(name: str, root: Path, monkeypatch) -> list[str]:
     """The recipe and the options that make a tiny run of it, on data that are made for it."""
     recipe = yaml.safe_load(recipes()[name].read_text())
     data = write_data(recipe["data"], root, monkeypatch)
-    weights = ["--model.weights", "null"] if recipe["model"]["init_args"].get("weights") else []
+    given = [name for name in ("weights", "image_weights") if recipe["model"]["init_args"].get(name)]
+    weights = [f"--model.{name}=null" for name in given]
     is_module = isinstance(recipe["model"]["init_args"].get("backbone"), dict)  # which has its size, and is small
     model = [] if is_module else list(SMALL_MODEL[recipe["model"]["class_path"]])
     if recipe["model"]["init_args"].get("variant") in LARGE:
         model += ["--model.variant", "b0"]
     if name.startswith("detection/"):
         model += small_detector(recipe)
+    if name.startswith("alignment/"):
+        model += small_aligner(recipe)
     if recipe["model"]["init_args"].get("iw_samples"):
         model += ["--model.iw_samples=2"]
     if name == "gumbel_vae/imagenet_dvae":
@@ -111,8 +144,10 @@ def small(name: str, root: Path, monkeypatch) -> list[str]:
     return ["-c", name, *model, *SMALL_RUN, *data, *weights]
 
 
-# They differ from detection/shapes or from detection/shapes_trident by a few options: see SCALES.
-VARIANTS = re.compile("detection/shapes_(one_level|pyramid|multi_scale|snip|image_pyramid|tiles|trident_fast)")
+# They differ from another recipe by a few options: see SCALES, and the first line of alignment/shapes_siglip.
+VARIANTS = re.compile(
+    "detection/shapes_(one_level|pyramid|multi_scale|snip|image_pyramid|tiles|trident_fast)|alignment/shapes_siglip"
+)
 
 
 @pytest.mark.parametrize(
@@ -125,6 +160,7 @@ def test_recipe_runs(name, tmp_path, monkeypatch):
 
 # One of each technique; the others, without those that differ in size alone, are slow together.
 QUICK = (
+    "alignment/shapes",
     "vit/digits",
     "mae/digits",
     "efficientnet/digits",
@@ -188,9 +224,10 @@ def test_recipe_is_complete_and_says_where_it_comes_from(name):
     assert f"Total batch size {batch}" in header
     assert recipe["trainer"]["logger"]["init_args"]["name"] == name
     assert "max_epochs" in recipe["trainer"]
-    weights = recipe["model"]["init_args"].get("weights")
-    assert weights is None or timm.is_model_pretrained(weights)
-    if re.search("imagenet|coco_(?!custom)|mnist_", name):
+    for option in ("weights", "image_weights"):
+        weights = recipe["model"]["init_args"].get(option)
+        assert weights is None or timm.is_model_pretrained(weights)
+    if re.search("imagenet|coco_(?!custom)|mnist_|_cc3m|siglip_b16", name):
         assert "arXiv" in header
         assert "Not ours" in header
 

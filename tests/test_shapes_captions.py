@@ -195,13 +195,15 @@ def test_a_caption_is_true_of_an_image_exactly_when_facts_entail_its_claims():
     shown = np.array([sum(bit[word] for word in text.split()) for text in spoken])
     facts = torch.tensor([scene[0] for scene in every])
     known = {caption: claims for scene in every for caption, claims in captions_of(scene)}
-    assert len(known) == 4 * 288 + 2 * 36
+    assert len(known) == 4 * 288 + 2 * 36 + 6 * 4 + 6 * 4
     for caption, claims in known.items():
         says = torch.tensor(claims)
         entailed = ((says == facts) | (says == -1)).all(1).numpy()
         said = sum(bit[word] for word in words_of(caption))
         assert np.array_equal(entailed, (said & shown) == said), caption
-        assert entailed.sum() == (1 if "left" in caption or "right" in caption else 8)
+        assert entailed.sum() == math.prod(
+            len(words) for words, claim in zip(WORDS.values(), claims, strict=True) if claim < 0
+        )
 
 
 def named_pairs(caption: str) -> set[str]:
@@ -255,8 +257,9 @@ def test_training_draws_one_of_all_captions_anew_in_each_epoch(usual):
     assert first != epoch(1)
     assert first != epoch(0, seed=1)
     assert {*first} <= {*usual.captions()}
-    kinds = Counter(len(words_of(caption)) for caption in first)
-    assert kinds[2] / len(first) == pytest.approx(1 / 3, abs=0.1)
+    kinds = Counter(len(words_of(caption)) for caption in first)  # a place has two words
+    for words, share in ((5, 1 / 2), (2, 1 / 4), (3, 1 / 4)):
+        assert kinds[words] / len(first) == pytest.approx(share, abs=0.1)
     assert {"facts", "claims", "captions"} == usual.samples("train")[0][1].keys()
     assert {word for caption in usual.captions() for word in words_of(caption)} == KINDS.keys()
 

@@ -63,6 +63,7 @@ class ImageTextAligner(
         loss: "softmax" over the batch in both directions (CLIP), or "sigmoid" of each pair (SigLIP).
         image_size: Side in pixels, or (height, width). None: the backbone's own.
         in_channels: Channels of the images. Of a module, its own.
+        image_options: More arguments of the timm network, by timm's names, ``{"patch_size": 4}`` say.
         weights: Weights of a whole aligner to start from: see :func:`zoo.weights.load`.
         image_weights: Weights of the image tower to start from, those of a classifier or masked autoencoder.
         tokenizer: "bytes", "words" (fitted to the training captions and kept in checkpoints), "open_clip", or the path
@@ -136,6 +137,7 @@ class ImageTextAligner(
         loss: Loss = "softmax",
         image_size: int | tuple[int, int] | None = None,
         in_channels: int = 3,
+        image_options: Mapping[str, Any] | None = None,
         weights: str | None = None,
         image_weights: str | None = None,
         tokenizer: str | Tokenizer | Mapping[str, Any] = "bytes",
@@ -192,7 +194,7 @@ class ImageTextAligner(
         hp["tokenizer"] = tokenizer if isinstance(tokenizer, str) else self.tokenizer.state()["kind"]
         given = isinstance(image_backbone, nn.Module)
         images = {} if given else {"img_size": image_size, "in_chans": in_channels}
-        self.backbone = create_backbone(image_backbone, **images)
+        self.backbone = create_backbone(image_backbone, **dict(image_options or {}) | images)
         if given:
             self.settle_images()
         self.text = create_text_tower(text_backbone, self.tokenizer, hp)

@@ -14,8 +14,8 @@ from zoo.common.tokenizers import Tokenizer, WordTokenizer, create_tokenizer, to
 class ReadsTexts:
     """Turns texts into tokens: ``class Net(ReadsTexts, LightningModule)``, with ``hparams.context_length``.
 
-    Words are fitted to the captions of the first fit's data module, where it has captions. Checkpoints hold the tokeniser
-    itself, as the hyperparameter ``tokenizer``, so that no file is needed to read them.
+    Words are fitted to the captions of the first fit's data module, where it has captions. Checkpoints hold the
+    tokeniser itself, as the hyperparameter ``tokenizer``, so that no file is needed to read them.
 
     Attributes:
         tokenizer: What reads the texts; a constructor sets it.

@@ -287,6 +287,22 @@ def test_groups_of_a_tower_are_all_of_its_parameters_once(name):
     assert learning == set(groups[-1])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"loss": "sigmoid"}, {"loss": "softmax", "positives": "equal"}])
+def test_two_processes_learn_what_one_does_with_locks_and_groups_that_wait(options, tmp_path):
+    found = []
+    for processes in (1, 2):
+        module = small(lock_image=True, unlock_every=1, lock_text=True, optimizer="sgd", lr=0.1, betas=None, **options)
+        several = {"devices": 2, "strategy": "ddp_fork"} if processes == 2 else {}
+        fit(module, Pairs(size=4 // processes), max_epochs=2, default_root_dir=tmp_path, **several)
+        found.append(module.state_dict())
+    start = small(**options).state_dict()
+    moved = {name for name, value in found[0].items() if not torch.equal(value, start[name])}
+    assert {name.split(".")[1] for name in moved if name.startswith(("backbone.", "text."))} == {"blocks", "norm"}
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-5)
+
+
 # Scale and bias.
 
 
@@ -454,7 +470,7 @@ def predicted(**options: Any) -> list[list[float]]:
 def started(**options: Any) -> float:
     """A weight of the image tower, of files that are written for it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("zoo.alignment.aligner.load_weights", lambda module, source: module.apply(ones))
+        patch.setattr("zoo.alignment.layouts.load", lambda module, source: module.apply(ones))
         return sum(parameter.sum().item() for parameter in small(**options).parameters())
 
 
@@ -481,6 +497,10 @@ MATTERS = {
     "text_backbone": (shapes, {}, {"text_backbone": Words()}),
     "text_width": (shapes, {}, {"text_width": 8}),
     "text_depth": (shapes, {}, {"text_depth": 1}),
+    "text_mlp_width": (shapes, {}, {"text_mlp_width": 24}),
+    "text_norm_eps": (logits, {}, {"text_norm_eps": 0.1}),
+    "image_act": (logits, {}, {"image_act": "quick_gelu"}),
+    "image_norm_eps": (logits, {}, {"image_norm_eps": 0.1}),
     "text_heads": (logits, {}, {"text_heads": 1}),
     "text_pool": (logits, {}, {"text_pool": "mean"}),
     "text_causal": (logits, {}, {"text_causal": False}),
@@ -560,7 +580,7 @@ class Maps(nn.Conv2d):
         ({"loss": "clip"}, "unknown loss 'clip': expected softmax or sigmoid"),
         ({"positives": "all"}, "unknown positives 'all': expected paired or equal or entailed"),
         ({"image_projection": "mlp"}, "unknown image_projection 'mlp': expected linear or none"),
-        ({"text_pool": "eos"}, "pool is 'eos': expected one of end, mean, last, first"),
+        ({"text_pool": "eos"}, "unknown pool 'eos': expected end or mean or last or first"),
         ({"tokenizer": "clip"}, "no tokeniser 'clip': expected bytes, words, open_clip or a path"),
         ({"vocab_size": 99}, "tokenizer bytes does not take vocab_size"),
         ({"image_backbone": "vit_tyni"}, "timm has no model 'vit_tyni': did you mean"),

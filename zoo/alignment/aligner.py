@@ -334,6 +334,7 @@ class ImageTextAligner(
             eps=hp.eps,
             encoders=("backbone", "text"),
             lr_scale=dict.fromkeys(("logit_scale", "logit_bias"), hp.scale_lr),
+            apart=self.waiting(),
         )
         optimizer.register_step_post_hook(self.keep_scale)
         return optim.lightning_schedule(self, optimizer, hp.warmup_epochs, hp.min_lr)

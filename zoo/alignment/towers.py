@@ -145,6 +145,16 @@ class LocksTowers(nn.Module):
             names = locked_names(tower, self.unlocked, side)
             yield from (parameter for name, parameter in tower.named_parameters() if name in names)
 
+    def waiting(self) -> dict[str, int]:
+        """Numbers of the groups that are unlocked as the run goes on, from the end, by their parameters' names."""
+        return {
+            f"{'text' if tower is self.text else 'backbone'}.{name}": number
+            for side, tower in self._locked_towers()
+            if self.hparams.unlock_every
+            for number, group in enumerate(reversed(layer_groups(tower, side)), 1)
+            for name in group
+        }
+
     def train(self, mode: bool = True) -> Self:
         """Sets the mode; what is locked stays in evaluation mode."""
         super().train(mode)

@@ -33,6 +33,7 @@ def parameter_groups(
     *,
     encoders: Sequence[str] = ("backbone",),
     lr_scale: Mapping[str, float] | None = None,
+    apart: Mapping[str, int] | None = None,
 ) -> list[dict[str, Any]]:
     """The trainable parameters of a module in groups, as torch's optimizers take them.
 
@@ -51,6 +52,8 @@ def parameter_groups(
         layer_decay: In (0, 1]. Other than 1 needs encoders with timm's ``group_matcher``.
         encoders: Names of the parts that have layers.
         lr_scale: Factors of the learning rate by the name of a parameter; 1 for all others.
+        apart: Numbers by the name of a parameter, 0 for all others; those of one group have the same. torch's fused
+            SGD needs it for parameters that get their first gradients later than others.
 
     Returns:
         Groups of ``params``, ``param_names``, ``lr`` and ``weight_decay``, the first layer first.
@@ -67,7 +70,7 @@ def parameter_groups(
         if callable(getattr(part, "no_weight_decay", None))
         for pattern in part.no_weight_decay()
     ]
-    groups: dict[tuple[int, float, float], dict[str, Any]] = {}
+    groups: dict[tuple[int, float, float, int], dict[str, Any]] = {}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -77,7 +80,7 @@ def parameter_groups(
         layers, scale = behind.get(name, 0), (lr_scale or {}).get(name, 1.0)
         rate = lr * layer_decay**layers * scale
         empty = {"params": [], "param_names": [], "lr": rate, "weight_decay": decay}
-        group = groups.setdefault((-layers, decay, scale), empty)
+        group = groups.setdefault((-layers, decay, scale, (apart or {}).get(name, 0)), empty)
         group["params"].append(parameter)
         group["param_names"].append(name)
     if not groups:
@@ -133,15 +136,15 @@ def create_optimizer(
     betas: tuple[float, ...] | None = None,
     momentum: float | None = None,
     eps: float | None = None,
-    encoders: Sequence[str] = ("backbone",),
-    lr_scale: Mapping[str, float] | None = None,
+    **grouping: Any,
 ) -> Optimizer:
     """Creates one of timm's optimizers on :func:`parameter_groups`.
 
     Args:
-        module, lr, weight_decay, layer_decay, encoders, lr_scale: See :func:`parameter_groups`.
+        module, lr, weight_decay, layer_decay: See :func:`parameter_groups`.
         optimizer: A name out of ``timm.optim.list_optimizers()``: "adamw", "sgd" (Nesterov), "lamb", "rmsproptf", ...
         betas, momentum, eps: None: timm's default of that optimizer.
+        grouping: ``encoders``, ``lr_scale`` and ``apart`` of :func:`parameter_groups`.
 
     Raises:
         ValueError: For an unknown optimizer, one that cannot run here, a setting that it does not have, and as
@@ -159,7 +162,7 @@ def create_optimizer(
     for name in settings:
         if not getattr(info, f"has_{name}"):
             raise ValueError(f"optimizer {optimizer!r} has no {name}: leave it out")
-    groups = parameter_groups(module, lr, weight_decay, layer_decay, encoders=encoders, lr_scale=lr_scale)
+    groups = parameter_groups(module, lr, weight_decay, layer_decay, **grouping)
     if optimizer.endswith("lars"):
         # LARS adapts weights and leaves biases and norms alone. timm's leaves alone what does not decay instead, which
         # is everything in a linear probe.

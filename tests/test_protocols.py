@@ -14,6 +14,7 @@ from zoo import (
     FPNDetector,
     GaussianVAE,
     GumbelVAE,
+    ImageTextAligner,
     MAEPretrainer,
     ViTClassifier,
 )
@@ -127,6 +128,11 @@ MODULES = {
         lambda: FasterRCNN("test_resnet", num_classes=3, channels=8, head_width=8),
         "Changeable Pruned ForeignWeights NamesPredictionWriter WordsMetrics DrawsTargets HasPeers HasClasses "
         "MeasuresDetections PredictsInViews TrainsOtherwise PredictsOtherwise",
+    ),
+    ImageTextAligner: (
+        lambda: ImageTextAligner("test_resnet", embed_dim=6, text_width=8, text_depth=1, text_heads=2, image_size=32),
+        "Changeable DrawsTargets FollowsWeights ForeignWeights HasClasses PredictsOtherwise PredictsRows "
+        "TrainsOtherwise Watched WordsMetrics",
     ),
     GumbelVAE: (
         lambda: GumbelVAE(categories=2, **VAE),

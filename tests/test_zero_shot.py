@@ -371,6 +371,28 @@ def test_a_checkpoint_names_the_classes_of_the_data_that_it_is_of():
         assert model.classes == expected
 
 
+@pytest.mark.parametrize(
+    ("metric", "text"),
+    [
+        ("i2t_r1", "image-to-text R@1 57.40 %"),
+        ("t2i_r10_seen", ""),
+        ("t2i_r1_not_seen", "text-to-image R@1 57.40 % (not_seen)"),
+        ("t2i_rank", "text-to-image median rank 0.574"),
+        ("i2t_rank_seen", ""),
+        ("acc", "accuracy 57.40 %"),
+        ("acc5", "top-5 accuracy 57.40 %"),
+        ("acc_seen", "accuracy 57.40 % (seen)"),
+        ("acc5_seen", ""),
+        ("swap_acc", "swap test 57.40 %"),
+        ("swap_acc_seen", "swap test 57.40 % (seen)"),
+        ("gap", "modality gap 0.5740"),
+        ("loss", "loss 0.5740"),
+    ],
+)
+def test_metrics_in_words(metric, text):
+    assert ImageTextAligner.metric_text(metric, 0.574) == text
+
+
 # A loss that stays at ln B.
 
 

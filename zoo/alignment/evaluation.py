@@ -1,6 +1,7 @@
 """An aligner's evaluation: loss, modality gap, and retrieval between all images and captions."""
 
-from typing import Any, NamedTuple
+import re
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,9 +11,30 @@ from zoo.alignment.positives import token_hash
 from zoo.common import loaders
 from zoo.common.captions import CaptionBatch, read
 from zoo.common.evaluation import Evaluation
+from zoo.common.log import in_words
 from zoo.common.precision import MeanMetric
 from zoo.common.protocols import HasSubsets
 from zoo.metrics.retrieval import CrossModalRecall
+
+WORDS = {"gap": "modality gap", "scale": "logit scale", "bias": "logit bias"}
+DIRECTIONS = {"i2t": "image-to-text", "t2i": "text-to-image"}
+
+
+def metric_text(metric: str, value: float) -> str:
+    """A metric in words: ``image-to-text R@1 57.40 %`` for "i2t_r1"; of subsets R@1 and accuracy alone."""
+    retrieved = re.fullmatch(r"(i2t|t2i)_(?:r(\d+)|rank)(?:_(.+))?", metric)
+    if retrieved is None:
+        name, _, subset = metric.partition("acc_")
+        if subset and name in ("", "swap_"):
+            return f"{metric_text(f'{name}acc', value)} ({subset})"
+        if metric.startswith("acc5_"):
+            return ""
+        return f"swap test {100 * value:.2f} %" if metric == "swap_acc" else in_words(metric, value, WORDS)
+    direction, k, subset = retrieved.groups()
+    if subset and k != "1":
+        return ""
+    found = f"{DIRECTIONS[direction]} " + (f"R@{k} {100 * value:.2f} %" if k else f"median rank {value:g}")
+    return f"{found} ({subset})" if subset else found
 
 
 class Evaluated(NamedTuple):
@@ -37,6 +59,8 @@ class AlignerEvaluation(Evaluation):
     """
 
     evaluated: Evaluated | None = None
+    watched: ClassVar = ("val/acc", "val/i2t_r1")
+    metric_text = staticmethod(metric_text)
 
     def make_metrics(self, embed_dim: int) -> None:
         """Creates the metrics; to be called in the constructor."""

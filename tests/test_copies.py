@@ -15,6 +15,7 @@ from zoo import (
     GaussianVAE,
     GumbelVAE,
     ImageTextAligner,
+    ImageTextFusion,
     MAEPretrainer,
     ViTClassifier,
 )
@@ -32,6 +33,7 @@ MODULES = {
     "GumbelVAE": lambda **o: GumbelVAE(categories=2, **VAE, **o),
     "GaussianVAE": lambda **o: GaussianVAE(**VAE, **o),
     "ImageTextAligner": lambda **o: ImageTextAligner(**ALIGNER, **o),
+    "ImageTextFusion": lambda **o: ImageTextFusion(**ALIGNER, fusion_depth=1, momentum=0.9, **o),
 }
 
 

@@ -17,6 +17,7 @@ from zoo import (
     GaussianVAE,
     GumbelVAE,
     ImageTextAligner,
+    ImageTextFusion,
     MAEPretrainer,
     ViTClassifier,
 )
@@ -37,6 +38,8 @@ TECHNIQUES: dict[type, dict[str, Any]] = {
     GaussianVAE: {"latents": 2, "image_size": 8, "hidden": (8,)},
     ImageTextAligner: {"image_backbone": "test_vit", "embed_dim": 8, "in_channels": 1, "image_size": 32}
     | {"context_length": 8, "text_width": 8, "text_depth": 1, "text_heads": 1},
+    ImageTextFusion: {"image_backbone": "test_vit", "embed_dim": 8, "in_channels": 1, "image_size": 32}
+    | {"context_length": 8, "text_width": 8, "text_depth": 1, "text_heads": 1, "fusion_depth": 1},
 }
 # What an option goes with, where another choice would leave it unread or refuse it.
 WITH = {"predict_ratio": {"decoder": "cross"}, "prior_temperature": {"kl": "relaxed"}, "betas": {"optimizer": "adamw"}}

@@ -45,8 +45,6 @@ TEMPLATES = (
     "there is a {color} {shape} in the {place} corner, it is {size}",
     "a {color} {shape}",
     "an image of a {color} {shape}",
-    "a {shape} at the {place}",
-    "something {color} at the {place}",
 )
 TEMPLATES_OF_TWO = (
     "a {0} and a {1}",
@@ -232,8 +230,7 @@ class ShapesCaptionsDataModule(Captioned, ImageDataModule):
         self.image_size, self.held_out, self.objects, self.shuffled = image_size, held_out, objects, shuffled
         self.images_seed, self.predict_root = images_seed, predict_root
         self.subsets: Sequence[str] = ("seen",) if held_out == "none" else ("seen", "unseen")
-        if objects == 1:
-            self.classes = [f"{color} {shape}" for shape, color in product(SHAPES, COLORS)]
+        self.classes = [f"{color} {shape}" for shape, color in product(SHAPES, COLORS)]
         self._samples: dict[Split, CaptionedScenes] = {}
 
     def samples(self, split: Split) -> Samples | None:

@@ -108,7 +108,7 @@ def test_the_pages_commands_run_and_what_they_name_exists(page):
             assert (ROOT / script).is_file(), script
     for name in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
         assert (ROOT / "docs" / name).exists(), name
-    for name in re.findall(r"`((?:vit|mae|efficientnet|detection|gumbel_vae|gaussian_vae)/\w+)`", text):
+    for name in re.findall(r"`((?:vit|mae|efficientnet|detection|gumbel_vae|gaussian_vae|alignment)/\w+)`", text):
         assert name in recipes.recipes(), name
 
 

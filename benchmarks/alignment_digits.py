@@ -4,7 +4,8 @@
 
 For each seed a pretraining without labels (`mae/digits`); on its encoder, locked, a text tower (`alignment/digits_lit`)
 and a linear layer (`vit/digits_linear_probe`); then both on the encoder as initialised. Test accuracies are on the same
-540 images. --out holds one json for each finished run: a second call continues. Prints a markdown table.
+540 images. --out holds one json for each finished run: a second call continues. Prints a markdown table. Options that
+are not the script's are handed to every run.
 """
 
 import argparse
@@ -30,13 +31,13 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs", "alignment_digits"))
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    arguments = parser.parse_args()
+    arguments, options = parser.parse_known_args()
     seeds = {f"seed{n}": [f"--seed_everything={n}", f"--data.seed={n}"] for n in range(arguments.seeds)}
     encoders = arguments.out / "pretraining"
 
-    def runs(recipe: str, folder: Path, options: dict[str, list[str]]) -> dict[str, dict[str, float]]:
-        every = {name: [*seeds[name], *options.get(name, [])] for name in seeds}
-        return sweep([str(recipes()[recipe])], [], every, folder, arguments.jobs)
+    def runs(recipe: str, folder: Path, weights: dict[str, list[str]]) -> dict[str, dict[str, float]]:
+        every = {name: [*seeds[name], *weights.get(name, [])] for name in seeds}
+        return sweep([str(recipes()[recipe])], options, every, folder, arguments.jobs)
 
     lines = ["| test accuracy, % | pretrained | as initialised |", "|---|---|---|"]
     try:

@@ -197,3 +197,22 @@ def test_ways_to_look_at_large_images_are_views_of_the_detector():
     assert [[view.scale for view in each] for each in shown] == [[1 / 32], [1], [1], [1, 1 / 32]]
     assert [each[0].tile for each in shown] == [None, None, 512, 512]
     assert shown[3][1].valid_range == (128, None)
+
+
+def test_rows_of_alignment_show_what_they_have():
+    from alignment_shapes import table
+
+    plain = {
+        "test/acc_seen": [0.95, 0.97],
+        "test/acc_unseen": [0.6, 0.6],
+        "train/loss": [1.0, 1.5],
+        "seconds": [90, 110],
+    }
+    swapped = {"test/swap_acc_seen": [0.75, 0.85], "train/loss": [2.0, 2.0], "seconds": [100, 100]}
+    head = "|  | accuracy, seen | unseen | swap test, seen | training loss | seconds |"
+    assert table({"softmax": plain, "two_objects": swapped}) == [
+        head,
+        "|---|---|---|---|---|---|",
+        "| softmax, entailed captions too | 96.0 ± 1.4 | 60.0 ± 0.0 |  | 1.25 ± 0.35 | 100 ± 14 |",
+        "| softmax, two objects |  |  | 80.0 ± 7.1 | 2.00 ± 0.00 | 100 ± 0 |",
+    ]

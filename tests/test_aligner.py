@@ -380,10 +380,11 @@ def test_texts_that_are_cut_are_counted_and_told_once(capsys, caplog):
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "words"])
-def test_captions_to_measure_with_are_read(tokenizer):
-    module = flat(tokenizer=tokenizer)
+@pytest.mark.parametrize("positives", ["paired", "equal", "entailed"])
+def test_captions_to_measure_with_are_read(tokenizer, positives):
+    module = flat(tokenizer=tokenizer, positives=positives)
     captions = module.random_targets(images(5, side=8), torch.Generator().manual_seed(0))
-    assert len(set(captions)) == 5
+    assert len({each["captions"] for each in captions}) == 5
     assert module.training_step((images(5, side=8), captions), 0).isfinite()
 
 

@@ -286,11 +286,12 @@ class ImageTextAligner(
         """Embeddings of images, for ``zoo cost``."""
         return self.encode_image(images)
 
-    def random_targets(self, images: Tensor, generator: torch.Generator) -> list[str]:
-        """Captions of images (B, C, H, W) for a batch to measure with."""
-        captions = list(map(str, torch.randint(10**9, (len(images),), generator=generator).tolist()))
-        self.fit_words(lambda: captions)
-        return captions
+    def random_targets(self, images: Tensor, generator: torch.Generator) -> list[Any]:
+        """Captions of images (B, C, H, W), with facts and claims where these are learned from, to measure with."""
+        numbers = torch.randint(10**9, (len(images),), generator=generator).tolist()
+        self.fit_words(lambda: list(map(str, numbers)))
+        entailed = self.hparams.positives == "entailed"
+        return [{"captions": str(n)} | ({"facts": [n], "claims": [[n]]} if entailed else {}) for n in numbers]
 
     def on_fit_start(self) -> None:
         super().on_fit_start()

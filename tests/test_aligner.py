@@ -1,7 +1,9 @@
 """ImageTextAligner: what it computes, how it learns, what of it is locked, and what it refuses."""
 
+import copy
 import inspect
 import math
+from collections import namedtuple
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,15 +11,17 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from test_any_batch import same
+from test_detection_parts import NeverWaits
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from zoo import ImageTextAligner
 from zoo._lightning import LightningDataModule, Trainer
 from zoo.alignment.metrics import ModalityGap
 from zoo.alignment.positives import positive_keys, token_hash
 from zoo.alignment.towers import layer_groups
-from zoo.common.captions import read
+from zoo.common.captions import CAPTION_KEYS, read
 from zoo.common.cost import count
 from zoo.serving.loading import restored
 
@@ -623,6 +627,7 @@ def test_arguments_that_do_not_go_are_refused(options, message):
         ((images(2), ["a", []]), "image 1 of the batch has no caption"),
         ((images(2), ["a", None]), "image 1 of the batch has no caption"),
         ((images(2), ["a", 3]), "image 1 of the batch has a int as captions"),
+        (default_collate([(images(3)[i], ["a", "b"]) for i in range(3)]), "captions come in tuples: expected a list"),
         ((images(2), ["a", ["b", 3]]), "image 1 of the batch has a int as caption: expected a text"),
         (
             (images(2), [{"captions": ["a"], "label": 1}, {"captions": ["b"]}]),
@@ -639,6 +644,24 @@ def test_batches_that_are_none_are_refused_in_a_line(batch, message):
     with pytest.raises(ValueError, match=message) as error:
         small(lock_image=True).training_step(batch, 0)
     assert "\n" not in str(error.value)
+
+
+def test_a_step_reads_every_form_of_a_batch_and_leaves_it_as_it_was():
+    module, pictures = flat(), images(side=8)
+    expected = module.training_step((pictures, CAPTIONS), 0)
+    several = [[caption, "another"] for caption in CAPTIONS]
+    entries = [{"captions": texts, "image_id": 3, "subset": 1} for texts in several]
+    named = namedtuple("named", ("pixel_values", "text"))
+    for batch in (
+        [list(pictures), tuple(CAPTIONS)],
+        (pictures, several, "more"),
+        (pictures, entries),
+        named(pictures, CAPTIONS),
+        *({i: pictures, c: CAPTIONS} for i in ("image", "images", "pixel_values") for c in CAPTION_KEYS),
+    ):
+        before = copy.deepcopy(batch)
+        assert torch.equal(module.training_step(batch, 0), expected)
+        assert same(before, batch)
 
 
 def test_a_tower_without_pooled_features_is_refused_by_name():
@@ -668,6 +691,23 @@ def test_both_towers_are_one_graph_each():
     torch.testing.assert_close(found, expected)
     assert module.training_step((images(), CAPTIONS), 0).isfinite()
     assert set(module.state_dict()) == names
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_a_step_does_not_wait_for_the_device(loss):
+    module = flat(
+        loss=loss, positives="equal", chunk=3, micro_batch=3, bias_init="auto" if loss == "sigmoid" else -10.0
+    )
+    module._trainer = SimpleNamespace(world_size=2)
+    batch = read((images(side=8), CAPTIONS))
+    tokens = module.tokens(CAPTIONS)  # read and sent before
+    with NeverWaits():
+        module.on_train_batch_start((images(side=8), CAPTIONS), 0)
+        module.contrastive_loss(*module.encode_pairs(batch.images, tokens), batch, tokens).backward()
+        module.keep_scale()
+        module.val_gap.update(batch.images[:, 0, 0, :].repeat(1, 2), batch.images[:, 0, 1, :].repeat(1, 2))
+    if loss == "sigmoid":
+        assert module.logit_bias.item() == pytest.approx(-math.log(7))
 
 
 def test_cost_counts_both_towers_of_a_pair():

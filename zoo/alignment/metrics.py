@@ -31,7 +31,8 @@ class ModalityGap(FullPrecision, Metric):
         """Adds unit vectors of images (B, D) and texts (N, D)."""
         self.image_sum += images.sum(0)
         self.text_sum += texts.sum(0)
-        self.counts += self.counts.new_tensor([len(images), len(texts)])
+        self.counts[0] += len(images)  # a tensor of a list would wait for the device
+        self.counts[1] += len(texts)
 
     def compute(self) -> Tensor:
         """The distance, a scalar."""

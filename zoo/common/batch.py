@@ -205,6 +205,13 @@ def _describe(value: Any) -> str:
     return f"{type(value).__name__}"
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device, copied from pinned memory, so that the host does not wait until the device gets to it."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def check_shape(shape: Sequence[int], expected: Sequence[int]) -> None:
     """Raises ValueError for images of another shape (C, H, W) than a model's."""
     if tuple(shape) != tuple(expected):

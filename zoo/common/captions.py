@@ -71,7 +71,7 @@ def read(batch: Any, first: bool = False) -> CaptionBatch:
     owners = [index for index, part in enumerate(parts) for _ in part["captions"]]
 
     def whole(values: list[Any]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64).to(images.device, non_blocking=True)
+        return batches.to_device(torch.tensor(values, dtype=torch.int64), images.device)
 
     found: dict[str, Any] = {}
     for key, name in _OF_IMAGES.items():
@@ -105,6 +105,11 @@ def _entries(batch: Any) -> Sequence[Any]:
         got = f"a {type(found).__name__} beside the images"
     if not isinstance(found, list | tuple):
         raise ValueError(f"expected (images, captions), got {got}: this module learns from captions, a list of texts")
+    if any(isinstance(entry, tuple) for entry in found):
+        raise ValueError(
+            "captions come in tuples: expected a list for each image. torch's default_collate puts the first captions "
+            "of all images into a tuple, and so on: give the loader a collate_fn that keeps those of an image together"
+        )
     return found
 
 
@@ -113,8 +118,8 @@ def _entry(entry: Any, index: int, first: bool) -> dict[str, Any]:
     part = dict(entry) if isinstance(entry, Mapping) else {"captions": entry}
     captions = part.get("captions")
     captions = [captions] if isinstance(captions, str) else captions
-    if not isinstance(captions, list | tuple) or not captions:
-        got = "no caption" if captions in (None, [], ()) else f"a {type(captions).__name__} as captions"
+    if not isinstance(captions, list) or not captions:
+        got = "no caption" if captions in (None, []) else f"a {type(captions).__name__} as captions"
         raise ValueError(f"image {index} of the batch has {got}: expected a text, or a list of texts")
     for caption in captions:
         if not isinstance(caption, str):

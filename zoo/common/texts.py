@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from zoo._lightning import rank_zero_info
+from zoo.common.batch import to_device
 from zoo.common.data_protocols import HasCaptions
 from zoo.common.tokenizers import Tokenizer, WordTokenizer, create_tokenizer, tokenize
 
@@ -38,7 +39,7 @@ class ReadsTexts:
                 "cut_texts counts them: context_length is what to change"
             )
         self.cut_texts += cut
-        return tokens.to(self.device, non_blocking=True)
+        return to_device(tokens, self.device)
 
     def setup(self, stage: str) -> None:
         super().setup(stage)  # type: ignore[misc]  # of the LightningModule beside this

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule, Trainer
 from PIL import ImageColor
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ import datamodules.preprocessing
 from datamodules import DigitsDataModule
 from zoo import ImageTextAligner, ViTClassifier
 from zoo.alignment import SwapTest, ZeroShot, ZeroShotClassifier
-from zoo.alignment.evaluation import Evaluated
+from zoo.alignment.evaluation import Evaluated, text_keys
 from zoo.alignment.metrics import Shares
 from zoo.alignment.pictures import retrieval_pictures
 from zoo.alignment.zero_shot import class_embeddings, prompts
@@ -254,6 +255,29 @@ def test_loaders_are_counted_apart():
     assert trainer.callback_metrics["val/acc"] == logged[0]["val/acc/dataloader_idx_0"]
 
 
+@pytest.mark.filterwarnings("ignore:The .val_dataloader. does not have many workers")
+def test_two_processes_log_what_one_logs():
+    """But for the loss, which is within a process; of 21 samples the last is repeated, for both to have as many."""
+    logged = {}
+    for devices, strategy in ((1, "auto"), (2, "ddp_fork")):
+        trainer = Trainer(**QUIET, devices=devices, strategy=strategy, callbacks=[ZeroShot(), SwapTest()])
+        logged[devices] = trainer.validate(aligner(), datamodule=CaptionedNoise((21,)), verbose=False)[0]
+    assert logged[1].pop("val/loss") != logged[2].pop("val/loss")
+    assert logged[2] == pytest.approx(logged[1], rel=1e-5)
+
+
+def test_captions_that_are_cut_to_the_same_tokens_are_not_one():
+    """Cut behind two letters, all captions are one of two to the model, which cannot tell its own from others."""
+    model = aligner(context_length=4)
+    trainer = Trainer(**QUIET)
+    (logged,) = trainer.validate(model, datamodule=CaptionedNoise(), verbose=False)
+    assert model.cut_texts == 40
+    assert logged["val/i2t_r1"] == 0
+    keys = text_keys(["a", "b", "a", "\ud800"])
+    assert keys[0] == keys[2]
+    assert len(keys.unique()) == 3
+
+
 def test_what_batches_do_not_carry_is_not_logged():
     data = CaptionedNoise(labels=False, swapped=False)
     trainer = Trainer(**QUIET, callbacks=[ZeroShot(NAMES[:2]), SwapTest()])
@@ -270,6 +294,17 @@ def test_labels_beyond_the_names_and_missing_names_are_refused():
     trainer = Trainer(**QUIET, callbacks=[ZeroShot(NAMES)])
     with pytest.raises(ValueError, match="ZeroShot is for an ImageTextAligner, and got ViTClassifier"):
         trainer.validate(net, CaptionedNoise().loaders())
+
+
+def test_a_configuration_holds_names_and_templates():
+    parser = ArgumentParser()
+    parser.add_class_arguments(ZeroShot, "zero")
+    found = parser.parse_args(["--zero.class_names", "[sun, moon]", "--zero.templates", "['a {}', 'the {}']"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        written = parser.dump(found)
+    again = parser.parse_string(written).zero
+    assert (again.class_names, again.templates) == (["sun", "moon"], ["a {}", "the {}"])
 
 
 def test_shares_of_subsets():
@@ -358,6 +393,8 @@ def test_class_embeddings_follow_the_weights_and_the_names():
         after = model.predict_step(batch, 0)
         assert torch.allclose(after, model.zero_shot(NAMES).probabilities(batch[0]), atol=1e-6)
         assert not torch.allclose(after, before)
+        model.load_state_dict(aligner(class_names=NAMES).state_dict())
+        assert torch.equal(model.predict_step(batch, 0), before)
         model.classes = NAMES[:2]
         assert model.predict_step(batch, 0).shape == (2, 2)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from zoo._lightning import Callback
 from zoo.alignment.evaluation import AlignerEvaluation, Evaluated, subsets_of
 from zoo.alignment.metrics import Shares
-from zoo.alignment.zero_shot import Template, check_names, class_embeddings, class_logits
+from zoo.alignment.zero_shot import check_names, class_embeddings, class_logits
 from zoo.common import loaders
 from zoo.common.classes import names_of
 from zoo.metrics.retrieval import TIES
@@ -83,7 +83,7 @@ class ZeroShot(AlignerCallback):
     def __init__(
         self,
         class_names: Sequence[str] | None = None,
-        templates: Template | Sequence[Template] | None = None,
+        templates: str | Sequence[Any] | None = None,  # Any: a configuration, which holds texts alone, is written out
     ) -> None:
         super().__init__()
         if class_names is not None:

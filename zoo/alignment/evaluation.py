@@ -1,13 +1,14 @@
 """An aligner's evaluation: loss, modality gap, and retrieval between all images and captions."""
 
 import re
+from collections.abc import Sequence
+from hashlib import blake2b
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from zoo.alignment.metrics import ModalityGap
-from zoo.alignment.positives import token_hash
 from zoo.common import loaders
 from zoo.common.captions import CaptionBatch, read
 from zoo.common.evaluation import Evaluation
@@ -89,7 +90,8 @@ class AlignerEvaluation(Evaluation):
             ids = -1 - seen - torch.arange(len(images), device=images.device)
         recall.subsets = subsets_of(module._trainer)
         parts = found.subsets if recall.subsets else None
-        recall.update(images, ids, texts, ids[found.owners], parts, token_hash(tokens))
+        keys = text_keys(found.captions).to(images.device, non_blocking=True)
+        recall.update(images, ids, texts, ids[found.owners], parts, keys)
         loaders.log(module, {f"{stage}/loss": loss, f"{stage}/gap": gap})
         self.evaluated = Evaluated(found, images, texts)
 
@@ -107,6 +109,15 @@ class AlignerEvaluation(Evaluation):
 
     def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         self.evaluated = None
+
+
+def text_keys(captions: Sequence[str]) -> Tensor:
+    """Keys (N,) int64 of captions, equal for equal ones, in all processes alike.
+
+    Not of their tokens: captions that are cut, or whose words are not known, are no less different for it.
+    """
+    digests = [blake2b(caption.encode(errors="surrogatepass"), digest_size=8).digest() for caption in captions]
+    return torch.tensor([int.from_bytes(each, "big", signed=True) for each in digests], dtype=torch.int64)
 
 
 def subsets_of(trainer: Any) -> tuple[str, ...]:

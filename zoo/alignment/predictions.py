@@ -92,6 +92,11 @@ class ZeroShotPredictions:
         self._classifier = None
         return super().train(mode)  # type: ignore[misc]
 
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Loads weights, as ``nn.Module`` does. What classes are is asked anew."""
+        self._classifier = None
+        return super().load_state_dict(*args, **kwargs)  # type: ignore[misc]
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
         if self.hparams.class_names is None:

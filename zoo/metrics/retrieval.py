@@ -82,8 +82,8 @@ class CrossModalRecall(FullPrecision, Metric):
             text_ids: (N,) integers, the id of the images that each belongs to.
             subsets: (B,) integers from 0, the part of the evaluation that each image belongs to, and with it its texts.
                 None, or negative: none.
-            text_keys: (N,) integers, the same for equal texts, as a hash of their tokens is. None: all differ. Given in
-                all updates or in none.
+            text_keys: (N,) integers, the same for equal texts, as a hash of them is. None: all differ. Given in all
+                updates or in none.
         """
         for name, found, rows in (
             ("image_ids", image_ids, images),

@@ -1,5 +1,6 @@
 """ImageTextFusion: what its heads learn from, what they learn, and what they refuse."""
 
+import inspect
 import math
 
 import pytest
@@ -95,6 +96,27 @@ def test_a_head_of_weight_0_is_not_there_and_every_parameter_that_learns_has_a_g
     assert bool(locked) != bool(options.get("lock_image"))
 
 
+def test_every_argument_of_an_aligner_is_one_of_a_fusion_and_handed_on(monkeypatch):
+    """All at a value of its own, which no default is."""
+
+    class Seen(Exception):
+        pass
+
+    def record(self, **options) -> None:
+        raise Seen(options)
+
+    theirs, ours = (inspect.signature(kind).parameters for kind in (ImageTextAligner, ImageTextFusion))
+    assert {name: each.annotation for name, each in theirs.items()}.items() <= {
+        name: each.annotation for name, each in ours.items()
+    }.items()
+    given = {name: f"{name} of this test" for name in theirs}
+    record.__signature__ = inspect.signature(ImageTextAligner.__init__)
+    monkeypatch.setattr(ImageTextAligner, "__init__", record)
+    with pytest.raises(Seen) as caught:
+        ImageTextFusion(**given)
+    assert caught.value.args[0] == given | {"weights": None, "compile": False}  # which come after the fusion
+
+
 @pytest.mark.parametrize("name", heads.HEADS)
 def test_weights_of_heads_multiply_their_losses(name):
     def losses(**options) -> dict[str, Tensor]:
@@ -105,6 +127,40 @@ def test_weights_of_heads_multiply_their_losses(name):
     once, thrice = losses(), losses(**{name: 3.0})
     for each in once:
         assert thrice[each].item() == pytest.approx(once[each].item() * (3 if each == name else 1), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("fusion_depth", 2), ("fusion_heads", 4), ("fusion_dropout", 0.5), ("mask_rate", 0.6), ("momentum", 0.9)],
+)
+def test_each_argument_matters(name, value):
+    def losses(**options) -> float:
+        model = fusion(**options)
+        for parameter in model.fusion.parameters():
+            parameter.data.mul_(10)  # initial attention is hardly any
+        torch.manual_seed(1)
+        return sum(model.losses(batch()).values()).item()
+
+    assert losses(**{name: value}) != losses()
+    assert losses() == losses()
+    if name == "momentum":
+        assert losses(momentum=0.9, alpha=0.8) != losses(momentum=0.9)
+
+
+@pytest.mark.slow
+def test_it_compiles_without_breaks_and_computes_in_bfloat16():
+    model = fusion(matching=0, momentum=0.9)
+    torch.manual_seed(1)
+    expected = {name: value.item() for name, value in model.losses(batch()).items()}
+    torch.compiler.reset()
+    model.compile(backend="eager", fullgraph=True)
+    torch.manual_seed(1)
+    assert {name: value.item() for name, value in model.losses(batch()).items()} == pytest.approx(expected, rel=1e-5)
+    torch.manual_seed(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = model.losses(batch())
+    assert all(value.dtype == torch.float32 for value in narrow.values())
+    assert {name: value.item() for name, value in narrow.items()} == pytest.approx(expected, rel=0.05)
 
 
 @pytest.mark.parametrize(

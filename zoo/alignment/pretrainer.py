@@ -64,7 +64,8 @@ class ImageTextFusion(ImageTextAligner):
         loss: "softmax" or "sigmoid", of the contrast.
         image_size: Side in pixels, or (height, width). None: the backbone's own.
         in_channels: Channels of the images. Of a module, its own.
-        weights: Weights to start from, of an aligner or of one with a fusion: see :func:`zoo.weights.load`.
+        image_options: More arguments of the timm network, by timm's names.
+        weights: Weights to start from, with a fusion or without: see :func:`zoo.weights.load`.
         image_weights: Weights of the image tower to start from, those of a classifier or masked autoencoder.
         tokenizer: "bytes", "words", "open_clip" or a path; with a mask token for masked words, and start and end tokens
             for captions.
@@ -103,7 +104,7 @@ class ImageTextFusion(ImageTextAligner):
         templates: Texts with a place {} for a class name.
         grad_checkpointing: Recompute activations of towers and fusion in the backward pass: less memory, more time.
         optimizer: Name of an optimizer of timm.
-        lr: Learning rate, as it is used: nothing is scaled by batch size.
+        lr: Learning rate, as it is used.
         weight_decay: Not applied to norms, biases, position embeddings, tokens, scale and bias.
         betas: Betas of the optimizer. None: its own.
         eps: Epsilon of the optimizer. None: its own.
@@ -141,6 +142,7 @@ class ImageTextFusion(ImageTextAligner):
         loss: Loss = "softmax",
         image_size: int | tuple[int, int] | None = None,
         in_channels: int = 3,
+        image_options: Mapping[str, Any] | None = None,
         weights: str | None = None,
         image_weights: str | None = None,
         tokenizer: str | Tokenizer | Mapping[str, Any] = "bytes",

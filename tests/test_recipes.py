@@ -33,6 +33,7 @@ SMALL_MODEL = {
     "zoo.GumbelVAE": SMALL_VAE,
     "zoo.GaussianVAE": SMALL_VAE,
     "zoo.ImageTextAligner": SMALL_ALIGNER,
+    "zoo.ImageTextFusion": SMALL_ALIGNER,
     "zoo.FPNDetector": ["--model.image_size", "64", "--model.channels", "8", "--model.head_depth", "1"],
     "zoo.FasterRCNN": ["--model.image_size", "64", "--model.channels", "8", "--model.head_width", "8", *FEW_REGIONS],
 }

@@ -66,9 +66,9 @@ def share_of(rank: int, rows: int = N // 2) -> slice:
     return slice(rank * rows, (rank + 1) * rows)
 
 
-def refusal(pairs: nn.Module, share: slice) -> str:
+def refusal(pairs: nn.Module, share: slice, keyed: bool = True) -> str:
     try:
-        pairs(*batch(share, True))
+        pairs(*batch(share, keyed))
     except ValueError as error:
         return str(error)
     return "nothing was refused"
@@ -85,6 +85,7 @@ def process(rank: int, folder: Path) -> None:
         pairs = Pairs(name)
         found[name, "unequal"] = refusal(pairs, slice(0, 3 + rank))
         found[name, "none"] = refusal(pairs, slice(0, rank))
+        found[name, "keys"] = refusal(pairs, slice(0, 3), keyed=bool(rank))
         found[name, "one each"] = results(nn.parallel.DistributedDataParallel(pairs), share_of(rank, 1), False)
         # Nobody waits for the other: each has another number of batches, of another size.
         for _ in range(1 + rank):
@@ -134,6 +135,9 @@ def test_unequal_batches_are_refused_in_all_processes(found, name):
     for each in found:
         assert each[name, "unequal"].startswith("processes have batches of 3, 4 pairs")
         assert each[name, "none"].startswith("processes have batches of 0, 1 pairs")
+        assert each[name, "keys"].endswith(
+            "columns of keys: give image ids, facts and claims to the images of all, or of none"
+        )
         assert "\n" not in each[name, "unequal"]
 
 

@@ -1,6 +1,6 @@
 """Rows of all processes, as contrastive losses compare them, with gradients that flow back to where the rows are from.
 
-Gathering is an operator of its own, so that a compiled program has it in one piece: it also compares the sizes of the
+Gathering is an operator of its own, so that a compiled program has it in one piece: it also compares the shapes of the
 batches on the host, which nothing on the device waits for, because unequal ones would hang or mix up what is gathered.
 """
 
@@ -11,10 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-
-def is_alone() -> bool:
-    """Tells whether this process has nobody to gather from."""
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
+ADVICE = (
+    "pairs: a contrastive loss gathers equal ones, set drop_last=True",
+    "columns of vectors: the same network has to run in all",
+    "columns of keys: give image ids, facts and claims to the images of all, or of none",
+)
 
 
 def gather_rows(vectors: Sequence[Tensor], keys: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], int]:
@@ -32,9 +33,9 @@ def gather_rows(vectors: Sequence[Tensor], keys: Sequence[Tensor]) -> tuple[list
         Vectors, each (N, D), and keys, each (N, S), of all processes, and at which row those of this one begin.
 
     Raises:
-        ValueError: In every process, if their batches differ in size.
+        ValueError: In every process, if their batches differ in shape.
     """
-    if is_alone():
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return list(vectors), list(keys), 0
     all_vectors, all_keys = _gather(torch.cat(list(vectors), 1), torch.cat(list(keys), 1))
     first = dist.get_rank() * vectors[0].shape[0]
@@ -47,12 +48,11 @@ def _apart(whole: Tensor, parts: Sequence[Tensor]) -> list[Tensor]:
 
 @torch.library.custom_op("zoo::gather_rows", mutates_args=())
 def _gather(vectors: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-    sizes = _all_rows(torch.tensor([vectors.shape[0]]), _host_group(dist.group.WORLD)).tolist()
-    if len(set(sizes)) > 1:
-        told = ", ".join(map(str, sizes))
-        raise ValueError(
-            f"processes have batches of {told} pairs: a contrastive loss gathers equal ones, set drop_last=True"
-        )
+    shape = torch.tensor([[vectors.shape[0], vectors.shape[1], keys.shape[1]]])
+    shapes = _all_rows(shape, _host_group(dist.group.WORLD)).T.tolist()
+    for found, advice in zip(shapes, ADVICE, strict=True):
+        if len(set(found)) > 1:
+            raise ValueError(f"processes have batches of {', '.join(map(str, sorted(set(found))))} {advice}")
     return _all_rows(vectors), _all_rows(keys)
 
 

@@ -128,6 +128,11 @@ def test_a_text_is_positive_where_the_image_has_all_that_it_says():
     texts = torch.tensor([[1, 2], [1, -1], [-1, 2], [-1, -1], [3, 2]])
     expected = [[1, 1, 1, 1, 0], [0, 1, 0, 1, 0], [0, 0, 1, 1, 0]]
     assert positive_pairs(images, texts).long().tolist() == expected
+    for others in (texts[:, :1], texts[:, 0], texts[:, None]):
+        with pytest.raises(ValueError, match=r"image_keys are \(3, 2\) and text_keys \(5.*\): expected \(I, K\)"):
+            positive_pairs(images, others)
+    with pytest.raises(ValueError, match=r"text_keys \(5, 0\)"):
+        positive_pairs(images[:, :0], texts[:, :0])
 
 
 @pytest.mark.parametrize("name", LOSSES)

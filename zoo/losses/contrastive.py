@@ -43,7 +43,15 @@ def positive_pairs(image_keys: Tensor, text_keys: Tensor) -> Tensor:
 
     Returns:
         (I, T), true where the text is right about the image.
+
+    Raises:
+        ValueError: For keys of other shapes.
     """
+    shapes = tuple(image_keys.shape), tuple(text_keys.shape)
+    if not len(shapes[0]) == len(shapes[1]) == 2 or shapes[0][1] != shapes[1][1] or not shapes[0][1]:
+        raise ValueError(
+            f"image_keys are {shapes[0]} and text_keys {shapes[1]}: expected (I, K) and (T, K), K keys each"
+        )
     columns = zip(image_keys.unbind(1), text_keys.unbind(1), strict=True)  # (I, T, K) would be K times the memory
     return reduce(torch.logical_and, ((said == -1) | (known[:, None] == said) for known, said in columns))
 

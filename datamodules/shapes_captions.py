@@ -1,10 +1,10 @@
 """Rendered shapes with captions: compositions of what is seen apart in training, a swap test, and a control.
 
 An image has one or two of six shapes (circle, square, triangle, cross, ring, diamond) in one of six colours, small or
-large, in a corner; :mod:`datamodules.reading.colored_scenes` draws it. A caption says all of that, or a part of it, and
-then is also true of other images of a batch. Some pairs of shape and colour never occur in training, though each shape
-and each colour does: evaluation asks for these ("unseen") and for the others ("seen") apart, which tells whether image
-and text are understood by their parts.
+large, in a corner; :mod:`datamodules.reading.colored_scenes` draws it. A caption says all of that, or shape and colour
+alone, and then is also true of other images of a batch. Some pairs of shape and colour never occur in training, though
+each shape and each colour does: evaluation asks for these ("unseen") and for the others ("seen") apart, which tells
+whether image and text are understood by their parts.
 
 An image depends on ``images_seed`` and its number alone, so all sets are the same in every run; ``seed`` is that of the
 order and of the captions drawn in training.

@@ -12,7 +12,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import nn
 
 from zoo import ImageTextAligner, ViTClassifier, weights
-from zoo.alignment.conversion import to_hugging_face, to_open_clip
+from zoo.alignment.conversion import hugging_face_config, to_hugging_face, to_open_clip
 from zoo.common.activations import activation, set_activation
 from zoo.common.tokenizers import ByteTokenizer
 from zoo.weights.fitting import fit
@@ -180,6 +180,44 @@ def test_an_aligner_of_hugging_face(hugging_face, kind):
     out, state = to_hugging_face(ours), theirs.state_dict()
     assert out.keys() == state.keys()
     assert all(torch.equal(out[name], value) and out[name].shape == value.shape for name, value in state.items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_aligner_of_ours_goes_to_hugging_face(tmp_path, kind):
+    """A folder that transformers reads computes what ours does, and is read back as it was."""
+    transformers = pytest.importorskip("transformers")
+    ours = randomized(aligner(kind, image_act="gelu", text_act="gelu_tanh", text_norm_eps=1e-4, text_mlp_width=48))
+    (tmp_path / "config.json").write_text(json.dumps(hugging_face_config(ours)))
+    weights.save(ours, tmp_path / "model.safetensors", to_hugging_face(ours))
+    there = transformers.AutoModel.from_pretrained(tmp_path, dtype=torch.float64).eval()
+    logits = there(input_ids=tokens(), pixel_values=images()).logits_per_image
+    torch.testing.assert_close(ours(images(), tokens()), logits, **EXACT)
+    again = aligner(kind, text_mlp_width=48)
+    weights.load(again, tmp_path)
+    assert torch.equal(again(images(), tokens()), ours(images(), tokens()))
+    wide = aligner(kind, timm.create_model(NETWORKS[kind], img_size=(SIDE, 16), num_classes=0, **TIMM))
+    with pytest.raises(ValueError, match="images of 24x16 in patches of 8x8: Hugging Face's are square"):
+        hugging_face_config(wide)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"loss": "sigmoid"}, r"none of Hugging Face's CLIPModel: it has logit_bias"),
+        ({"projection_bias": True}, r"it has image_projection.bias, text_projection.bias"),
+        ({"text_causal": False}, r"CLIPModel has .*'text_causal': True.*, and this aligner .*'text_causal': False"),
+        ({"text_projection": "none", "embed_dim": 32}, r"it lacks text_projection.weight"),
+    ],
+)
+def test_an_aligner_that_hugging_face_has_not_is_told(options, text):
+    with pytest.raises(ValueError, match=text):
+        to_hugging_face(aligner("CLIP", **options))
+
+
+def test_an_aligner_that_open_clip_has_not_is_told():
+    ours = aligner("CLIP", timm.create_model(CLIP, img_size=SIDE, num_classes=0, reg_tokens=1, **TIMM))
+    with pytest.raises(ValueError, match="open_clip has no names for backbone.reg_token of this aligner"):
+        to_open_clip(ours)
 
 
 def test_an_aligner_of_open_clip(open_clip):

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.alignment.layouts import HUGGING_FACE_TEXT, KINDS, OPEN_CLIP_TEXT
+from zoo.alignment.layouts import HUGGING_FACE_TEXT, KINDS, OPEN_CLIP_TEXT, conventions
 from zoo.weights.clip_layouts import HUGGING_FACE, OPEN_CLIP, given
 from zoo.weights.names import brief
 
@@ -30,7 +30,8 @@ MODELS: dict[str, tuple[set[str], set[str]]] = {
 def to_hugging_face(module: Any) -> dict[str, Tensor]:
     """Weights of an aligner by the names of Hugging Face's ``CLIPModel`` or ``SiglipModel``, for ``load_state_dict``.
 
-    It is a SiglipModel if the image tower pools by attention.
+    It is a SiglipModel if the image tower pools by attention. Its sizes and activations are those of
+    :func:`hugging_face_config`.
 
     Raises:
         ValueError: For an aligner that is none of both: in what it differs.
@@ -61,6 +62,43 @@ def to_hugging_face(module: Any) -> dict[str, Tensor]:
         result |= _prefixed("text_model.head", _within(state, "text_projection"))
         result |= {name: state[name] for name in ("logit_scale", "logit_bias")}
     return _copies(result)
+
+
+def hugging_face_config(module: Any) -> dict[str, Any]:
+    """Configuration of the model that :func:`to_hugging_face` gives the weights of, as its ``config.json`` has it.
+
+    Raises:
+        ValueError: As :func:`to_hugging_face`; and for images that are not square, which Hugging Face's are.
+    """
+    is_siglip = "text_model.head.weight" in to_hugging_face(module)
+    image, text, said = module.backbone, module.text, conventions(module)
+    (height, width), patch = image.patch_embed.img_size, image.patch_embed.patch_size
+    if height != width or patch[0] != patch[1]:
+        raise ValueError(f"images of {height}x{width} in patches of {patch[0]}x{patch[1]}: Hugging Face's are square")
+    towers = {
+        "vision_config": _sizes(image, said, "image") | {"image_size": height, "patch_size": patch[0]},
+        "text_config": _sizes(text, said, "text") | {"vocab_size": text.vocab_size, "pad_token_id": text.pad_id},
+    }
+    towers["vision_config"]["num_channels"] = image.patch_embed.proj.in_channels
+    towers["text_config"]["max_position_embeddings"] = text.context_length
+    if text.end_id is not None:
+        towers["text_config"] |= {"eos_token_id": text.end_id}
+    if is_siglip:
+        towers["text_config"]["projection_size"] = module.hparams.embed_dim
+        return {"model_type": "siglip", "architectures": ["SiglipModel"], **towers}
+    return {"model_type": "clip", "architectures": ["CLIPModel"], "projection_dim": module.hparams.embed_dim, **towers}
+
+
+def _sizes(tower: Any, said: Mapping[str, Any], side: str) -> dict[str, Any]:
+    block, act = tower.blocks[0], said[f"{side}_act"]
+    return {
+        "hidden_size": tower.num_features,
+        "intermediate_size": block.mlp.fc1.out_features,
+        "num_hidden_layers": len(tower.blocks),
+        "num_attention_heads": block.attn.num_heads,
+        "hidden_act": "gelu_pytorch_tanh" if act == "gelu_tanh" else act,
+        "layer_norm_eps": said[f"{side}_norm_eps"],
+    }
 
 
 def to_open_clip(module: Any, custom_text: bool | None = None) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from torch import nn
 from zoo import ImageTextAligner, ViTClassifier, weights
 from zoo.alignment.conversion import hugging_face_config, to_hugging_face, to_open_clip
 from zoo.common.activations import activation, set_activation
+from zoo.common.norms import layer_norm_eps, set_layer_norm_eps
 from zoo.common.tokenizers import ByteTokenizer
 from zoo.weights.fitting import fit
 from zoo.weights.reading import Source, translated
@@ -198,6 +199,38 @@ def test_an_aligner_of_ours_goes_to_hugging_face(tmp_path, kind):
     wide = aligner(kind, timm.create_model(NETWORKS[kind], img_size=(SIDE, 16), num_classes=0, **TIMM))
     with pytest.raises(ValueError, match="images of 24x16 in patches of 8x8: Hugging Face's are square"):
         hugging_face_config(wide)
+
+
+def test_what_no_tensor_shows_stands_in_files_of_ours(tmp_path):
+    """In those that zoo.weights.save writes, and in checkpoints."""
+    ours = randomized(aligner("CLIP", text_act="gelu_tanh", image_act="quick_gelu", text_norm_eps=1e-3))
+    weights.save(ours, tmp_path / "a.safetensors")
+    hyperparameters = {name: value for name, value in ours.hparams.items() if name != "tokenizer"}
+    torch.save({"state_dict": ours.state_dict(), "hyper_parameters": hyperparameters}, tmp_path / "a.ckpt")
+    for name in ("a.safetensors", "a.ckpt"):
+        again = aligner("CLIP")
+        weights.load(again, tmp_path / name)
+        assert torch.equal(again(images(), tokens()), ours(images(), tokens())), name
+        with pytest.raises(ValueError, match="text_heads is 2 there and 4 here; build with text_heads=2"):
+            weights.load(aligner("CLIP", text_heads=4), tmp_path / name)
+
+
+def test_an_image_tower_alone_keeps_the_epsilon_that_is_asked_for(hugging_face):
+    """Or has that of its weights, which a checkpoint remembers."""
+    folder = str(hugging_face["CLIP"][1])
+    for asked, expected in ((None, 1e-5), (1e-4, 1e-4)):
+        network = timm.create_model(CLIP, img_size=SIDE, num_classes=0, **TIMM)
+        set_layer_norm_eps(network, 1e-3)
+        ours = aligner("CLIP", network, image_weights=folder, image_norm_eps=asked)
+        assert layer_norm_eps(ours.backbone) == ours.hparams.image_norm_eps == expected
+    theirs = hugging_face["CLIP"][0].vision_model.embeddings.patch_embedding.weight
+    assert torch.equal(ours.backbone.patch_embed.proj.weight, theirs)
+
+
+def test_activations_that_nothing_says_are_told(open_clip, tmp_path):
+    torch.save(open_clip["CLIP"][0].state_dict(), tmp_path / "a.pt")
+    notes = weights.load(aligner("CLIP"), tmp_path / "a.pt").notes
+    assert notes[-1] == "it does not say its activations (OpenAI's are quick_gelu): see image_act and text_act"
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,8 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 """How the text towers of Hugging Face's models attend and pool, as arguments of the aligner."""
 TEXT_DEFAULTS = {kind: said | {"num_attention_heads": 8 if kind == "clip" else 12} for kind, said in DEFAULTS.items()}
+TEXT_TOWER = ("text_heads", "text_pool", "text_causal")
+"""Arguments of the aligner that no tensor of its text tower shows."""
 CONVENTIONS = ("image_act", "image_norm_eps", "text_act", "text_norm_eps")
 """Arguments of the aligner that follow from weights where they are None."""
 
@@ -84,9 +86,7 @@ class AlignerLayout(Layout):
         there, here = stated_arguments(kind, stated), module.hparams
         if not isinstance(module.text, TextTransformer):
             there = {name: value for name, value in there.items() if not name.startswith("text_")}
-        fixed: dict[str, Any] = {
-            name: there[name] for name in ("text_heads", "text_pool", "text_causal") if name in there
-        }
+        fixed: dict[str, Any] = {name: there[name] for name in TEXT_TOWER if name in there}
         if differs := other_arguments(fixed, {name: here[name] for name in fixed}, {}):
             raise ValueError(f"is of another aligner than this: {differs}")
         own = conventions(module)
@@ -99,7 +99,12 @@ class AlignerLayout(Layout):
         here.update(left)  # a checkpoint remembers it
         asked = ", ".join(f"{name}={value!r}" for name, value in other.items() if name not in left)
         said = [f"{', '.join(f'{name} {value}' for name, value in left.items())}, as there"] if left else []
+        if stated.config is None and kind and not {"image_act", "text_act"} & there.keys():
+            said.append("it does not say its activations (OpenAI's are quick_gelu): see image_act and text_act")
         return said + ([f"to compute as there, build with {asked}"] if asked else [])
+
+    def said(self, module: Any) -> dict[str, Any]:
+        return {name: module.hparams[name] for name in TEXT_TOWER} | conventions(module)
 
 
 def conventions(module: Any) -> dict[str, Any]:
@@ -134,7 +139,7 @@ def stated_arguments(kind: str, stated: Stated) -> dict[str, Any]:
         found |= {"text_heads": text.get("num_attention_heads"), "text_norm_eps": text.get("layer_norm_eps")}
         found |= {"text_act": timms_activation(text.get("hidden_act"))}
     else:  # hyperparameters of an aligner
-        found |= {name: config.get(name) for name in ("text_heads", "text_pool", "text_causal", *CONVENTIONS)}
+        found |= {name: config.get(name) for name in (*TEXT_TOWER, *CONVENTIONS)}
     return {name: value for name, value in found.items() if value is not None}
 
 

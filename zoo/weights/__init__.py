@@ -165,7 +165,7 @@ def save(module: nn.Module, path: str | Path, state: Mapping[str, Tensor] | None
         found = {name: tensor.detach().cpu() for name, tensor in held.items()}
         # A copy of each: tensors that share memory, or lie in it channels last, are refused.
         copies = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in found.items()}
-        safetensors.torch.save_file(copies, beside, metadata=to_metadata(module))
+        safetensors.torch.save_file(copies, beside, metadata=to_metadata(module, layout_of(module).said(module)))
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)

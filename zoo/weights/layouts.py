@@ -69,6 +69,13 @@ class Layout:
             notes.append(f"activations are {stated.activation} there: build the network alike")
         return notes
 
+    def said(self, module: Any) -> dict[str, Any]:
+        """Arguments of a module that its tensors do not show, for :func:`zoo.weights.save` to write beside them.
+
+        :meth:`settle` reads them, out of ``stated.config``.
+        """
+        return {}
+
     def advice(self, kind: str, state: Mapping[str, Tensor], module: nn.Module, filled: Collection[str]) -> str:
         """Advice on another way to build the module, by which weights do what they did at their source; "" if alike.
 

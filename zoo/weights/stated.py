@@ -168,12 +168,14 @@ def by_metadata(metadata: Mapping[str, str] | None) -> Stated:
         norm_eps=_of(float, found.get("norm_eps")),
         padding=_of(str, found.get("padding")),
         batch_norm_eps=_of(float, found.get("batch_norm_eps")),
+        config=_of(dict, found.get("config")),
     )
 
 
-def to_metadata(module: nn.Module) -> dict[str, str]:
+def to_metadata(module: nn.Module, arguments: Mapping[str, Any]) -> dict[str, str]:
     """Metadata for a file of a module's weights, for safetensors, which keeps text alone."""
     said = {name: value for name, value in asdict(by_module(module)).items() if value is not None}
+    said |= {"config": dict(arguments)} if arguments else {}
     return {"format": "pt"} | ({"zoo": json.dumps(said)} if said else {})
 
 

@@ -144,6 +144,10 @@ def test_what_is_no_tower_is_told(folders, tmp_path):
     transformers = pytest.importorskip("transformers")
     with pytest.raises(ValueError, match=r"bert-base-uncased is no folder with a config\.json: nothing is downloaded"):
         HuggingFaceText("bert-base-uncased")
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "config.json").write_text('{"model_type": "nonsense"}')
+    with pytest.raises(ValueError, match=r"^[^\n]*odd: transformers builds no such model: [^\n]*$"):
+        HuggingFaceText(tmp_path / "odd")
     transformers.BertConfig(**TEXT).save_pretrained(tmp_path / "bare")
     with pytest.raises(ValueError, match="bare has no weights to read: set pretrained=False"):
         HuggingFaceText(tmp_path / "bare")

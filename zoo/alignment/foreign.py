@@ -230,7 +230,10 @@ def _hugging_face(source: Any, part: str, pretrained: bool, unused: tuple[str, .
         folder = Path(source)
         if not (folder / "config.json").is_file():
             raise ValueError(f"{source} is no folder with a config.json: nothing is downloaded, give one on the disk")
-        config = library.AutoConfig.from_pretrained(folder, local_files_only=True)
+        try:
+            config = library.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{folder}: transformers builds no such model: {_first_line(error)}") from error
     name = type(config).__name__.removesuffix("Config")
     inner = getattr(config, f"{part}_config", None)
     made: Any = library.AutoModel
@@ -246,8 +249,7 @@ def _hugging_face(source: Any, part: str, pretrained: bool, unused: tuple[str, .
         options = {"local_files_only": True, "output_loading_info": True, "dtype": torch.float32}
         model, info = made.from_pretrained(folder, **options)
     except OSError as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{folder} has no weights to read: set pretrained=False ({reason})") from error
+        raise ValueError(f"{folder} has no weights to read: set pretrained=False ({_first_line(error)})") from error
     missing = [name for name in sorted(info["missing_keys"]) if not name.startswith(unused)]
     if missing:
         raise ValueError(f"{folder} does not fit {type(model).__name__}: it lacks {brief(missing)}")
@@ -308,6 +310,10 @@ def _check_tokens(tower: Any, tokenizer: Tokenizer, context_length: int) -> None
         )
     if tower.context_length is not None and context_length > tower.context_length:
         raise ValueError(f"context_length is {context_length}, and {name} has {tower.context_length} positions")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
 
 
 def _package(name: str, extra: str) -> Any:

@@ -215,6 +215,8 @@ def test_positives_are_equal_captions_or_images_or_what_is_entailed():
         [True, False, True],
     ]
     assert matches("equal", batch) == [[True, False, True], [False, True, True], [True, True, True]]
+    unknown = read((images(3), [{"captions": [name], "image_id": -1 - (name == "c")} for name in "abc"]))
+    assert matches("equal", unknown) == [[True, True, True], [True, True, False], [True, False, True]]
     assert matches("entailed", batch) == [[True, False, False], [True, True, True], [False, False, True]]
     with pytest.raises(ValueError, match="positives 'entailed' needs facts of images and claims of captions"):
         positive_keys("entailed", read((images(3), ["a", "b", "a"])), tokens)

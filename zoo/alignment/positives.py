@@ -9,6 +9,8 @@ from zoo.common.captions import CaptionBatch
 
 Positives = Literal["paired", "equal", "entailed"]
 Keys = tuple[Tensor, Tensor]
+LARGEST = 2**63 - 1
+"""The largest integer of 64 bits, with which "and" takes the sign away."""
 
 
 def positive_keys(positives: Positives, batch: CaptionBatch, tokens: Tensor) -> tuple[Keys, ...]:
@@ -35,8 +37,10 @@ def positive_keys(positives: Positives, batch: CaptionBatch, tokens: Tensor) -> 
             )
         return ((batch.facts, batch.claims),)
     hashes = token_hash(tokens)[:, None]
-    same = () if batch.image_ids is None else ((batch.image_ids[:, None], batch.image_ids[:, None]),)
-    return (hashes, hashes), *same
+    if batch.image_ids is None:
+        return ((hashes, hashes),)
+    ids = (batch.image_ids & LARGEST)[:, None]  # an id of -1 is one like others, and no key that says nothing
+    return (hashes, hashes), (ids, ids)
 
 
 def token_hash(tokens: Tensor) -> Tensor:
@@ -46,7 +50,7 @@ def token_hash(tokens: Tensor) -> Tensor:
     by splitmix64 (Steele et al. 2014, "Fast Splittable Pseudorandom Number Generators"), and the sum once more.
     """
     position = torch.arange(tokens.shape[1], device=tokens.device, dtype=torch.int64)
-    return _mixed(_mixed(tokens.long() + (position << 32)).sum(1)) & (2**63 - 1)
+    return _mixed(_mixed(tokens.long() + (position << 32)).sum(1)) & LARGEST
 
 
 def _mixed(value: Tensor) -> Tensor:

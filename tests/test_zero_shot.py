@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 import datamodules.preprocessing
 from datamodules import DigitsDataModule
 from zoo import ImageTextAligner, ViTClassifier
-from zoo.alignment import SwapTest, ZeroShot, ZeroShotClassifier
+from zoo.alignment import SwapTest, WriteCaptions, ZeroShot, ZeroShotClassifier
 from zoo.alignment.evaluation import Evaluated, text_keys
 from zoo.alignment.metrics import Shares
 from zoo.alignment.pictures import retrieval_pictures
@@ -364,6 +364,36 @@ def test_predictions_without_classes_are_embeddings(tmp_path):
     assert list(rows[0]) == ["file", *(f"feature{i}" for i in range(6))]
     found = torch.tensor([[float(row[f"feature{i}"]) for i in range(6)] for row in rows])
     assert torch.allclose(found, embeddings, atol=1e-5)
+
+
+@pytest.mark.parametrize("given", [list, "file"])
+def test_captions_are_written_for_images_the_most_similar_first(tmp_path, given):
+    model, data = aligner(), CaptionedNoise()
+    captions = ["a moon, at night", "the sun", "", "stars", "the sun"]
+    (tmp_path / "captions.txt").write_text("\n".join(captions) + "\n")
+    writer = WriteCaptions(captions if given is list else str(tmp_path / "captions.txt"), top=2, batch_size=2)
+    trainer = Trainer(**QUIET, default_root_dir=tmp_path, callbacks=[writer])
+    trainer.predict(model, datamodule=data, return_predictions=False)
+    with open(writer.last_path) as file:
+        rows = list(csv.DictReader(file))
+    images = torch.stack([image for image, _ in data.sets[0]])
+    texts = ["a moon, at night", "the sun", "stars"]
+    with torch.no_grad():
+        similar = model.eval().encode_image(images) @ model.encode_text(texts).T
+    values, best = similar.sort(descending=True)
+    assert [row["rank"] for row in rows] == ["1", "2"] * 20
+    assert [row["caption"] for row in rows] == [texts[index] for index in best[:, :2].flatten().tolist()]
+    assert [float(row["similarity"]) for row in rows] == pytest.approx(values[:, :2].flatten().tolist(), abs=1e-5)
+
+
+def test_captions_that_cannot_be_written_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="there are 0 captions, top is 5"):
+        WriteCaptions([" "])
+    trainer = Trainer(**QUIET, default_root_dir=tmp_path, callbacks=[WriteCaptions(["sun"])])
+    with pytest.raises(ValueError, match=r"predicts 7 classes, and .* compares embeddings: set class_names to \[\]"):
+        trainer.predict(aligner(class_names=NAMES), datamodule=CaptionedNoise())
+    with pytest.raises(ValueError, match="WriteCaptions is for an ImageTextAligner, and got FlatTower"):
+        WriteCaptions(["sun"]).setup(trainer, FlatTower(), "predict")
 
 
 def test_a_predictor_names_other_classes_than_were_trained():

@@ -3,6 +3,7 @@
 from zoo.alignment.aligner import ImageTextAligner
 from zoo.alignment.callbacks import SwapTest, ZeroShot
 from zoo.alignment.pretrainer import ImageTextFusion
+from zoo.alignment.writing import WriteCaptions
 from zoo.alignment.zero_shot import ZeroShotClassifier
 
-__all__ = ["ImageTextAligner", "ImageTextFusion", "SwapTest", "ZeroShot", "ZeroShotClassifier"]
+__all__ = ["ImageTextAligner", "ImageTextFusion", "SwapTest", "WriteCaptions", "ZeroShot", "ZeroShotClassifier"]

@@ -4,6 +4,7 @@ import csv
 import math
 import warnings
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -240,6 +241,16 @@ def test_an_evaluation_logs_what_is_counted_by_hand(stage):
     assert logged.pop(f"{prefix}/loss") > 0
     assert logged == pytest.approx({f"{prefix}/{name}": value for name, value in expected.items()}, rel=1e-5)
     assert model.evaluated is None
+
+
+def test_classes_are_embedded_once_an_evaluation_and_images_once():
+    model, data = aligner(), CaptionedNoise()
+    model.encode_text, model.encode_image = Mock(wraps=model.encode_text), Mock(wraps=model.encode_image)
+    trainer = Trainer(**QUIET, callbacks=[ZeroShot()])
+    for evaluations in (1, 2):
+        trainer.validate(model, datamodule=data, verbose=False)
+        assert model.encode_text.call_count == evaluations
+        assert model.encode_image.call_count == 3 * evaluations
 
 
 def test_loaders_are_counted_apart():

@@ -301,6 +301,7 @@ class ImageTextAligner(
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Settles the bias "auto" by the first batch, unless it has been learned already."""
         if self.hparams.loss == "sigmoid" and self.hparams.bias_init == "auto" and not batch_idx:
+            self.configure_model()  # under FSDP2 an evaluation leaves weights whole, of which no change would last
             pairs = len(batches.images(batch)) * self.trainer.world_size
             settled = torch.full_like(self.logit_bias, -math.log(max(1, pairs - 1)))
             self.logit_bias.copy_(torch.where(self.logit_bias == BIAS, settled, self.logit_bias))

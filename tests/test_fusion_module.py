@@ -282,7 +282,6 @@ def test_masks_in_texts_become_mask_tokens():
 
 def test_special_tokens_and_padding_are_never_masked():
     model, seen = fusion(mask_rate=0.99), []
-    model.text.register_forward_pre_hook(lambda *_: None)
     hidden = model.text.hidden
     model.text.hidden = lambda tokens: (seen.append(tokens), hidden(tokens))[1]
     model.losses(batch())
@@ -303,14 +302,14 @@ def test_a_teacher_follows_by_its_momentum():
 
     student = Student()
     nn.init.constant_(student.part[0].weight, 1.0)
-    teacher = distillation.make_teacher(student, ("part",))
-    assert not teacher.training
+    teacher = distillation.Teacher(student, ("part",))
+    assert not teacher.train()["part"].training
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
     nn.init.constant_(student.part[0].weight, 5.0)
     student.part[1].running_mean.fill_(10.0)
     student.part[1].num_batches_tracked.fill_(7)
     for expected, mean in ((2.0, 2.5), (2.75, 4.375)):
-        distillation.follow(teacher, student, 0.75)
+        teacher.follow(student, 0.75)
         assert teacher["part"][0].weight.item() == expected
         assert teacher["part"][1].running_mean.item() == mean
     assert teacher["part"][1].num_batches_tracked.item() == 7

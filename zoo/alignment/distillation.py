@@ -1,7 +1,8 @@
 """Momentum distillation: a slow copy of the network whose opinion softens the targets (Li et al. 2021, section 3.4)."""
 
 import copy
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -10,27 +11,38 @@ from torch import Tensor, nn
 from zoo.losses.gather import gather_rows
 
 
-def make_teacher(student: Any, parts: tuple[str, ...]) -> nn.ModuleDict:
-    """Copies of some parts of a module, by name: without gradients, and in evaluation mode."""
-    return nn.ModuleDict({part: copy.deepcopy(getattr(student, part)) for part in parts}).requires_grad_(False).eval()
+class Teacher(nn.ModuleDict):
+    """Copies of parts of a module, by name: without gradients, and always in evaluation mode.
 
-
-@torch.no_grad()
-def follow(teacher: nn.ModuleDict, student: Any, momentum: float) -> None:
-    """Moves the teacher to ``momentum * teacher + (1 - momentum) * student``, in place.
-
-    Floating-point buffers, such as the statistics of BatchNorm, follow likewise; others are copied.
+    Args:
+        student: The module.
+        parts: Names of its parts.
     """
-    pairs = [
-        pair
-        for name, copied in teacher.items()
-        for pair in zip(_tensors(copied), _tensors(getattr(student, name)), strict=True)
-    ]
-    floats = [pair for pair in pairs if pair[0].is_floating_point()]
-    torch._foreach_lerp_([slow for slow, _ in floats], [fast for _, fast in floats], 1 - momentum)
-    for slow, fast in pairs:
-        if not slow.is_floating_point():
-            slow.copy_(fast)
+
+    def __init__(self, student: Any, parts: Sequence[str]) -> None:
+        super().__init__({part: copy.deepcopy(getattr(student, part)) for part in parts})
+        self.requires_grad_(False).train()
+
+    def train(self, mode: bool = True) -> Self:
+        """Sets evaluation mode, whatever is asked for."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def follow(self, student: Any, momentum: float) -> None:
+        """Moves to ``momentum * teacher + (1 - momentum) * student``, in place.
+
+        Floating-point buffers, such as the statistics of BatchNorm, follow likewise; others are copied.
+        """
+        pairs = [
+            pair
+            for name, copied in self.items()
+            for pair in zip(_tensors(copied), _tensors(getattr(student, name)), strict=True)
+        ]
+        floats = [pair for pair in pairs if pair[0].is_floating_point()]
+        torch._foreach_lerp_([slow for slow, _ in floats], [fast for _, fast in floats], 1 - momentum)
+        for slow, fast in pairs:
+            if not slow.is_floating_point():
+                slow.copy_(fast)
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

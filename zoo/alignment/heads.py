@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from timm.models.vision_transformer import init_weights_vit_timm
 from torch import Tensor, nn
 
 from zoo.alignment.matching import known_positives, matching_loss, pairs_to_match
@@ -61,6 +62,13 @@ def check_heads(hp: Any, backbone: nn.Module, text: nn.Module, tokenizer: Tokeni
     if tokenizer.end_id is None and not tokenizer.pad_reserved:
         raise ValueError(f"{kind} has no end token, and fills up with one that texts have: the fusion cannot tell them")
     return heads
+
+
+def create_head(name: str, width: int, vocab_size: int) -> nn.Linear:
+    """A head by name, from fused tokens of a width to two verdicts, or to logits of words."""
+    head = nn.Linear(width, 2 if name == "matching" else vocab_size)
+    init_weights_vit_timm(head)
+    return head
 
 
 def head_losses(

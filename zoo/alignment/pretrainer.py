@@ -16,18 +16,16 @@ captioning beside them. Other than there:
 import inspect
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import torch
-from timm.models import named_apply
-from timm.models.vision_transformer import init_weights_vit_timm
 from torch import Tensor, nn
 
 from zoo.alignment.aligner import ImageTextAligner
-from zoo.alignment.distillation import follow, make_teacher, ramp, soft_contrastive_loss
+from zoo.alignment.distillation import Teacher, ramp, soft_contrastive_loss
 from zoo.alignment.fusion import FusionTransformer, image_features, text_features
 from zoo.alignment.generation import beam_search
-from zoo.alignment.heads import check_heads, head_losses, verdicts
+from zoo.alignment.heads import check_heads, create_head, head_losses, verdicts
 from zoo.alignment.positives import Positives
 from zoo.alignment.settings import BIAS, Loss, Projection
 from zoo.alignment.text import Act, Pool
@@ -53,7 +51,7 @@ class ImageTextFusion(ImageTextAligner):
         embed_dim: Dimension of the embeddings.
         matching: Weight of image-text matching: whether an image and a caption are a pair, or a hard negative.
         captioning: Weight of captioning: the next token of a caption, given the image.
-        masking: Weight of masked words: 15 % of a caption's tokens, given the image.
+        masking: Weight of masked words: some of a caption's tokens, given the image and the others.
         fusion_depth: Number of the fusion's blocks.
         fusion_heads: Attention heads of a block. None: ``text_heads``.
         fusion_dropout: Dropout of the fusion.
@@ -198,21 +196,14 @@ class ImageTextFusion(ImageTextAligner):
         )
         self.fusion.set_grad_checkpointing(grad_checkpointing)
         for name in self.heads:
-            head = nn.Linear(width, 2 if name == "matching" else self.tokenizer.vocab_size)
-            setattr(self, f"{name}_head", named_apply(init_weights_vit_timm, head))
+            setattr(self, f"{name}_head", create_head(name, width, self.tokenizer.vocab_size))
         self.val_heads, self.test_heads = (nn.ModuleDict({name: MeanMetric() for name in self.heads}) for _ in range(2))
         self.take_weights(None, weights)
         if momentum:
             fused = ("fusion", "masking_head") if masking else ()
-            self.teacher = make_teacher(self, ("backbone", "image_projection", "text", "text_projection", *fused))
+            self.teacher = Teacher(self, ("backbone", "image_projection", "text", "text_projection", *fused))
         if compile:
             self.compile()
-
-    def train(self, mode: bool = True) -> Self:
-        super().train(mode)
-        if "teacher" in self._modules:
-            self.teacher.eval()
-        return self
 
     # The technique.
 
@@ -230,7 +221,10 @@ class ImageTextFusion(ImageTextAligner):
 
     @torch.no_grad()
     def match(self, images: Tensor, captions: Sequence[str] | Tensor) -> Tensor:
-        """Probabilities (N,) that images (N, C, H, W) and as many captions, or tokens (N, L), are pairs; float32."""
+        """Probabilities (N,) that images (N, C, H, W) and as many captions, or tokens (N, L), are pairs; float32.
+
+        Learned from hard negatives: it ranks anew what the embeddings put first, and knows little of the rest.
+        """
         self._require("matching", images, captions)
         tokens = captions if isinstance(captions, Tensor) else self.tokens(captions)
         fused, real = self._fused(images, tokens)
@@ -330,7 +324,7 @@ class ImageTextFusion(ImageTextAligner):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
         if self.hparams.momentum:
-            follow(self.teacher, self, self.hparams.momentum)
+            self.teacher.follow(self, self.hparams.momentum)
 
     def start_evaluation(self, stage: str) -> None:
         super().start_evaluation(stage)

@@ -5,11 +5,13 @@
     python benchmarks/detection_scale.py --rows shapes shapes_single --splits all    # detection/shapes, a longer recipe
 
 Each run is a fresh process of the real command line, on one thread. All are tested on the same images, which none sees
-in training. A row that differs at test alone tests another row's checkpoint. The split ``held_out`` has no objects of a
-band of sizes in training.
+in training, and all have had 5,000 steps: detectors that share the base's layers begin with its weights of 2,500 steps,
+as TridentNet begins with trained weights, and learn for as many more; others learn from scratch for 5,000. A row that
+differs at test alone tests another row's checkpoint. The split ``held_out`` has no objects of a band of sizes in
+training.
 
 --out holds one json for each finished run: a second call continues, and refuses what was run with other settings. A run
-that fails is named at the end, and costs no other but those that test its checkpoint. ``table.md`` there, mean ±
+that fails is named at the end, and costs no other but those that need its checkpoint. ``table.md`` there, mean ±
 standard deviation over the seeds, and a plot for each split are made anew after each run. Seconds are the processor's,
 in steps of training and in steps of test: without rendering, start-up, and what other programs took. Options that are
 not the script's are handed to every run.
@@ -22,7 +24,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib.metadata import version
 from pathlib import Path
@@ -50,29 +52,39 @@ class Row(NamedTuple):
         title: What the table calls it.
         recipe: What is trained, or tested.
         of: The row whose checkpoint is tested. None: it is trained.
+        after: The row whose weights training begins with. None: it begins from scratch.
         options: More of the command line.
     """
 
     title: str
     recipe: str
     of: str | None = None
+    after: str | None = None
     options: Sequence[str] = ()
+
+    @property
+    def needs(self) -> str | None:
+        """The row whose checkpoint it needs."""
+        return self.of or self.after
 
 
 SINGLE = ["--model.neck=single", "--model.levels=[4,4]"]
 ONE_BRANCH = ["--model.branch=1"]
+TWICE = ["--trainer.max_epochs=8", "--trainer.check_val_every_n_epoch=8"]
 ROWS = {
-    "one_level": Row("one level, stride 16", "detection/shapes_one_level"),
-    "pyramid": Row("feature pyramid, strides 8 to 32", "detection/shapes_pyramid"),
+    "start": Row("one level, half of the training", "detection/shapes_one_level"),
+    "one_level": Row("one level, stride 16", "detection/shapes_one_level", after="start"),
+    "pyramid": Row("feature pyramid, strides 8 to 32", "detection/shapes_pyramid", options=TWICE),
     "image_pyramid": Row("one level, image pyramid at test", "detection/shapes_image_pyramid", of="one_level"),
     "tiles": Row("one level, tiles and whole image at test", "detection/shapes_tiles", of="one_level"),
-    "multi_scale": Row("one level, multi-scale training", "detection/shapes_multi_scale"),
+    "multi_scale": Row("one level, multi-scale training", "detection/shapes_multi_scale", after="start"),
     "multi_scale_pyramid": Row("the same, image pyramid at test", "detection/shapes_image_pyramid", of="multi_scale"),
-    "snip": Row("one level, SNIP, image pyramid at test", "detection/shapes_snip"),
-    "trident": Row("Trident, all branches", "detection/shapes_trident"),
-    "trident_one_branch": Row("Trident, the middle branch", "detection/shapes_trident", "trident", ONE_BRANCH),
-    "trident_fast": Row("Trident Fast, as released", "detection/shapes_trident_fast"),
-    "faster_rcnn": Row("one level, Faster R-CNN", "detection/shapes_faster_rcnn"),
+    "snip": Row("one level, SNIP, image pyramid at test", "detection/shapes_snip", after="start"),
+    "trident": Row("Trident, all branches", "detection/shapes_trident", after="start"),
+    "trident_one_branch": Row("Trident, the middle branch", "detection/shapes_trident", "trident", options=ONE_BRANCH),
+    "trident_fast": Row("Trident Fast, as released", "detection/shapes_trident_fast", after="start"),
+    "trident_scratch": Row("Trident from scratch, half of the training", "detection/shapes_trident"),
+    "faster_rcnn": Row("one level, Faster R-CNN", "detection/shapes_faster_rcnn", options=TWICE),
     "shapes": Row("detection/shapes: strides 8 to 32", "detection/shapes"),
     "shapes_single": Row("detection/shapes, one level", "detection/shapes", options=SINGLE),
 }
@@ -94,8 +106,8 @@ class Run(NamedTuple):
 
     @property
     def base(self) -> "Run | None":
-        """The run whose checkpoint it tests."""
-        base = ROWS[self.row].of
+        """The run whose checkpoint it needs."""
+        base = ROWS[self.row].needs
         return None if base is None else self._replace(row=base)
 
     def settings(self, options: Sequence[str]) -> dict[str, Any]:
@@ -132,15 +144,17 @@ class Measure(Callback):
 
 
 def measured(run: Run, options: Sequence[str], out: Path) -> dict[str, float]:
-    """Metrics of a run, which is trained and tested in a process of its own, or only tested.
+    """Metrics of a run, which is trained and tested in a process of its own, or tested alone.
 
     Raises:
         Mistake: If it fails.
     """
-    command = [sys.executable, "-m", "zoo", "test" if run.base else "fit", "-c", ROWS[run.row].recipe]
+    row = ROWS[run.row]
+    command = [sys.executable, "-m", "zoo", "test" if row.of else "fit", "-c", row.recipe]
     command += run.settings(options)["options"]
     if run.base:
-        command += ["--ckpt_path", str(out / "runs" / run.base.name / "checkpoints" / "last.ckpt")]
+        checkpoint = out / "runs" / run.base.name / "checkpoints" / "last.ckpt"
+        command += ["--ckpt_path" if row.of else "--model.weights", str(checkpoint)]
     command += [f"--trainer.callbacks+={Path(__file__).stem}.Measure", "--trainer.enable_progress_bar=false"]
     paths = [str(Path(__file__).parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
@@ -173,12 +187,12 @@ def finished(runs: Iterable[Run], options: Sequence[str], out: Path) -> dict[Run
 
 
 def in_turn(runs: Sequence[Run], options: Sequence[str], out: Path) -> tuple[dict[Run, dict[str, float]], list[str]]:
-    """Metrics of runs that follow each other, the first of which may be trained for the others, and what failed."""
+    """Metrics of runs that follow each other, since some need the checkpoints of others, and what failed."""
     found: dict[Run, dict[str, float]] = {}
     failed = {}
     for run in runs:
         if run.base in failed:
-            failed[run] = f"{run.name}: not tested, as {run.base.name} failed"
+            failed[run] = f"{run.name}: not run, as {run.base.name} failed"
             continue
         try:
             metrics = measured(run, options, out)
@@ -192,18 +206,26 @@ def in_turn(runs: Sequence[Run], options: Sequence[str], out: Path) -> tuple[dic
 
 
 def groups(rows: Iterable[str], splits: Iterable[str], seeds: Iterable[int]) -> list[list[Run]]:
-    """Runs by the checkpoint that they need, which the first of each group leaves; seed after seed.
+    """Runs by the checkpoint that they need, directly or not, which the first of each group leaves; seed after seed.
 
-    A row that tests another's checkpoint brings that one along.
+    A row that needs another's checkpoint brings that one along.
     """
-    chosen = {ROWS[row].of or row for row in rows} | set(rows)
+    lines = {row: list(line_of(row)) for row in ROWS}
+    chosen = {needed for row in rows for needed in lines[row]}
     found = []
-    for seed in seeds:
-        for split in splits:
-            for base in (row for row in ROWS if row in chosen and ROWS[row].of is None):
-                tested = [row for row in ROWS if row in chosen and ROWS[row].of == base]
-                found.append([Run(row, split, seed) for row in (base, *tested)])
+    for split in splits:
+        for seed in seeds:
+            for first in (row for row in ROWS if row in chosen and ROWS[row].needs is None):
+                following = [row for row in ROWS if row in chosen and lines[row][-1] == first]
+                found.append([Run(row, split, seed) for row in following])
     return found
+
+
+def line_of(row: str | None) -> Iterator[str]:
+    """The row, the one whose checkpoint it needs, and so on."""
+    while row is not None:
+        yield row
+        row = ROWS[row].needs
 
 
 def sizes_of(results: Results) -> list[str]:
@@ -225,10 +247,17 @@ def table(results: Results, split: str) -> list[str]:
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for row, found in by_row(results, split).items():
         cells = [spread_text([metrics[name] for metrics in found], 1, scale=100) for name in columns]
-        trained = "" if ROWS[row].of else f"{mean(metrics['train/seconds'] for metrics in found):.0f}"
+        seconds = [sum(results[run]["train/seconds"] for run in trained) for trained in trainings(results, row, split)]
+        trained = "" if ROWS[row].of else f"{mean(seconds):.0f}"
         tested = f"{mean(metrics['test/seconds'] for metrics in found):.1f}"
         lines.append(f"| {' | '.join([ROWS[row].title, *cells, trained, tested, str(len(found))])} |")
     return lines
+
+
+def trainings(results: Results, row: str, split: str) -> list[list[Run]]:
+    """Runs that a row's weights have been trained in, for each seed."""
+    runs = [run for run in results if (run.row, run.split) == (row, split)]
+    return [[run._replace(row=each) for each in line_of(row)] for run in runs]
 
 
 def by_row(results: Results, split: str) -> dict[str, list[Mapping[str, float]]]:

@@ -71,6 +71,8 @@ class StubbedGrid:
             "plain": detection_scale.Row("plain", "detection/shapes_one_level"),
             "other": detection_scale.Row("other", "detection/shapes_pyramid"),
             "views": detection_scale.Row("views", "detection/shapes_one_level", of="plain", options=["--model.x=1"]),
+            "on": detection_scale.Row("on", "detection/shapes_one_level", after="plain"),
+            "on_views": detection_scale.Row("on, views", "detection/shapes_one_level", of="on"),
         }
         monkeypatch.setattr(detection_scale, "ROWS", rows)
         monkeypatch.setattr(detection_scale, "measured", self.measured)
@@ -79,7 +81,7 @@ class StubbedGrid:
         self.started.append(run.name)
         if run.name in self.failing:
             raise Mistake("lr of FPNDetector: expected float")
-        ap = {"plain": 0.2, "other": 0.5, "views": 0.3}[run.row] + run.seed / 25
+        ap = {"plain": 0.2, "other": 0.5, "views": 0.3, "on": 0.4, "on_views": 0.6}[run.row] + run.seed / 25
         sizes = {"test/ap_8_16": 0.0, "test/ap_16_32": ap / 2, "test/ap_by_class/disc": 1.0}
         seconds = {"train/seconds": 90.0 + run.seed * 20, "test/seconds": 2.5}
         return {"test/ap": ap, "test/ap50": 0.75, "test/ap75": 0.25, **sizes, **seconds}
@@ -98,7 +100,7 @@ def grid(monkeypatch, tmp_path) -> StubbedGrid:
 
 def test_the_grid_of_detectors_is_a_table_and_a_plot_by_object_size(grid, capsys):
     assert grid("--seeds", "0", "1", "--splits", "all") == 0
-    names = ["plain", "views", "other"]  # a checkpoint is tested by all that need it when it is there
+    names = ["plain", "views", "on", "on_views", "other"]  # what needs a checkpoint comes when it is there
     assert grid.started == [f"{name}_all_seed{seed}" for seed in range(2) for name in names]
     printed = capsys.readouterr().out
     head = "|  | AP | AP50 | AP75 | 8 to 16 px | 16 to 32 px | training s | test s | seeds |"
@@ -108,6 +110,8 @@ def test_the_grid_of_detectors_is_a_table_and_a_plot_by_object_size(grid, capsys
         "| plain | 22.0 ± 2.8 | 75.0 ± 0.0 | 25.0 ± 0.0 | 0.0 ± 0.0 | 11.0 ± 1.4 | 100 | 2.5 | 2 |",
         "| other | 52.0 ± 2.8 | 75.0 ± 0.0 | 25.0 ± 0.0 | 0.0 ± 0.0 | 26.0 ± 1.4 | 100 | 2.5 | 2 |",
         "| views | 32.0 ± 2.8 | 75.0 ± 0.0 | 25.0 ± 0.0 | 0.0 ± 0.0 | 16.0 ± 1.4 |  | 2.5 | 2 |",
+        "| on | 42.0 ± 2.8 | 75.0 ± 0.0 | 25.0 ± 0.0 | 0.0 ± 0.0 | 21.0 ± 1.4 | 200 | 2.5 | 2 |",
+        "| on, views | 62.0 ± 2.8 | 75.0 ± 0.0 | 25.0 ± 0.0 | 0.0 ± 0.0 | 31.0 ± 1.4 |  | 2.5 | 2 |",
     ]
     assert Path("there", "table.md").read_text() == printed
     assert Path("there", "all.png").stat().st_size > 1000
@@ -149,17 +153,19 @@ def test_the_grid_refuses_runs_of_other_settings(grid, capsys):
 def test_a_failure_in_the_grid_costs_no_other_run(grid, capsys):
     grid.failing.add("plain_all_seed0")
     assert grid("--seeds", "0", "1", "--splits", "all") == 1
-    assert "views_all_seed0" not in grid.started
+    assert not {"views_all_seed0", "on_all_seed0", "on_views_all_seed0"} & {*grid.started}
     said = capsys.readouterr()
-    assert said.err.splitlines()[-2:] == [
+    assert said.err.splitlines()[-4:] == [
         "plain_all_seed0: lr of FPNDetector: expected float",
-        "views_all_seed0: not tested, as plain_all_seed0 failed",
+        "views_all_seed0: not run, as plain_all_seed0 failed",
+        "on_all_seed0: not run, as plain_all_seed0 failed",
+        "on_views_all_seed0: not run, as on_all_seed0 failed",
     ]
     assert "| plain | 24.0 |" in said.out  # of the seed that did not fail
     assert "| other | 52.0 ± 2.8 |" in said.out
     grid.failing.clear()
     assert grid("--seeds", "0", "1", "--splits", "all") == 0
-    assert grid.started == ["plain_all_seed0", "views_all_seed0"]
+    assert grid.started == ["plain_all_seed0", "views_all_seed0", "on_all_seed0", "on_views_all_seed0"]
 
 
 def test_what_is_compared_of_autoencoders_has_one_loss():

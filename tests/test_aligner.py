@@ -16,7 +16,7 @@ from test_detection_parts import NeverWaits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
-from zoo import ImageTextAligner
+from zoo import ImageTextAligner, MAEPretrainer, ViTClassifier
 from zoo._lightning import LightningDataModule, Trainer
 from zoo.alignment.metrics import ModalityGap
 from zoo.alignment.positives import positive_keys, token_hash
@@ -383,6 +383,26 @@ def test_texts_that_are_cut_are_counted_and_told_once(capsys, caplog):
     assert tokens[1].tolist() == [257, *(byte + 1 for byte in b"a long"), 258]
     assert module.cut_texts == 4
     assert sum("2 of 4 texts have more than 8 tokens" in line for line in caplog.messages) == 1
+
+
+@pytest.mark.parametrize("kind", ["classifier", "masked autoencoder"])
+def test_an_image_tower_starts_from_a_checkpoint_of_a_classifier_or_a_masked_autoencoder(kind, tmp_path):
+    sizes = {"image_size": 64, "patch_size": 16, "width": 192, "depth": 1, "heads": 3}
+    if kind == "classifier":
+        source = ViTClassifier("vit_tiny_patch16_224", num_classes=3, norm_eps=1e-5, **sizes)
+    else:
+        source = MAEPretrainer(decoder_dim=8, decoder_depth=1, decoder_heads=1, norm_eps=1e-5, **sizes)
+    trainer = Trainer(**QUIET)
+    trainer.strategy.connect(source)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    tower = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=1)
+    module = small(image_backbone=tower, image_size=None, image_weights=str(tmp_path / "a.ckpt")).eval()
+    torch.testing.assert_close(tower(images(side=64)), source.eval().features(images(side=64)))
+    assert module.hparams.image_norm_eps == 1e-5  # which a checkpoint of the aligner keeps
+    smaller = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1)
+    small(image_backbone=smaller, image_size=None, image_weights=str(tmp_path / "a.ckpt"))
+    assert smaller.pos_embed.shape[1] == 5
+    assert torch.equal(smaller.blocks[0].mlp.fc1.weight, source.backbone.blocks[0].mlp.fc1.weight)
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "words"])

@@ -270,6 +270,19 @@ def test_words_are_what_a_tokeniser_writes_texts_of():
     assert words_of(WordTokenizer(20, ["a", "ring"])).tolist() == [1, 5, 6]  # 1 is what it does not know
 
 
+def test_words_are_those_that_the_tokeniser_is_fitted_to():
+    model, images = fusion(tokenizer="words", vocab_size=32).eval(), rendered()
+    assert set(model.caption(images)) <= {"", *(" ".join(["<unknown>"] * count) for count in range(1, 16))}
+    model.fit_words(lambda: CAPTIONS)
+    assert model.words.tolist() == [1, *range(5, 11)]  # two colours, four shapes
+    assert {word for caption in model.caption(images) for word in caption.split()} <= {
+        "<unknown>",
+        *(word for caption in CAPTIONS for word in caption.split()),
+    }
+    filled = model.fill(images, [f"[MASK] {caption.split()[1]}" for caption in CAPTIONS])
+    assert [text.split()[1] for text in filled] == [caption.split()[1] for caption in CAPTIONS]
+
+
 def test_masks_in_texts_become_mask_tokens():
     tokenizer = WordTokenizer(20, ["a", "red", "ring"])
     tokens = masked_tokens(tokenizer, ["a [MASK] ring", "[MASK][MASK]"], 7)

@@ -14,7 +14,7 @@ captioning beside them. Other than there:
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
@@ -281,6 +281,11 @@ class ImageTextFusion(ImageTextAligner):
     def words(self) -> Tensor:
         """Tokens (W,) that texts are made of, as of :func:`zoo.alignment.words.words_of`, on the CPU."""
         return words_of(self.tokenizer)
+
+    def fit_words(self, texts: Callable[[], Sequence[str]]) -> None:
+        """Fits a tokeniser of words, whose :attr:`words` are others then."""
+        super().fit_words(texts)
+        vars(self).pop("words", None)
 
     def _require(self, head: str, images: Sequence[Any] | Tensor = (), texts: Sequence[Any] | Tensor = ()) -> None:
         if head not in self.heads:

@@ -274,6 +274,28 @@ def test_groups_are_unlocked_one_by_one_from_the_end():
         assert modes == [number >= 5 - epoch for number in range(6)]
 
 
+def test_a_run_that_goes_on_within_an_epoch_has_the_groups_of_it_unlocked(tmp_path):
+    seen: list[tuple[int, int, int]] = []
+
+    def run(**options: Any) -> None:
+        module = small(lock_text=True, unlock_every=1)
+        trainer = Trainer(**QUIET | {"max_epochs": 2, "limit_val_batches": 0})
+
+        def note(*_: Any) -> None:
+            seen.append((trainer.global_step, trainer.current_epoch, module.unlocked))
+            if trainer.global_step == 3:  # of four, two an epoch
+                trainer.save_checkpoint(tmp_path / "a.ckpt")
+
+        module.on_train_batch_end = note
+        trainer.fit(module, Pairs(size=2), **options)
+
+    run()
+    assert seen == [(1, 0, 0), (2, 0, 0), (3, 1, 1), (4, 1, 1)]
+    seen.clear()
+    run(ckpt_path=tmp_path / "a.ckpt")
+    assert seen == [(4, 1, 1)]
+
+
 def test_some_groups_learn_from_the_start_and_the_rest_is_frozen():
     module = small(lock_text=True, unlock_groups=1, text_dropout=0.1)
     learning = {name for name, parameter in module.text.named_parameters() if parameter.requires_grad}

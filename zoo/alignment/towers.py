@@ -142,7 +142,7 @@ class LocksTowers(nn.Module):
     def locked_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters of locked towers that do not learn now."""
         for side, tower in self._locked_towers():
-            names = locked_names(tower, self.unlocked, side)
+            names = self._locked_names(side, tower)
             yield from (parameter for name, parameter in tower.named_parameters() if name in names)
 
     def waiting(self) -> dict[str, int]:
@@ -159,8 +159,13 @@ class LocksTowers(nn.Module):
         """Sets the mode; what is locked stays in evaluation mode."""
         super().train(mode)
         for side, tower in self._locked_towers():
-            evaluate_locked(tower, locked_names(tower, self.unlocked, side))
+            evaluate_locked(tower, self._locked_names(side, tower))
         return self
+
+    def on_train_start(self) -> None:
+        """Unlocks what is due in an epoch that a run goes on within, of which Lightning tells no start."""
+        super().on_train_start()  # type: ignore[misc]  # of the LightningModule beside this
+        self.on_train_epoch_start()
 
     def on_train_epoch_start(self) -> None:
         """Unlocks the group that is due."""
@@ -175,6 +180,12 @@ class LocksTowers(nn.Module):
         if self.hparams.unlock_every:
             for parameter in self.locked_parameters():
                 parameter.grad = None
+
+    def _locked_names(self, side: str, tower: nn.Module) -> set[str]:
+        known = self.__dict__.setdefault("_known_names", {})  # each step asks, and patterns take a while
+        if (side, self.unlocked) not in known:
+            known[side, self.unlocked] = locked_names(tower, self.unlocked, side)
+        return known[side, self.unlocked]
 
     def _locked_towers(self) -> Iterator[tuple[str, nn.Module]]:
         if self.hparams.lock_image:

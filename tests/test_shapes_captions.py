@@ -84,15 +84,15 @@ def looked_at(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.T
     """Colour (N,), place (N,) and area in pixels (N,) of the only object of images (N, 3, 32, 32), on a grey ground."""
     images = images.float() / 255
     colorful = images.amax(1) - images.amin(1)
-    inside = colorful > 0.35
-    count = inside.sum((1, 2))
-    means = (images * inside[:, None]).sum((2, 3)) / count[:, None]
+    most = colorful.amax((1, 2), keepdim=True)
+    inside = colorful > (0.5 * most).clamp(min=0.27)  # what is half covered or more, and no noise
+    count, whole = inside.sum((1, 2)), colorful > 0.85 * most
+    means = (images * whole[:, None]).sum((2, 3)) / whole.sum((1, 2))[:, None]
     color = torch.cdist(means, torch.tensor(list(COLORS.values()))).argmin(1)
     y, x = torch.meshgrid(torch.arange(32) + 0.5, torch.arange(32) + 0.5, indexing="ij")
     center = torch.stack([(axis * inside).sum((1, 2)) / count for axis in (x, y)], dim=1)
     place = torch.cdist(center, torch.tensor(list(PLACES.values()))).argmin(1)
-    area = (colorful > 0.5 * colorful.amax((1, 2), keepdim=True)).sum((1, 2))  # what is half covered or more
-    return color, place, area
+    return color, place, count
 
 
 def test_every_composition_shows_its_colour_place_and_size():

@@ -24,7 +24,8 @@ SIZES = {"small": 3.2, "large": 6.0}  # radius, as all lengths here in pixels of
 PLACES = {"top left": (9.0, 9.0), "top right": (23.0, 9.0), "bottom left": (9.0, 23.0), "bottom right": (23.0, 23.0)}
 UNIT = 32
 MOVED, SCALED, TURNED = 3.0, 0.15, 0.25  # a centre by up to so many pixels, a radius by this share, a shape in radians
-TINT, GRAIN = 0.08, 0.05  # standard deviations of a shape's colour and of the background, of intensities in [0, 1]
+TINT = 0.24  # a colour's red, green and blue by up to so much, of 1; others are farther away
+GRAIN = 0.05  # standard deviation of the background
 GREY = (0.1, 0.35)  # of the background, between these
 CHUNK = 1024  # scenes drawn at once
 
@@ -76,7 +77,7 @@ def _render(scenes: Tensor, seed: int, numbers: list[int], image_size: int) -> T
     for i, number in enumerate(numbers):  # one by one, so that a scene's draws are its own
         rng = np.random.default_rng((seed, number))
         draws[i] = torch.from_numpy(rng.uniform(-1, 1, draws[i].shape))
-        tints[i] = torch.from_numpy(rng.standard_normal(tints[i].shape))
+        tints[i] = torch.from_numpy(rng.uniform(-1, 1, tints[i].shape))
         greys[i] = rng.uniform(*GREY)
         images[i] = torch.from_numpy(rng.standard_normal(images[i].shape, dtype=np.float32))
     images.mul_(GRAIN).add_(greys)

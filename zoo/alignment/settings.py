@@ -40,7 +40,9 @@ def check_arguments(hparams: Any) -> None:
     check_training(hparams)
     least = {"image_size": 1, "in_channels": 1, "embed_dim": 1, "context_length": 1, "vocab_size": 1, "chunk": 1}
     least |= {"micro_batch": 1, "unlock_groups": 0, "unlock_every": 1, "scale_lr": 0}
+    least |= {"text_width": 1, "text_depth": 1, "text_heads": 1, "text_mlp_width": 1}
     check_ranges(**{name: (hparams[name], smallest, None) for name, smallest in least.items()})
+    check_ranges(text_dropout=(hparams.text_dropout, 0, 1))
     check_ranges(bias_init=(None if hparams.bias_init == "auto" else hparams.bias_init, -math.inf, None))
     scale, largest = scale_of(hparams), max_scale_of(hparams)
     check_above(image_norm_eps=(hparams.image_norm_eps, 0, 1), text_norm_eps=(hparams.text_norm_eps, 0, 1))

@@ -92,10 +92,11 @@ class Plan:
     def model(self, device: str) -> Any:
         """The model, without its weights; on the meta device it is not compiled. Its hparams say what the plan does."""
         config = self.config.model.clone()
-        others = {"weights": None} | ({"compile": False} if device == "meta" else {})
-        planned = {name: config.init_args[name] for name in others if name in config.get("init_args", {})}
+        arguments = config.get("init_args", Namespace())
+        others = dict.fromkeys(weight_sources(arguments)) | ({"compile": False} if device == "meta" else {})
+        planned = {name: arguments[name] for name in others if name in arguments}
         for name in planned:
-            config.init_args[name] = others[name]
+            arguments[name] = others[name]
         with torch.device(device), Blueprint():
             built = self.build(model=config).model
         built.hparams.update({name: value for name, value in planned.items() if name in built.hparams})
@@ -137,3 +138,8 @@ class Plan:
             text = self.parser.dump(config, skip_unset=False, skip_validation=bool(parts))
             self._resolved[parts] = config.clone(), text
         return self._resolved[parts][1]
+
+
+def weight_sources(arguments: Namespace) -> list[str]:
+    """Names of the arguments that say what weights to start from: ``weights``, and a part's, ``image_weights``."""
+    return [name for name in vars(arguments) if name == "weights" or name.endswith("_weights")]

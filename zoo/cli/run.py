@@ -18,7 +18,7 @@ from zoo.checkpoints import is_distributed, newest
 from zoo.cli import continuing, mistakes, outcome, outputs, settings
 from zoo.cli.mistakes import Failure, Mistake
 from zoo.cli.parser import OF_ONE_COMMAND
-from zoo.cli.plan import Plan, parse
+from zoo.cli.plan import Plan, parse, weight_sources
 from zoo.cli.profiler import unprofiled
 from zoo.cli.sweep import write_json
 from zoo.common.protocols import HasSamples, NamesPredictionWriter
@@ -153,8 +153,8 @@ class Run(LightningCLI):
             plan.count_classes(path)
         self.config_dump = yaml.safe_load(plan.resolved("model"))
         model = config.model.clone()
-        if path and model.get("init_args.weights"):
-            model.init_args.weights = None  # the checkpoint holds all; the file it once started from may be gone
+        for name in weight_sources(model.get("init_args", Namespace())) if path else ():
+            model.init_args[name] = None  # the checkpoint holds all; the file it once started from may be gone
         for name, value in outputs.followed(model.class_path, path).items() if path else ():
             if model.init_args.get(name) is None:
                 model.init_args[name] = value

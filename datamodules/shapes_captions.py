@@ -209,7 +209,7 @@ class ShapesCaptionsDataModule(Captioned, ImageDataModule):
         predict_root: str | None = None,
         *,
         mean: tuple[float, ...] = (0.25, 0.25, 0.25),
-        std: tuple[float, ...] = (0.14, 0.14, 0.14),
+        std: tuple[float, ...] = (0.15, 0.15, 0.15),
         **options: Unpack[ImageOptions],
     ) -> None:
         super().__init__(mean=mean, std=std, **options)

@@ -24,7 +24,8 @@ SIZES = {"small": 3.2, "large": 6.0}  # radius, as all lengths here in pixels of
 PLACES = {"top left": (9.0, 9.0), "top right": (23.0, 9.0), "bottom left": (9.0, 23.0), "bottom right": (23.0, 23.0)}
 UNIT = 32
 MOVED, SCALED, TURNED = 3.0, 0.15, 0.25  # a centre by up to so many pixels, a radius by this share, a shape in radians
-TINT = 0.24  # a colour's red, green and blue by up to so much, of 1; others are farther away
+TINT = 0.15  # a colour's red, green and blue by up to so much, of 1; others are farther away
+PALE = 0.75  # up to so much of a colour is white: in full ones a network learns shapes for each colour anew
 GRAIN = 0.05  # standard deviation of the background
 GREY = (0.1, 0.35)  # of the background, between these
 CHUNK = 1024  # scenes drawn at once
@@ -59,7 +60,8 @@ def render(scenes: Tensor, seed: int, numbers: Tensor, image_size: int = UNIT) -
     Args:
         scenes: int64 (N, objects, 4): shape, colour, size and place of each object, by number in the tables above.
             Later objects lie over earlier ones.
-        seed: Seed of what is random in an image: exact place, size, angle and tint of each object, background, noise.
+        seed: Seed of what is random in an image: exact place, size, angle, tint and paleness of each object, background
+            and noise.
         numbers: int64 (N,): the scenes' numbers, which make their images differ.
         image_size: Side S in pixels.
     """
@@ -72,12 +74,14 @@ def _render(scenes: Tensor, seed: int, numbers: list[int], image_size: int) -> T
     objects = scenes.shape[1]
     draws = torch.empty(len(numbers), objects, 4)
     tints = torch.empty(len(numbers), objects, 3)
+    pales = torch.empty(len(numbers), objects, 1)
     greys = torch.empty(len(numbers), 1, 1, 1)
     images = torch.empty(len(numbers), 3, image_size, image_size)
     for i, number in enumerate(numbers):  # one by one, so that a scene's draws are its own
         rng = np.random.default_rng((seed, number))
         draws[i] = torch.from_numpy(rng.uniform(-1, 1, draws[i].shape))
         tints[i] = torch.from_numpy(rng.uniform(-1, 1, tints[i].shape))
+        pales[i] = torch.from_numpy(rng.uniform(0, PALE, pales[i].shape))
         greys[i] = rng.uniform(*GREY)
         images[i] = torch.from_numpy(rng.standard_normal(images[i].shape, dtype=np.float32))
     images.mul_(GRAIN).add_(greys)
@@ -97,6 +101,7 @@ def _render(scenes: Tensor, seed: int, numbers: list[int], image_size: int) -> T
             of_it = shape == number
             distance[of_it] = outline(u[of_it], v[of_it])
         covered = (0.5 - distance * radius * (image_size / UNIT)).clamp(0, 1)[:, None]
-        tint = (colors[color] + TINT * tints[:, k]).clamp(0, 1)[:, :, None, None]
+        full = (colors[color] + TINT * tints[:, k]).clamp(0, 1)
+        tint = (full + pales[:, k] * (1 - full))[:, :, None, None]
         images = covered * tint + (1 - covered) * images
     return images.clamp(0, 1).mul(255).round().to(torch.uint8)

@@ -10,11 +10,11 @@ as TridentNet begins with trained weights, and learn for as many more; others le
 differs at test alone tests another row's checkpoint. The split ``held_out`` has no objects of a band of sizes in
 training.
 
---out holds one json for each finished run: a second call continues, and refuses what was run with other settings. A run
-that fails is named at the end, and costs no other but those that need its checkpoint. ``table.md`` there, mean ±
-standard deviation over the seeds, and a plot for each split are made anew after each run. Seconds are the processor's,
-in steps of training and in steps of test: without rendering, start-up, and what other programs took. Options that are
-not the script's are handed to every run.
+--out holds one json for each finished run: a second call continues, with checkpoints that are gone made again where
+they are needed, and refuses what was run with other settings. A run that fails is named at the end, and costs no other
+but those that need its checkpoint. ``table.md`` there, mean ± standard deviation over the seeds, and a plot for each
+split are made anew after each run. Seconds are the processor's, in steps of training and in steps of test: without
+rendering, start-up, and what other programs took. Options that are not the script's are handed to every run.
 """
 
 import argparse
@@ -110,6 +110,10 @@ class Run(NamedTuple):
         base = ROWS[self.row].needs
         return None if base is None else self._replace(row=base)
 
+    def checkpoint(self, out: Path) -> Path:
+        """What it leaves to those that need it."""
+        return out / "runs" / self.name / "checkpoints" / "last.ckpt"
+
     def settings(self, options: Sequence[str]) -> dict[str, Any]:
         """Plain data on all that its metrics depend on."""
         row, seeds = ROWS[self.row], [f"--seed_everything={self.seed}", f"--data.seed={self.seed}"]
@@ -153,8 +157,7 @@ def measured(run: Run, options: Sequence[str], out: Path) -> dict[str, float]:
     command = [sys.executable, "-m", "zoo", "test" if row.of else "fit", "-c", row.recipe]
     command += run.settings(options)["options"]
     if run.base:
-        checkpoint = out / "runs" / run.base.name / "checkpoints" / "last.ckpt"
-        command += ["--ckpt_path" if row.of else "--model.weights", str(checkpoint)]
+        command += ["--ckpt_path" if row.of else "--model.weights", str(run.base.checkpoint(out))]
     command += [f"--trainer.callbacks+={Path(__file__).stem}.Measure", "--trainer.enable_progress_bar=false"]
     paths = [str(Path(__file__).parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
@@ -184,6 +187,15 @@ def finished(runs: Iterable[Run], options: Sequence[str], out: Path) -> dict[Run
             raise Mistake(f"{file} is of other settings than {run.row} has now: remove it, or choose another --out")
         found[run] = saved["metrics"]
     return found
+
+
+def left(runs: Sequence[Run], results: Results, out: Path) -> list[Run]:
+    """Runs of a group that are to be made: without metrics, or without a checkpoint that one of these needs."""
+    needed: set[Run | None] = set()
+    for run in reversed(runs):  # none needs one that follows it
+        if (run not in results or run in needed) and run.base and not run.base.checkpoint(out).exists():
+            needed.add(run.base)
+    return [run for run in runs if run not in results or run in needed]
 
 
 def in_turn(runs: Sequence[Run], options: Sequence[str], out: Path) -> tuple[dict[Run, dict[str, float]], list[str]]:
@@ -302,7 +314,7 @@ def main() -> int:
         results = finished([run for group in work for run in group], options, out)
     except Mistake as error:
         parser.error(str(error))
-    missing = [left for group in work if (left := [run for run in group if run not in results])]
+    missing = [made for group in work if (made := left(group, results, out))]
     print(f"{sum(map(len, work))} runs, {len(results)} of them finished already", file=sys.stderr, flush=True)
     (out / "runs").mkdir(parents=True, exist_ok=True)
     with taking_runs_along(), ThreadPoolExecutor(arguments.jobs) as pool:

@@ -1,5 +1,6 @@
 """The benchmark scripts: what they reckon by formula is what torch counts. Their figures are never asserted."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -81,6 +82,9 @@ class StubbedGrid:
         self.started.append(run.name)
         if run.name in self.failing:
             raise Mistake("lr of FPNDetector: expected float")
+        if not self.script.ROWS[run.row].of:
+            run.checkpoint(out).parent.mkdir(parents=True, exist_ok=True)
+            run.checkpoint(out).touch()
         ap = {"plain": 0.2, "other": 0.5, "views": 0.3, "on": 0.4, "on_views": 0.6}[run.row] + run.seed / 25
         sizes = {"test/ap_8_16": 0.0, "test/ap_16_32": ap / 2, "test/ap_by_class/disc": 1.0}
         seconds = {"train/seconds": 90.0 + run.seed * 20, "test/seconds": 2.5}
@@ -127,6 +131,18 @@ def test_the_grid_goes_on_with_what_is_missing(grid, capsys):
     assert grid("--seeds", "0", "--rows", "views") == 0
     assert grid.started == []
     assert "Sizes of 32 to 64 pixels held out of training:" in capsys.readouterr().out
+
+
+def test_the_grid_makes_again_the_checkpoints_that_are_gone_and_needed(grid):
+    assert grid("--seeds", "0", "--splits", "all", "--rows", "on") == 0
+    assert grid.started == ["plain_all_seed0", "on_all_seed0"]
+    shutil.rmtree(Path("there", "runs"))
+    assert grid("--seeds", "0", "--splits", "all", "--rows", "on") == 0  # its metrics are there
+    assert grid.started == []
+    assert grid("--seeds", "0", "--splits", "all", "--rows", "on_views") == 0
+    assert grid.started == ["plain_all_seed0", "on_all_seed0", "on_views_all_seed0"]
+    assert grid("--seeds", "0", "--splits", "all") == 0  # checkpoints are there again
+    assert grid.started == ["views_all_seed0", "other_all_seed0"]
 
 
 def test_the_grid_refuses_runs_of_other_settings(grid, capsys):

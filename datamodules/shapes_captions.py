@@ -255,10 +255,15 @@ class ShapesCaptionsDataModule(Captioned, ImageDataModule):
         return CaptionedScenes(images, told, of_each, f"shapes/{split}")
 
     def _scenes(self, subset: int, count: int) -> Tensor:
-        """Scenes of a subset, as many as asked for, all equally often, in an order of chance."""
+        """Scenes of a subset, as many as asked for, all equally often: each time in another order of chance.
+
+        So images that are as far apart as there are scenes, such as those that pictures are made of, differ.
+        """
         every = scenes(self.held_out, self.objects, subset)
-        order = torch.randperm(len(every), generator=torch.Generator().manual_seed(mix(self.images_seed, subset)))
-        return every[order[torch.arange(count) % len(every)]]
+        generator = torch.Generator().manual_seed(mix(self.images_seed, subset))
+        times = -(-count // len(every))
+        orders = [torch.randperm(len(every), generator=generator) for _ in range(times)]
+        return every[torch.cat(orders)[:count]] if orders else every[:0]
 
     def captions(self) -> list[str]:
         """All captions that training images may have, for a tokeniser to be fitted to."""

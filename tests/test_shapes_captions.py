@@ -173,6 +173,8 @@ def test_scenes_of_a_subset_come_equally_often():
     assert sum(module.class_counts()) == 384
     order = [entry["label"] for entry in told(module.samples("val"))[:24]]
     assert order != sorted(order)  # else a batch of evaluation would hold scenes alike
+    apart = data(train_size=192 * 8).samples("train").labels[::192]
+    assert len({*apart}) > 4  # so that pictures, which are chosen at even distances, are not of one scene
 
 
 def test_two_objects_differ_in_shape_colour_and_place():

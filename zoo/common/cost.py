@@ -6,7 +6,7 @@ times the forward pass of EfficientNet-B0, torch 2.15), so that training is take
 upper bound where layers are frozen, as for a linear probe.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -42,24 +42,43 @@ class Cost(NamedTuple):
 
 _FILLING = {getattr(nn.init, name) for name in dir(nn.init) if name.endswith("_") and not name.startswith("_")}
 _FILLING |= {torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.fill_, torch.Tensor.zero_}
+_ALIKE = {F.batch_norm, F.relu, F.leaky_relu, F.gelu, F.silu, F.hardswish, F.hardsigmoid}
+_ALIKE |= {torch.relu, torch.sigmoid, torch.Tensor.relu, torch.Tensor.sigmoid}
+_COMBINING = {torch.add, torch.mul, torch.Tensor.add, torch.Tensor.mul}
 
 
 class Blueprint(TorchFunctionMode):
-    """Context that skips what leaves tensors on the meta device as they are: initialisation and batch normalisation.
+    """Context that skips what keeps the shape of a tensor on the meta device: initialisation, norms and activations.
 
     torch finds that out in Python, operation by operation, in more than half of the time that a network takes to be
-    built and counted. Tensors on other devices are treated as ever.
+    built and counted. None of it is a multiply-accumulate. Tensors on other devices are treated as ever.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         first = args[0] if args else kwargs.get("tensor")
-        if isinstance(first, torch.Tensor) and first.is_meta:
-            if func in _FILLING:
-                return first
-            if func is F.batch_norm:
-                return torch.empty_like(first)
+        if not (isinstance(first, torch.Tensor) and first.is_meta):
+            return func(*args, **kwargs)
+        if func in _FILLING or func in _ALIKE or _fits(func, first, args, kwargs):
+            return first  # which has no values that could have become others
         return func(*args, **kwargs)
+
+
+def _fits(func: Any, first: torch.Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Tells whether the other arguments are such that the result is like the first; of others torch is asked."""
+    if len(args) < 2:
+        return False
+    other = args[1]
+    if func in _COMBINING:
+        return (
+            not kwargs and isinstance(other, torch.Tensor) and (other.shape, other.dtype) == (first.shape, first.dtype)
+        )
+    if func is F.layer_norm:
+        return first.shape[-len(other) :] == torch.Size(other)
+    if func is F.group_norm:
+        weight = args[2] if len(args) > 2 else kwargs.get("weight")
+        return bool(first.shape[1] % other == 0 and (weight is None or weight.shape == first.shape[1:2]))
+    return False
 
 
 def count(module: nn.Module, input_shape: Sequence[int]) -> Cost:

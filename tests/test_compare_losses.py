@@ -158,7 +158,7 @@ def test_losses_compared_end_to_end(capsys):
     args = [recipe(), "--seeds", "2", "--out", "elsewhere"]
     out = Path("elsewhere")
     command = [sys.executable, "-m", "zoo", COMMAND, *args]
-    with forked.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with forked.Popen(command, stdout=subprocess.PIPE, launches=True) as process:
         while not (out / "bce_seed1.json").exists() and process.poll() is None:
             time.sleep(0.05)
         process.terminate()

@@ -178,6 +178,7 @@ def test_a_failed_run_ends_with_the_line_it_ended_with_and_the_name_of_its_log()
     assert sweep([config], ["--model.lr", "1"], {}, out) == {}
 
 
+@pytest.mark.usefixtures("_forked_programs")
 def test_runs_read_a_copy_of_the_recipe_which_may_be_edited_meanwhile():
     out = Path("runs")
     config = recipe(model="EfficientNetClassifier", data="DigitsDataModule", trainer={"max_epoch": 1})

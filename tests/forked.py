@@ -9,6 +9,7 @@ Whatever is about the start of an interpreter needs subprocess: what is imported
 """
 
 import atexit
+import ctypes
 import fcntl
 import gc
 import importlib
@@ -24,6 +25,7 @@ import sys
 import tempfile
 import termios
 import threading
+import time
 import weakref
 from collections.abc import Sequence
 from contextlib import suppress
@@ -111,7 +113,8 @@ class Popen:
         if self.returncode is None:
             if not select.select([self._status], [], [], timeout)[0]:
                 raise TimeoutExpired(self.args, timeout or 0)
-            self.returncode = int(self._hear())
+            status = int(self._hear())
+            self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1]) if _adopts else status
             os.close(self._status)
         return self.returncode
 
@@ -172,11 +175,12 @@ def run(
 class Starting(subprocess.Popen):  # type: ignore[type-arg]
     """To stand in the place of subprocess.Popen: it forks the programs that it can."""
 
-    def __new__(cls, command: Any = None, *args: Any, **options: Any) -> Any:
-        ours = isinstance(command, list) and command[0] == sys.executable and not args
+    def __new__(cls, command: Any = None, *more: Any, args: Any = None, **options: Any) -> Any:
+        command = command or args
+        ours = isinstance(command, list | tuple) and command[0] == sys.executable and not more
         known = options.keys() <= {"cwd", "env", "stdin", "stdout", "stderr", "start_new_session"}
-        if ours and known and (command[1] in ("-m", "-c") or not command[1].startswith("-")):
-            return Popen(command, **options)
+        if ours and known and (command[1] in ("-m", "-c", "-u") or not command[1].startswith("-")):
+            return Popen(command, **{name: value for name, value in options.items() if value is not None})
         return super().__new__(cls)
 
 
@@ -194,21 +198,24 @@ def _server() -> socket.socket:
 
 
 _connection: socket.socket | None = None
+_adopts = False  # whether what this process's server forks becomes this process's child
 _start = subprocess.Popen  # before a test puts ours in its place
 _one_at_a_time = threading.Lock()
 
 
 # What follows runs in the server.
 
+PR_SET_CHILD_SUBREAPER = 36
 HEARD = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
-def _serve(connection: socket.socket, takes_along: bool = True) -> tuple[str, list[str]]:
+def _serve(connection: socket.socket, launches: bool = False) -> tuple[str, list[str]]:
     """Forks a process for each request; returns in each of them, with what is to run and its arguments.
 
     Args:
         connection: With those who ask.
-        takes_along: Whether processes end with the connection; else the server waits for them.
+        launches: For a program that launches others: they outlive the connection, and are children of that program,
+            which waits for their status, rather than of the server. Else they end with the connection.
     """
     running: dict[int, tuple[int, int]] = {}  # by the descriptor of its end: the number, and where to tell it
     asked = [connection]
@@ -216,19 +223,18 @@ def _serve(connection: socket.socket, takes_along: bool = True) -> tuple[str, li
         for ready in select.select([*asked, *running], [], [])[0]:
             if ready is not connection:
                 pid, told = running.pop(ready)
-                status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-                _tell(told, status)
+                _tell(told, 0 if launches else os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
                 os.close(told)
                 os.close(ready)
                 continue
             message, received, _, _ = socket.recv_fds(connection, 1, 5)
             if not message:  # they have ended
                 asked.clear()
-                for pid, _ in running.values() if takes_along else ():
+                for pid, _ in () if launches else running.values():
                     os.kill(pid, signal.SIGKILL)
                 continue
             request, told, *streams = received
-            pid = os.fork()
+            pid = _fork_orphan() if launches else os.fork()
             if pid == 0:
                 connection.close()
                 for descriptor, (_, other) in running.items():
@@ -241,6 +247,27 @@ def _serve(connection: socket.socket, takes_along: bool = True) -> tuple[str, li
             running[os.pidfd_open(pid)] = (pid, told)
             _tell(told, pid)
     os._exit(0)
+
+
+def _fork_orphan() -> int:
+    """Forks a process whose parent has ended, so that it becomes the child of the program that adopts orphans."""
+    reader, writer = os.pipe()
+    middle = os.fork()
+    if middle == 0:
+        middle = os.getpid()
+        pid = os.fork()
+        if pid:
+            os.write(writer, f"{pid}".encode())
+            os._exit(0)
+        os.close(reader)
+        os.close(writer)
+        while os.getppid() == middle:
+            time.sleep(0.001)
+        return 0
+    os.waitpid(middle, 0)
+    os.close(writer)
+    with os.fdopen(reader) as file:
+        return int(file.read())
 
 
 def _tell(to: int, number: int) -> None:
@@ -263,15 +290,19 @@ def _become(request: int, streams: list[int]) -> tuple[str, list[str]]:
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
     sys.stdout.reconfigure(line_buffering=os.isatty(1))  # type: ignore[union-attr]
     if asked["launches"]:
-        global _connection
+        global _connection, _adopts
         _connection, theirs = socket.socketpair()
         if os.fork() == 0:
             _connection.close()
             for number in (*HEARD, signal.SIGINT):  # what is for the program's group
                 signal.signal(number, signal.SIG_IGN)
-            return _serve(theirs, takes_along=False)
+            return _serve(theirs, launches=True)
         theirs.close()
-        subprocess.Popen = Starting  # type: ignore[misc]
+        _adopts = ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1) == 0
+        if not _adopts:
+            raise ChildProcessError("a program that launches others has to be able to adopt them")
+        for name in ("subprocess", "torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler"):
+            importlib.import_module(name).Popen = Starting  # type: ignore[attr-defined]
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in HEARD:
         signal.signal(number, signal.SIG_DFL)
@@ -284,6 +315,9 @@ def _become(request: int, streams: list[int]) -> tuple[str, list[str]]:
     given = [os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     sys.path[:] = ["", *given, *installed]
     what, *arguments = asked["command"]
+    if what == "-u":  # torchrun's
+        sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
+        what, *arguments = arguments
     return what, arguments
 
 

@@ -175,3 +175,17 @@ def test_what_a_program_starts_is_forked_in_its_session_and_outlives_it():
     look = "import subprocess, sys; child = subprocess.Popen([sys.executable, '-c', 'import sys; sys.exit(5)'])\n"
     look += "print(child.wait(), subprocess.run(['echo', 'real'], capture_output=True).stdout)"
     assert forked.run([*PYTHON, look], capture_output=True, launches=True).stdout == "5 b'real\\n'\n"
+
+
+def test_what_a_program_starts_is_its_child_by_torchrun_too():
+    look = "import os, sys; print(os.getppid(), 'torch' in sys.modules, sys.stdout.write_through, sys.argv, flush=True)"
+    source = f"LOOK = {look + '; os.kill(os.getpid(), 9)'!r}\n"
+    source += "import os, subprocess, sys, torch.distributed.elastic.multiprocessing.subprocess_handler as torchruns\n"
+    source += "print(os.getpid(), flush=True)\n"
+    source += "print(subprocess.Popen([sys.executable, '-c', LOOK], stdout=None).wait(), flush=True)\n"
+    source += "started = torchruns.SubprocessHandler(sys.executable, ('-u', '-c', LOOK), {}, None, None, 0, None)\n"
+    source += "print(started.proc.wait())"
+    done = forked.run([*PYTHON, source], capture_output=True, launches=True)
+    pid, *told = done.stdout.splitlines()
+    unbuffered = bool(os.environ.get("PYTHONUNBUFFERED"))
+    assert told == [f"{pid} True {unbuffered} ['-c']", "-9", f"{pid} True True ['-c']", "-9"], done.stderr

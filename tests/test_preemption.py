@@ -704,8 +704,7 @@ class Program:
             **streams,
             start_new_session=True,
             terminal=terminal,
-            # In a test, a rank tells its parent that it ends: the process that has started it, not one that forks.
-            launches=devices > 1 and "stage" not in options,
+            launches=devices > 1,
         )
         if inner is not None:
             os.close(inner)

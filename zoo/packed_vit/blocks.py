@@ -1,0 +1,70 @@
+"""timm's blocks and attention pooling, run over flat tokens: each image, or window, by itself."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from timm.layers import DropPath, apply_rot_embed_cat
+from torch import Tensor, nn
+
+from zoo.packed_vit.attention import packed_attention
+
+
+def run_block(
+    block: Any,
+    tokens: Tensor,
+    lengths: Sequence[int],
+    owners: Tensor,
+    images: int,
+    turns: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """A block of timm's over flat tokens (T, D).
+
+    Args:
+        block: ``timm.models.vision_transformer.Block``.
+        tokens: (T, D).
+        lengths: Tokens of each sequence that attends to itself.
+        owners: Index of each token's image, (T,), for stochastic depth.
+        images: How many images there are.
+        turns: Sines and cosines of the tokens' rotations, (T, 2 * d). None: none.
+        bias: What is added to the scores of each key, (T,).
+    """
+    attended = block.ls1(attend(block.attn, block.norm1(tokens), lengths, turns, bias))
+    tokens = tokens + dropped(block.drop_path1, attended, owners, images)
+    return tokens + dropped(block.drop_path2, block.ls2(block.mlp(block.norm2(tokens))), owners, images)
+
+
+def attend(
+    attn: Any, tokens: Tensor, lengths: Sequence[int], turns: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """timm's attention over flat tokens (T, D), each sequence by itself."""
+    query, key, value = attn.qkv(tokens).unflatten(1, (3, attn.num_heads, attn.head_dim)).unbind(1)
+    query, key = attn.q_norm(query), attn.k_norm(key)
+    if turns is not None:
+        query, key = (apply_rot_embed_cat(each, turns[:, None], half=True) for each in (query, key))
+    dropout = attn.attn_drop.p if attn.training else 0.0
+    found = packed_attention(query, key.to(query.dtype), value.to(query.dtype), lengths, bias=bias, dropout=dropout)
+    projected: Tensor = attn.proj_drop(attn.proj(attn.norm(found.flatten(1))))
+    return projected
+
+
+def dropped(layer: nn.Module, branch: Tensor, owners: Tensor, images: int) -> Tensor:
+    """A residual branch (T, D), left out for some of the images in training: stochastic depth (Huang et al. 2016)."""
+    if not isinstance(layer, DropPath) or not layer.training or not layer.drop_prob:
+        return branch
+    keep = 1 - layer.drop_prob
+    kept = branch.new_empty(images).bernoulli_(keep)
+    if keep > 0 and layer.scale_by_keep:
+        kept = kept / keep
+    return branch * kept[owners, None]
+
+
+def attention_pooled(pool: Any, tokens: Tensor, counts: Sequence[int]) -> Tensor:
+    """timm's attention pooling with one latent query, of the tokens (T, D) of each image: (B, D)."""
+    query = pool.q(pool.latent[0]).unflatten(1, (pool.num_heads, pool.head_dim))
+    key, value = pool.kv(tokens).unflatten(1, (2, pool.num_heads, pool.head_dim)).unbind(1)
+    query, key = pool.q_norm(query).expand(len(counts), -1, -1), pool.k_norm(key)
+    found = packed_attention(query.to(key.dtype), key, value.to(key.dtype), (1,) * len(counts), counts).flatten(1)
+    found = pool.proj_drop(pool.proj(found))
+    pooled: Tensor = found if pool.mlp is None else found + pool.mlp(pool.norm(found))
+    return pooled

@@ -1,0 +1,317 @@
+"""PackedViT: timm's vision transformer over images of any size, as flat tokens without padding.
+
+The parts are timm's, with timm's names, so that weights of any plain vision transformer of timm and of its NaFlexViT
+fit as they are: patch embedding, tokens, blocks, norms and attention pooling. What is here is how they are run: on flat
+tokens, each image attending to itself (:mod:`zoo.packed_vit.attention`), positions by each image's grid
+(:mod:`zoo.packed_vit.positions`), and windows.
+
+Window attention as Qwen2.5-VL has it (Bai et al. 2025, arXiv 2502.13923, section 2.1.1): blocks attend within windows,
+but for a few global ones. Tokens are put in the windows' order once, before the first block; an order within an image
+changes nothing for a global block.
+
+Deviations: stochastic depth drops a branch for an image, as in timm, and not for a token. A class token or registers
+would be in no window or in all, which no paper defines: with windows they are refused.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from timm.layers import Mlp, RmsNorm, RotaryEmbeddingCat, SwiGLU, to_2tuple, trunc_normal_
+from timm.models.naflexvit import NaFlexVit
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from zoo.common.backbones import create_backbone
+from zoo.packed_vit.attention import windows
+from zoo.packed_vit.blocks import attention_pooled, run_block
+from zoo.packed_vit.packing import Grid, Packing, Patches, patchify
+from zoo.packed_vit.plain import check_plain, patch_embedding, resampled
+from zoo.packed_vit.positions import Position, interpolated, looked_up, rotations, stretched, unturned
+
+Pool = Literal["token", "avg", "map"]
+Norm = Literal["layer", "rms"]
+MLP = Literal["gelu", "swiglu"]
+NORMS: dict[str, Any] = {"rms": RmsNorm}
+MLPS: dict[str, Any] = {"gelu": Mlp, "swiglu": SwiGLU}
+
+
+class PackedViT(nn.Module):
+    """Vision transformer over flat tokens of images of any size. ``forward(images)`` gives features (B, num_features).
+
+    Args:
+        backbone: A plain vision transformer or NaFlexViT of timm, by name or as a module, whose parts it takes over.
+        position: See :mod:`zoo.packed_vit.positions`. None: the backbone's own.
+        position_grid: Rows and columns of a new table, and of what absolute positions reach. None: the backbone's own.
+        rotary: Whether queries and keys are rotated by row and column.
+        rotary_temperature: Base of the rotations' wavelengths.
+        preserve_aspect: Whether tables are stretched alike along both axes. None: the backbone's own.
+        interpolation: Of a learned table, "bicubic" or "bilinear". None: the backbone's own.
+        window: Side of the windows in patches. None: all blocks are global.
+        global_blocks: Indices of the blocks that are global beside windows.
+        patch_size: Side of a patch in pixels. None: the backbone's own.
+        in_channels: Channels of the images. Of a module, its own.
+        width: Embedding dimension. None: the backbone's own.
+        depth: Number of blocks. None: the backbone's own.
+        heads: Attention heads. None: the backbone's own.
+        mlp_ratio: Width of the MLP in embedding dimensions. None: the backbone's own.
+        norm: "layer" or "rms". None: the backbone's own.
+        mlp: "gelu" or "swiglu". None: the backbone's own.
+        pool: What :meth:`pool` reads: the class "token", the "avg" of the patches, or attention pooling ("map"). None:
+            the backbone's own.
+        class_token: Whether there is a class token. None: as the backbone has it.
+        reg_tokens: Register tokens. None: the backbone's own.
+        qk_norm: Whether queries and keys are normalised. None: as the backbone has it.
+        layer_scale: Initial LayerScale value. None: the backbone's own.
+        drop_path: Stochastic depth, the largest probability to drop a residual branch of an image.
+        grad_checkpointing: Recompute blocks in the backward pass.
+
+    Raises:
+        ValueError: For a backbone that is no plain vision transformer, in what it differs; for an unknown choice; for
+            options that do not go together.
+    """
+
+    def __init__(
+        self,
+        backbone: str | nn.Module = "vit_small_patch16_224",
+        *,
+        position: Position | None = None,
+        position_grid: tuple[int, int] | None = None,
+        rotary: bool = False,
+        rotary_temperature: float = 10_000.0,
+        preserve_aspect: bool | None = None,
+        interpolation: Literal["bicubic", "bilinear"] | None = None,
+        window: int | None = None,
+        global_blocks: Sequence[int] = (),
+        patch_size: int | None = None,
+        in_channels: int = 3,
+        width: int | None = None,
+        depth: int | None = None,
+        heads: int | None = None,
+        mlp_ratio: float | None = None,
+        norm: Norm | None = None,
+        mlp: MLP | None = None,
+        pool: Pool | None = None,
+        class_token: bool | None = None,
+        reg_tokens: int | None = None,
+        qk_norm: bool | None = None,
+        layer_scale: float | None = None,
+        drop_path: float | None = None,
+        grad_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        for name, value, choices in (
+            ("position", position, get_args(Position)),
+            ("interpolation", interpolation, ("bicubic", "bilinear")),
+            ("norm", norm, get_args(Norm)),
+            ("mlp", mlp, get_args(MLP)),
+            ("pool", pool, get_args(Pool)),
+        ):
+            if value is not None and value not in choices:
+                raise ValueError(f"unknown {name} {value!r}: expected one of {', '.join(choices)}")
+        given = isinstance(backbone, nn.Module)
+        network = create_backbone(
+            backbone,
+            patch_size=patch_size,
+            in_chans=None if given and in_channels == 3 else in_channels,
+            embed_dim=width,
+            depth=depth,
+            num_heads=heads,
+            mlp_ratio=mlp_ratio,
+            norm_layer=NORMS.get(norm or ""),
+            mlp_layer=None if mlp is None else MLPS[mlp],
+            global_pool=pool,
+            class_token=class_token,
+            reg_tokens=reg_tokens,
+            qk_norm=qk_norm,
+            init_values=layer_scale,
+            drop_path_rate=drop_path,
+        )
+        check_plain(network)
+        self._adopt(network)
+        if position is not None:
+            self.position = position
+        self._set_positions(position_grid)
+        self.preserve_aspect = self.preserve_aspect if preserve_aspect is None else preserve_aspect
+        self.interpolation = interpolation or self.interpolation
+        head_width = self.blocks[0].attn.head_dim
+        if rotary and head_width % 4:
+            raise ValueError(f"rotary with heads of {head_width} channels: expected a multiple of 4")
+        self.rotary = (
+            RotaryEmbeddingCat(head_width, temperature=rotary_temperature, in_pixels=False, rotate_half=True)
+            if rotary
+            else None
+        )
+        self.window, self.global_blocks = window, tuple(global_blocks)
+        self._check_windows()
+        self.grad_checkpointing = grad_checkpointing
+
+    def _adopt(self, network: Any) -> None:
+        """Takes over the parts of a network, by the names of timm's plain vision transformer."""
+        flexible = isinstance(network, NaFlexVit)
+        embeds = network.embeds if flexible else network
+        self.num_features: int = network.num_features
+        self.patch_embed = patch_embedding(embeds) if flexible else network.patch_embed
+        self.patch_size = to_2tuple(self.patch_embed.proj.kernel_size)
+        self.cls_token, self.reg_token = embeds.cls_token, embeds.reg_token
+        self.prefix: int = network.num_prefix_tokens
+        self.pos_drop, self.norm_pre, self.blocks = embeds.pos_drop, network.norm_pre, network.blocks
+        self.norm, self.fc_norm, self.attn_pool = network.norm, network.fc_norm, network.attn_pool
+        self.global_pool: str = network.global_pool
+        self.embeds_prefix = not flexible and not network.no_embed_class
+        """Whether a learned table has entries for class token and registers."""
+        self.preserve_aspect, self.interpolation = False, "bicubic"
+        self.position: Position = "none"
+        self.pos_embed = self.pos_embed_y = self.pos_embed_x = None
+        self.position_grid: Grid = (0, 0)
+        if not flexible:
+            if network.pos_embed is not None:
+                self.position, self.pos_embed = "learned", network.pos_embed
+            self.position_grid = network.patch_embed.grid_size
+            return
+        self.preserve_aspect, self.interpolation = embeds.pos_embed_ar_preserving, embeds.pos_embed_interp_mode
+        if embeds.pos_embed_type == "learned":
+            self.position, self.position_grid = "learned", tuple(embeds.pos_embed.shape[1:3])
+            self.pos_embed = nn.Parameter(embeds.pos_embed.detach().flatten(1, 2))
+        elif embeds.pos_embed_type == "factorized":
+            self.position = "fractional"
+            self.pos_embed_y, self.pos_embed_x = embeds.pos_embed_y, embeds.pos_embed_x
+            self.position_grid = self.pos_embed_y.shape[1], self.pos_embed_x.shape[1]
+
+    def _set_positions(self, grid: tuple[int, int] | None) -> None:
+        """Makes the tables that the kind of positions needs, anew where there are none of this kind and grid."""
+        same = grid is None or tuple(grid) == self.position_grid
+        self.position_grid = self.position_grid if grid is None else (grid[0], grid[1])
+        if min(self.position_grid) < 1 and self.position != "none":
+            raise ValueError(f"position {self.position!r} on {type(self).__name__}: set position_grid")
+
+        def table(*shape: int) -> nn.Parameter:
+            return nn.Parameter(trunc_normal_(torch.empty(1, *shape, self.num_features), std=0.02))
+
+        rows, columns = self.position_grid
+        if self.position == "learned":
+            if self.pos_embed is None or not same:
+                self.embeds_prefix = False
+                self.pos_embed = table(rows * columns)
+            self.pos_embed_y = self.pos_embed_x = None
+        elif self.position == "none":
+            self.pos_embed = self.pos_embed_y = self.pos_embed_x = None
+        else:
+            if self.pos_embed_y is None or not same:
+                self.pos_embed_y, self.pos_embed_x = table(rows), table(columns)
+            self.pos_embed = None
+
+    def _check_windows(self) -> None:
+        if self.window is None:
+            if self.global_blocks:
+                raise ValueError(f"global_blocks is {self.global_blocks} without a window: all blocks are global")
+            return
+        if self.window < 1:
+            raise ValueError(f"window is {self.window}: expected at least 1 patch")
+        if self.prefix:
+            raise ValueError(
+                f"window is {self.window} with {self.prefix} tokens for no patch, class token and registers, which "
+                "are in no window: set class_token to false, reg_tokens to 0, and pool to avg or map"
+            )
+        wrong = [index for index in self.global_blocks if not 0 <= index < len(self.blocks)]
+        if wrong:
+            raise ValueError(f"global_blocks has {wrong[0]}: expected 0 to {len(self.blocks) - 1}")
+
+    def forward(self, images: Tensor | Sequence[Tensor] | Patches, patch_size: int | None = None) -> Tensor:
+        """Features (B, num_features) of images (B, C, H, W), of a list of (C, H, W), or of their patches.
+
+        Args:
+            images: Normalised, with sides that are multiples of the patch's.
+            patch_size: Side of the patches to cut images into: see :meth:`embed`. None: the network's own.
+        """
+        if not isinstance(images, Patches):
+            images = patchify(images, self.patch_size if patch_size is None else patch_size)
+        return self.pool(*self.forward_features(images))
+
+    def forward_features(self, patches: Patches) -> tuple[Tensor, Packing]:
+        """Tokens (T, D) behind the last norm, and which image they belong to."""
+        packing = Packing.of(patches.grids, self.prefix)
+        tokens = self.norm_pre(self.pos_drop(self.embed(patches, packing)))
+        turns = self._turns(packing, tokens.device)
+        order, lengths = None, packing.lengths
+        if self.window is not None:
+            on_host, lengths = windows(patches.grids, self.window)
+            order = on_host.to(tokens.device, non_blocking=True)
+            tokens, turns = tokens[order], None if turns is None else turns[order]
+        owners, images = packing.owners(tokens.device), len(patches.grids)  # windows stay with their image
+        for index, block in enumerate(self.blocks):
+            attended = lengths if self.window is not None and index not in self.global_blocks else packing.lengths
+            if self.grad_checkpointing and self.training and torch.is_grad_enabled():
+                tokens = checkpoint(run_block, block, tokens, attended, owners, images, turns, use_reentrant=False)
+            else:
+                tokens = run_block(block, tokens, attended, owners, images, turns)
+        if order is not None:
+            tokens = torch.empty_like(tokens).index_copy(0, order, tokens)
+        return self.norm(tokens), packing
+
+    def embed(self, patches: Patches, packing: Packing) -> Tensor:
+        """Tokens (T, D) of patches, with positions and with the tokens that stand for no patch.
+
+        Patches of another size than the network's own are embedded by its weights, resampled by pseudo-inverse
+        (FlexiViT, Beyer et al. 2023, arXiv 2212.08013, section 3.4): see :func:`resampled`.
+        """
+        proj = self.patch_embed.proj
+        weight, channels = proj.weight, proj.in_channels
+        size = patches.pixels.shape[1] // channels
+        if patches.pixels.shape[1] != channels * self.patch_size[0] * self.patch_size[1]:
+            side = round(size**0.5)
+            if patches.pixels.shape[1] != side * side * channels:
+                raise ValueError(
+                    f"patches have {patches.pixels.shape[1]} values: expected {channels} channels of squares, or of "
+                    f"{self.patch_size[0]}x{self.patch_size[1]} pixels"
+                )
+            weight = resampled(weight, (side, side))
+        if len(patches.pixels) != sum(packing.counts):
+            raise ValueError(
+                f"there are {len(patches.pixels)} patches for grids of {sum(packing.counts)} in all: expected as many"
+            )
+        tokens = nn.functional.linear(patches.pixels, weight.permute(0, 2, 3, 1).flatten(1), proj.bias)
+        tokens = self.patch_embed.norm(tokens)
+        prefix = [token[0] for token in (self.cls_token, self.reg_token) if token is not None]
+        first = torch.cat(prefix) if prefix else tokens.new_empty(0, tokens.shape[1])
+        if self.pos_embed is not None:
+            table = self.pos_embed[0]
+            if self.embeds_prefix:
+                first, table = first + table[: self.prefix], table[self.prefix :]
+            table = table.unflatten(0, self.position_grid)
+            tokens = tokens + interpolated(table, patches.grids, self.interpolation, self.preserve_aspect)
+        elif self.pos_embed_y is not None and self.pos_embed_x is not None:
+            rows, columns = self.pos_embed_y[0], self.pos_embed_x[0]
+            if self.position == "absolute":
+                tokens = tokens + looked_up(rows, columns, patches.grids)
+            else:
+                tokens = tokens + stretched(rows, columns, patches.grids, self.preserve_aspect)
+        return packing.with_prefix(tokens, first)
+
+    def _turns(self, packing: Packing, device: torch.device) -> Tensor | None:
+        if self.rotary is None or packing.grids is None:
+            return None
+        of_patches = rotations(self.rotary, packing.grids)
+        still = unturned(self.rotary.dim, device).expand(self.prefix, -1)
+        return packing.with_prefix(of_patches, still)
+
+    def pool(self, tokens: Tensor, packing: Packing, weights: Tensor | None = None) -> Tensor:
+        """Features (B, num_features) of tokens (T, D).
+
+        Args:
+            tokens: (T, D).
+            packing: Of the tokens.
+            weights: How many patches each token stands for, (T,), of tokens that were merged. None: one each.
+        """
+        if self.attn_pool is not None:
+            kept = tokens[packing.patch_indices(tokens.device)] if self.prefix else tokens
+            features = attention_pooled(self.attn_pool, kept, packing.counts)
+        elif self.global_pool == "token":
+            features = tokens[torch.tensor(packing.starts).to(tokens.device, non_blocking=True)]
+        else:
+            features = packing.mean(tokens, weights).to(tokens.dtype)
+        return self.fc_norm(features)
+
+    def extra_repr(self) -> str:
+        """What no part says."""
+        return f"position={self.position}, window={self.window}, pool={self.global_pool}"

@@ -7,6 +7,7 @@ kernels that make attention fast. Padding is neither computed nor stored.
 
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, groupby
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -38,8 +39,7 @@ def packed_attention(
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and bias is None and not dropout:
         ends, key_ends = _ends(lengths, query.device), _ends(key_lengths, query.device)
         longest = max(lengths), max(key_lengths)
-        attended: Tensor = varlen_attn(query, key.to(query.dtype), value.to(query.dtype), ends, key_ends, *longest)
-        return attended
+        return cast(Tensor, varlen_attn(query, key, value, ends, key_ends, *longest))
     parts = []
     for count, rows, keys, start, key_start in _alike(lengths, key_lengths):
         of_queries, of_keys = slice(start, start + count * rows), slice(key_start, key_start + count * keys)

@@ -71,6 +71,10 @@ class PackedViT(nn.Module):
             options that do not go together.
     """
 
+    position: Position
+    preserve_aspect: bool
+    interpolation: str
+
     def __init__(
         self,
         backbone: str | nn.Module = "vit_small_patch16_224",
@@ -120,6 +124,7 @@ class PackedViT(nn.Module):
             mlp_ratio=mlp_ratio,
             norm_layer=NORMS.get(norm or ""),
             mlp_layer=None if mlp is None else MLPS[mlp],
+            act_layer=nn.SiLU if mlp == "swiglu" else None,  # timm would hand its GELU to the gate
             global_pool=pool,
             class_token=class_token,
             reg_tokens=reg_tokens,
@@ -158,10 +163,11 @@ class PackedViT(nn.Module):
         self.pos_drop, self.norm_pre, self.blocks = embeds.pos_drop, network.norm_pre, network.blocks
         self.norm, self.fc_norm, self.attn_pool = network.norm, network.fc_norm, network.attn_pool
         self.global_pool: str = network.global_pool
+        self.pools_prefix: bool = network.pool_include_prefix
         self.embeds_prefix = not flexible and not network.no_embed_class
         """Whether a learned table has entries for class token and registers."""
         self.preserve_aspect, self.interpolation = False, "bicubic"
-        self.position: Position = "none"
+        self.position = "none"
         self.pos_embed = self.pos_embed_y = self.pos_embed_x = None
         self.position_grid: Grid = (0, 0)
         if not flexible:
@@ -303,8 +309,10 @@ class PackedViT(nn.Module):
             packing: Of the tokens.
             weights: How many patches each token stands for, (T,), of tokens that were merged. None: one each.
         """
+        if self.pools_prefix and self.global_pool != "token":
+            packing = Packing(packing.lengths)  # as if all tokens stood for patches
         if self.attn_pool is not None:
-            kept = tokens[packing.patch_indices(tokens.device)] if self.prefix else tokens
+            kept = tokens[packing.patch_indices(tokens.device)] if packing.prefix else tokens
             features = attention_pooled(self.attn_pool, kept, packing.counts)
         elif self.global_pool == "token":
             features = tokens[torch.tensor(packing.starts).to(tokens.device, non_blocking=True)]

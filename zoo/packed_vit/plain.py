@@ -27,7 +27,7 @@ def check_plain(network: Any) -> None:
             f"backbone {name} has blocks of {odd[0][0]} with {odd[0][1]}: expected timm's Block with Attention"
         )
     pool = network.attn_pool
-    if (pool is None and network.global_pool not in ("token", "avg")) or network.pool_include_prefix:
+    if pool is None and network.global_pool not in ("token", "avg"):
         raise ValueError(f"backbone {name} pools {network.global_pool!r}: set pool to token, avg or map")
     if pool is not None and (
         type(pool) is not AttentionPoolLatent or pool.latent_len != 1 or pool.pos_embed is not None
@@ -57,7 +57,7 @@ def patch_embedding(embeds: Any) -> PatchEmbed:
     height, width = embeds.patch_size
     embedding = PatchEmbed(
         None,
-        (height, width),
+        (height, width),  # type: ignore[arg-type]  # timm's hint forgets what it takes
         embeds.in_chans,
         embeds.embed_dim,
         bias=embeds.proj.bias is not None,

@@ -36,7 +36,7 @@ def shaken(module, seed=0):
 
 def packed(**options):
     torch.manual_seed(0)
-    return shaken(PackedViT("vit_tiny_patch16_224", **TINY | {"position_grid": (4, 4)} | options))
+    return shaken(PackedViT("vit_tiny_patch16_224", **TINY | {"image_size": 16} | options))
 
 
 # Patches and packing.
@@ -88,7 +88,7 @@ POOLS = [
 @pytest.mark.parametrize("position", POSITIONS)
 def test_packed_images_are_as_if_each_were_alone(position, rotary):
     """For every pooling, norm and MLP; windows where no token stands outside of them."""
-    grid = {"position_grid": (8, 8)}
+    grid = {"image_size": 32}
     for index, pool in enumerate(POOLS):
         options = {"norm": ("layer", "rms")[index % 2], "mlp": ("gelu", "swiglu")[index // 2 % 2], **grid, **pool}
         within = [{}]

@@ -1,6 +1,8 @@
 """Vision transformers over images of any size, packed: without padding, and without a mask over all tokens."""
 
+from zoo.packed_vit.classifier import PackedViTClassifier
 from zoo.packed_vit.network import PackedViT
 from zoo.packed_vit.packing import Packing, Patches, patchify
+from zoo.packed_vit.tokenizer import Resized, VisionTokenizer
 
-__all__ = ["PackedViT", "Packing", "Patches", "patchify"]
+__all__ = ["PackedViT", "PackedViTClassifier", "Packing", "Patches", "Resized", "VisionTokenizer", "patchify"]

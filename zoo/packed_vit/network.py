@@ -14,7 +14,7 @@ would be in no window or in all, which no paper defines: with windows they are r
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from timm.layers import Mlp, RmsNorm, RotaryEmbeddingCat, SwiGLU, to_2tuple, trunc_normal_
@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from zoo.common.backbones import create_backbone
 from zoo.packed_vit.attention import windows
 from zoo.packed_vit.blocks import attention_pooled, run_block
+from zoo.packed_vit.layouts import PackedLayout
 from zoo.packed_vit.packing import Grid, Packing, Patches, patchify
 from zoo.packed_vit.plain import check_plain, patch_embedding, resampled
 from zoo.packed_vit.positions import Position, interpolated, looked_up, rotations, stretched, unturned
@@ -42,7 +43,8 @@ class PackedViT(nn.Module):
     Args:
         backbone: A plain vision transformer or NaFlexViT of timm, by name or as a module, whose parts it takes over.
         position: See :mod:`zoo.packed_vit.positions`. None: the backbone's own.
-        position_grid: Rows and columns of a new table, and of what absolute positions reach. None: the backbone's own.
+        image_size: Side in pixels, or (height, width), of the images that tables are made for, and that absolute
+            positions reach. None: the backbone's own.
         rotary: Whether queries and keys are rotated by row and column.
         rotary_temperature: Base of the rotations' wavelengths.
         preserve_aspect: Whether tables are stretched alike along both axes. None: the backbone's own.
@@ -71,6 +73,7 @@ class PackedViT(nn.Module):
             options that do not go together.
     """
 
+    foreign_weights: ClassVar = PackedLayout()
     position: Position
     preserve_aspect: bool
     interpolation: str
@@ -80,7 +83,7 @@ class PackedViT(nn.Module):
         backbone: str | nn.Module = "vit_small_patch16_224",
         *,
         position: Position | None = None,
-        position_grid: tuple[int, int] | None = None,
+        image_size: int | tuple[int, int] | None = None,
         rotary: bool = False,
         rotary_temperature: float = 10_000.0,
         preserve_aspect: bool | None = None,
@@ -116,6 +119,7 @@ class PackedViT(nn.Module):
         given = isinstance(backbone, nn.Module)
         network = create_backbone(
             backbone,
+            img_size=None if given else image_size,
             patch_size=patch_size,
             in_chans=None if given and in_channels == 3 else in_channels,
             embed_dim=width,
@@ -136,7 +140,7 @@ class PackedViT(nn.Module):
         self._adopt(network)
         if position is not None:
             self.position = position
-        self._set_positions(position_grid)
+        self._set_positions(None if image_size is None else to_2tuple(image_size))
         self.preserve_aspect = self.preserve_aspect if preserve_aspect is None else preserve_aspect
         self.interpolation = interpolation or self.interpolation
         head_width = self.blocks[0].attn.head_dim
@@ -184,12 +188,19 @@ class PackedViT(nn.Module):
             self.pos_embed_y, self.pos_embed_x = embeds.pos_embed_y, embeds.pos_embed_x
             self.position_grid = self.pos_embed_y.shape[1], self.pos_embed_x.shape[1]
 
-    def _set_positions(self, grid: tuple[int, int] | None) -> None:
-        """Makes the tables that the kind of positions needs, anew where there are none of this kind and grid."""
-        same = grid is None or tuple(grid) == self.position_grid
-        self.position_grid = self.position_grid if grid is None else (grid[0], grid[1])
-        if min(self.position_grid) < 1 and self.position != "none":
-            raise ValueError(f"position {self.position!r} on {type(self).__name__}: set position_grid")
+    def _set_positions(self, size: tuple[int, int] | None) -> None:
+        """Makes the tables that the kind of positions needs, anew where there are none of this kind and size."""
+        embed, same = self.patch_embed, True
+        if size is not None:
+            grid = size[0] // self.patch_size[0], size[1] // self.patch_size[1]
+            if min(grid) < 1 or size != (grid[0] * self.patch_size[0], grid[1] * self.patch_size[1]):
+                by, patch = (f"{a}x{b}" for a, b in (size, self.patch_size))
+                raise ValueError(f"image_size is {by}: expected multiples of the patch size {patch}")
+            same, self.position_grid = grid == self.position_grid, grid
+        # What others read: weights, of which grid positions are; and what measures, which images are usual.
+        embed.strict_img_size = False
+        embed.grid_size, embed.num_patches = self.position_grid, self.position_grid[0] * self.position_grid[1]
+        embed.img_size = tuple(a * b for a, b in zip(self.position_grid, self.patch_size, strict=True))
 
         def table(*shape: int) -> nn.Parameter:
             return nn.Parameter(trunc_normal_(torch.empty(1, *shape, self.num_features), std=0.02))

@@ -29,7 +29,7 @@ def images(batch: Any) -> Tensor:
             them into normalised floats first.
     """
     found = _images(batch)
-    if isinstance(found, list | tuple):
+    if not isinstance(found, Tensor):
         odd = next((i for i, image in enumerate(found) if image.shape != found[0].shape), None)
         if odd is not None:
             raise ValueError(

@@ -125,8 +125,6 @@ class Classifier(SafeLoading, Compilable, Evaluation, Shardable, NamedProbabilit
     head: Any
     hparams: Any  # Lightning calls it a mapping, and makes its keys attributes
     exports: ClassVar = {"probabilities": "exported_probabilities"}
-    read_images: ClassVar[batches.Read] = staticmethod(batches.images)
-    """How the images of a batch are read; :meth:`features` gets what it returns."""
 
     def make_metrics(self, loss: str | nn.Module | None = None) -> None:
         """Checks the choices about labels, and creates loss, metrics, mixup and logs.
@@ -167,6 +165,10 @@ class Classifier(SafeLoading, Compilable, Evaluation, Shardable, NamedProbabilit
             if hp.mixup or hp.cutmix
             else None
         )
+
+    def read_images(self, batch: Any) -> Any:
+        """The images of a batch, as :meth:`features` takes them."""
+        return batches.images(batch)
 
     def features(self, images: Tensor) -> Tensor:
         """Pooled embeddings (B, D) of images (B, C, H, W)."""

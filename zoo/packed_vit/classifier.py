@@ -78,7 +78,6 @@ class PackedViTClassifier(TakesImages, Classifier):
     layer_norm_eps: ClassVar = True  # norm_eps is LayerNorm's, for zoo.weights to set
     foreign_weights: ClassVar = PackedLayout()
     exports: ClassVar = {}  # graphs are of tensors, and a list of images is none
-    read_images: ClassVar[batches.Read] = staticmethod(batches.images_of_any_size)
 
     def __init__(
         self,
@@ -178,6 +177,10 @@ class PackedViTClassifier(TakesImages, Classifier):
         nn.init.zeros_(self.head.bias)
         if weights is not None:
             rank_zero_info(str(load_weights(self, weights)))
+
+    def read_images(self, batch: Any) -> Tensor | list[Tensor]:
+        """The images of a batch: float (B, C, H, W), or a list of (C, H, W), each of its own size."""
+        return batches.images_of_any_size(batch)
 
     def features(self, images: Tensor | Sequence[Tensor] | Patches) -> Tensor:
         """Pooled embeddings (B, D) of images of any size: normalised, resized where they have to be."""

@@ -38,8 +38,25 @@ def attend(
     attn: Any, tokens: Tensor, lengths: Sequence[int], turns: Tensor | None = None, bias: Tensor | None = None
 ) -> Tensor:
     """timm's attention over flat tokens (T, D), each sequence by itself."""
+    return joined(attn, *heads(attn, tokens), lengths, turns, bias)
+
+
+def heads(attn: Any, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values (T, H, d) of timm's attention, not rotated."""
     query, key, value = attn.qkv(tokens).unflatten(1, (3, attn.num_heads, attn.head_dim)).unbind(1)
-    query, key = attn.q_norm(query), attn.k_norm(key)
+    return attn.q_norm(query), attn.k_norm(key), value
+
+
+def joined(
+    attn: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Sequence[int],
+    turns: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """What timm's attention makes of its :func:`heads`, (T, D), each sequence by itself."""
     if turns is not None:
         query, key = (apply_rot_embed_cat(each, turns[:, None], half=True) for each in (query, key))
     dropout = attn.attn_drop.p if attn.training else 0.0
@@ -59,12 +76,16 @@ def dropped(layer: nn.Module, branch: Tensor, owners: Tensor, images: int) -> Te
     return branch * kept[owners, None]
 
 
-def attention_pooled(pool: Any, tokens: Tensor, counts: Sequence[int]) -> Tensor:
-    """timm's attention pooling with one latent query, of the tokens (T, D) of each image: (B, D)."""
+def attention_pooled(pool: Any, tokens: Tensor, counts: Sequence[int], bias: Tensor | None = None) -> Tensor:
+    """timm's attention pooling with one latent query, of the tokens (T, D) of each image: (B, D).
+
+    ``bias`` (T,) is added to the scores of each token.
+    """
     query = pool.q(pool.latent[0]).unflatten(1, (pool.num_heads, pool.head_dim))
     key, value = pool.kv(tokens).unflatten(1, (2, pool.num_heads, pool.head_dim)).unbind(1)
     query, key = pool.q_norm(query).expand(len(counts), -1, -1), pool.k_norm(key)
-    found = packed_attention(query.to(key.dtype), key, value.to(key.dtype), (1,) * len(counts), counts).flatten(1)
+    ones = (1,) * len(counts)
+    found = packed_attention(query.to(key.dtype), key, value.to(key.dtype), ones, counts, bias).flatten(1)
     found = pool.proj_drop(pool.proj(found))
     pooled: Tensor = found if pool.mlp is None else found + pool.mlp(pool.norm(found))
     return pooled

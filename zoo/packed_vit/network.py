@@ -25,7 +25,9 @@ from torch.utils.checkpoint import checkpoint
 from zoo.common.backbones import create_backbone
 from zoo.packed_vit.attention import windows
 from zoo.packed_vit.blocks import attention_pooled, run_block
+from zoo.packed_vit.dropping import check_drop, kept_tokens, own_drop
 from zoo.packed_vit.layouts import PackedLayout
+from zoo.packed_vit.merging import check_merge, run_merging
 from zoo.packed_vit.packing import Grid, Packing, Patches, patchify
 from zoo.packed_vit.plain import check_plain, patch_embedding, resampled
 from zoo.packed_vit.positions import Position, interpolated, looked_up, rotations, stretched, unturned
@@ -65,6 +67,10 @@ class PackedViT(nn.Module):
         reg_tokens: Register tokens. None: the backbone's own.
         qk_norm: Whether queries and keys are normalised. None: as the backbone has it.
         layer_scale: Initial LayerScale value. None: the backbone's own.
+        merge: Tokens of an image merged in each block, or, as a float below 1, their share of its patches; 0 and None
+            merge none. See :mod:`zoo.packed_vit.merging`.
+        patch_drop: Share of an image's patches left out in training, see :mod:`zoo.packed_vit.dropping`. None: the
+            backbone's own.
         drop_path: Stochastic depth, the largest probability to drop a residual branch of an image.
         grad_checkpointing: Recompute blocks in the backward pass.
 
@@ -103,6 +109,8 @@ class PackedViT(nn.Module):
         reg_tokens: int | None = None,
         qk_norm: bool | None = None,
         layer_scale: float | None = None,
+        merge: int | float | None = None,
+        patch_drop: float | None = None,
         drop_path: float | None = None,
         grad_checkpointing: bool = False,
     ) -> None:
@@ -153,6 +161,10 @@ class PackedViT(nn.Module):
         )
         self.window, self.global_blocks = window, tuple(global_blocks)
         self._check_windows()
+        self.merge = merge
+        self.patch_drop: float = own_drop(network.patch_drop) if patch_drop is None else patch_drop
+        check_merge(merge, rotary, window)
+        check_drop(self.patch_drop, window)
         self.grad_checkpointing = grad_checkpointing
 
     def _adopt(self, network: Any) -> None:
@@ -250,6 +262,13 @@ class PackedViT(nn.Module):
         packing = Packing.of(patches.grids, self.prefix)
         tokens = self.norm_pre(self.pos_drop(self.embed(patches, packing)))
         turns = self._turns(packing, tokens.device)
+        if self.patch_drop and self.training:
+            kept, packing = kept_tokens(packing, self.patch_drop, tokens.device)
+            tokens, turns = tokens[kept], None if turns is None else turns[kept]
+        recompute = self.grad_checkpointing and self.training and torch.is_grad_enabled()
+        if self.merge:
+            tokens, packing = run_merging(self.blocks, tokens, packing, self.merge, recompute)
+            return self.norm(tokens), packing
         order, lengths = None, packing.lengths
         if self.window is not None:
             on_host, lengths = windows(patches.grids, self.window)
@@ -258,7 +277,7 @@ class PackedViT(nn.Module):
         owners, images = packing.owners(tokens.device), len(patches.grids)  # windows stay with their image
         for index, block in enumerate(self.blocks):
             attended = lengths if self.window is not None and index not in self.global_blocks else packing.lengths
-            if self.grad_checkpointing and self.training and torch.is_grad_enabled():
+            if recompute:
                 tokens = checkpoint(run_block, block, tokens, attended, owners, images, turns, use_reentrant=False)
             else:
                 tokens = run_block(block, tokens, attended, owners, images, turns)
@@ -318,13 +337,15 @@ class PackedViT(nn.Module):
         Args:
             tokens: (T, D).
             packing: Of the tokens.
-            weights: How many patches each token stands for, (T,), of tokens that were merged. None: one each.
+            weights: How many patches each token stands for, (T,). None: the packing's sizes.
         """
+        weights = packing.sizes if weights is None else weights
         if self.pools_prefix and self.global_pool != "token":
             packing = Packing(packing.lengths)  # as if all tokens stood for patches
         if self.attn_pool is not None:
-            kept = tokens[packing.patch_indices(tokens.device)] if packing.prefix else tokens
-            features = attention_pooled(self.attn_pool, kept, packing.counts)
+            kept = packing.patch_indices(tokens.device) if packing.prefix else slice(None)
+            bias = None if weights is None else weights[kept].log()
+            features = attention_pooled(self.attn_pool, tokens[kept], packing.counts, bias)
         elif self.global_pool == "token":
             features = tokens[torch.tensor(packing.starts).to(tokens.device, non_blocking=True)]
         else:

@@ -56,7 +56,7 @@ def joined(
     turns: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """What timm's attention makes of its :func:`heads`, (T, D), each sequence by itself."""
+    """Outcome (T, D) of timm's attention from its :func:`heads`, each sequence by itself."""
     if turns is not None:
         query, key = (apply_rot_embed_cat(each, turns[:, None], half=True) for each in (query, key))
     dropout = attn.attn_drop.p if attn.training else 0.0

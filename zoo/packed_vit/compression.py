@@ -110,7 +110,7 @@ class PatchMerger(nn.Module):
         return torch.cat(parts).to(device, non_blocking=True)
 
     def extra_repr(self) -> str:
-        """What no part says."""
+        """Options that no part says."""
         return f"order={self.order}, norm_each={self.norm_each}"
 
 

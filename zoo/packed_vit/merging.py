@@ -48,7 +48,7 @@ def check_merge(merge: int | float | None, rotary: bool, window: int | None) -> 
 
 
 def amounts(merge: int | float, began: Sequence[int], counts: Sequence[int]) -> tuple[int, ...]:
-    """How many tokens of each image are merged in a block.
+    """Numbers of tokens that are merged in a block, of each image.
 
     Args:
         merge: So many, or that share, below 1, of the patches that the image began with, rounded down.
@@ -91,7 +91,7 @@ def _on_device(numbers: Iterable[int], device: torch.device) -> Tensor:
 
 
 def _matched(keys: Tensor, prefix: int, number: int) -> Tensor:
-    """Where each token of B images of the same length goes within what is left of its image, int64 (B, L)."""
+    """Places of the tokens of B images of the same length within what is left of each, int64 (B, L)."""
     images, length, _ = keys.shape
     places = torch.arange(length, device=keys.device).repeat(images, 1)
     if not number:

@@ -141,6 +141,21 @@ def test_equal_tokens_may_be_merged_and_nothing_changes(pool):
     torch.testing.assert_close(network(merge=3, **options)(plain), network(**options)(plain), rtol=0, atol=1e-10)
 
 
+def test_equal_tokens_are_merged_where_class_token_and_registers_are_pooled_as_well():
+    backbone = timm.create_model(
+        "vit_tiny_patch16_224",
+        img_size=16,
+        patch_size=4,
+        depth=2,
+        reg_tokens=2,
+        global_pool="avg",
+        pool_include_prefix=True,
+    )
+    plain = [torch.full((3, *size), float(value)) for value, size in enumerate(SIZES, 1)]
+    whole, merged = (PackedViT(backbone, position="none", merge=merge).eval() for merge in (None, 3))
+    torch.testing.assert_close(merged(plain), whole(plain), rtol=0, atol=1e-5)
+
+
 def test_single_precision_of_half_precision_networks_is_kept_where_tokens_are_averaged():
     made = network(merge=2).bfloat16()
     tokens, packing = made.forward_features(patchify([image.bfloat16() for image in images()], 4))
@@ -216,7 +231,7 @@ def test_what_cannot_be_merged_or_dropped_is_refused_by_name(case):
 
 DROPS: dict[str, dict[str, Any]] = POOLS | {
     "rotations": {"rotary": True, "position": "none"},
-    "fractional positions": {"position": "fractional", "position_grid": (8, 8)},
+    "fractional positions": {"position": "fractional", "image_size": 32},
 }
 
 

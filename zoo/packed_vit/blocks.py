@@ -3,10 +3,48 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from timm.layers import DropPath, apply_rot_embed_cat
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from zoo.packed_vit.attention import packed_attention
+from zoo.packed_vit.attention import packed_attention, windows
+from zoo.packed_vit.packing import Packing
+
+
+def run_blocks(
+    blocks: Sequence[Any] | nn.ModuleList,
+    tokens: Tensor,
+    packing: Packing,
+    turns: Tensor | None = None,
+    window: int | None = None,
+    global_blocks: Sequence[int] = (),
+    recompute: bool = False,
+) -> Tensor:
+    """Blocks of timm's over flat tokens (T, D), which stay in their order.
+
+    Args:
+        blocks: ``timm.models.vision_transformer.Block``.
+        tokens: (T, D).
+        packing: Of the tokens, with grids where there are windows.
+        turns: Sines and cosines of the tokens' rotations, (T, 2 * d). None: none.
+        window: Side of the windows in patches. None: each image attends to itself in all blocks.
+        global_blocks: Indices of those in which it does beside windows.
+        recompute: Whether blocks are computed again in the backward pass.
+    """
+    order, lengths = None, packing.lengths
+    if window is not None and packing.grids is not None:
+        on_host, lengths = windows(packing.grids, window)
+        order = on_host.to(tokens.device, non_blocking=True)
+        tokens, turns = tokens[order], None if turns is None else turns[order]
+    owners, images = packing.owners(tokens.device), len(packing.counts)  # windows stay with their image
+    for index, block in enumerate(blocks):
+        attended = packing.lengths if index in global_blocks else lengths
+        if recompute:
+            tokens = checkpoint(run_block, block, tokens, attended, owners, images, turns, use_reentrant=False)
+        else:
+            tokens = run_block(block, tokens, attended, owners, images, turns)
+    return tokens if order is None else torch.empty_like(tokens).index_copy(0, order, tokens)
 
 
 def run_block(

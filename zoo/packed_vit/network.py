@@ -20,11 +20,9 @@ import torch
 from timm.layers import Mlp, RmsNorm, RotaryEmbeddingCat, SwiGLU, to_2tuple, trunc_normal_
 from timm.models.naflexvit import NaFlexVit
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from zoo.common.backbones import create_backbone
-from zoo.packed_vit.attention import windows
-from zoo.packed_vit.blocks import attention_pooled, run_block
+from zoo.packed_vit.blocks import attention_pooled, run_blocks
 from zoo.packed_vit.dropping import check_drop, kept_tokens, own_drop
 from zoo.packed_vit.layouts import PackedLayout
 from zoo.packed_vit.merging import check_merge, run_merging
@@ -262,27 +260,14 @@ class PackedViT(nn.Module):
         packing = Packing.of(patches.grids, self.prefix)
         tokens = self.norm_pre(self.pos_drop(self.embed(patches, packing)))
         turns = self._turns(packing, tokens.device)
+        recompute = self.grad_checkpointing and self.training and torch.is_grad_enabled()
         if self.patch_drop and self.training:
             kept, packing = kept_tokens(packing, self.patch_drop, tokens.device)
             tokens, turns = tokens[kept], None if turns is None else turns[kept]
-        recompute = self.grad_checkpointing and self.training and torch.is_grad_enabled()
         if self.merge:
             tokens, packing = run_merging(self.blocks, tokens, packing, self.merge, recompute)
-            return self.norm(tokens), packing
-        order, lengths = None, packing.lengths
-        if self.window is not None:
-            on_host, lengths = windows(patches.grids, self.window)
-            order = on_host.to(tokens.device, non_blocking=True)
-            tokens, turns = tokens[order], None if turns is None else turns[order]
-        owners, images = packing.owners(tokens.device), len(patches.grids)  # windows stay with their image
-        for index, block in enumerate(self.blocks):
-            attended = lengths if self.window is not None and index not in self.global_blocks else packing.lengths
-            if recompute:
-                tokens = checkpoint(run_block, block, tokens, attended, owners, images, turns, use_reentrant=False)
-            else:
-                tokens = run_block(block, tokens, attended, owners, images, turns)
-        if order is not None:
-            tokens = torch.empty_like(tokens).index_copy(0, order, tokens)
+        else:
+            tokens = run_blocks(self.blocks, tokens, packing, turns, self.window, self.global_blocks, recompute)
         return self.norm(tokens), packing
 
     def embed(self, patches: Patches, packing: Packing) -> Tensor:

@@ -3,10 +3,48 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from timm.layers import DropPath, apply_rot_embed_cat
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from zoo.packed_vit.attention import packed_attention
+from zoo.packed_vit.attention import packed_attention, windows
+from zoo.packed_vit.packing import Packing
+
+
+def run_blocks(
+    blocks: Sequence[Any] | nn.ModuleList,
+    tokens: Tensor,
+    packing: Packing,
+    turns: Tensor | None = None,
+    window: int | None = None,
+    global_blocks: Sequence[int] = (),
+    recompute: bool = False,
+) -> Tensor:
+    """Blocks of timm's over flat tokens (T, D), which stay in their order.
+
+    Args:
+        blocks: ``timm.models.vision_transformer.Block``.
+        tokens: (T, D).
+        packing: Of the tokens, with grids where there are windows.
+        turns: Sines and cosines of the tokens' rotations, (T, 2 * d). None: none.
+        window: Side of the windows in patches. None: each image attends to itself in all blocks.
+        global_blocks: Indices of those in which it does beside windows.
+        recompute: Whether blocks are computed again in the backward pass.
+    """
+    order, lengths = None, packing.lengths
+    if window is not None and packing.grids is not None:
+        on_host, lengths = windows(packing.grids, window)
+        order = on_host.to(tokens.device, non_blocking=True)
+        tokens, turns = tokens[order], None if turns is None else turns[order]
+    owners, images = packing.owners(tokens.device), len(packing.counts)  # windows stay with their image
+    for index, block in enumerate(blocks):
+        attended = packing.lengths if index in global_blocks else lengths
+        if recompute:
+            tokens = checkpoint(run_block, block, tokens, attended, owners, images, turns, use_reentrant=False)
+        else:
+            tokens = run_block(block, tokens, attended, owners, images, turns)
+    return tokens if order is None else torch.empty_like(tokens).index_copy(0, order, tokens)
 
 
 def run_block(
@@ -38,8 +76,25 @@ def attend(
     attn: Any, tokens: Tensor, lengths: Sequence[int], turns: Tensor | None = None, bias: Tensor | None = None
 ) -> Tensor:
     """timm's attention over flat tokens (T, D), each sequence by itself."""
+    return joined(attn, *heads(attn, tokens), lengths, turns, bias)
+
+
+def heads(attn: Any, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values (T, H, d) of timm's attention, not rotated."""
     query, key, value = attn.qkv(tokens).unflatten(1, (3, attn.num_heads, attn.head_dim)).unbind(1)
-    query, key = attn.q_norm(query), attn.k_norm(key)
+    return attn.q_norm(query), attn.k_norm(key), value
+
+
+def joined(
+    attn: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Sequence[int],
+    turns: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Outcome (T, D) of timm's attention from its :func:`heads`, each sequence by itself."""
     if turns is not None:
         query, key = (apply_rot_embed_cat(each, turns[:, None], half=True) for each in (query, key))
     dropout = attn.attn_drop.p if attn.training else 0.0
@@ -59,12 +114,16 @@ def dropped(layer: nn.Module, branch: Tensor, owners: Tensor, images: int) -> Te
     return branch * kept[owners, None]
 
 
-def attention_pooled(pool: Any, tokens: Tensor, counts: Sequence[int]) -> Tensor:
-    """timm's attention pooling with one latent query, of the tokens (T, D) of each image: (B, D)."""
+def attention_pooled(pool: Any, tokens: Tensor, counts: Sequence[int], bias: Tensor | None = None) -> Tensor:
+    """timm's attention pooling with one latent query, of the tokens (T, D) of each image: (B, D).
+
+    ``bias`` (T,) is added to the scores of each token.
+    """
     query = pool.q(pool.latent[0]).unflatten(1, (pool.num_heads, pool.head_dim))
     key, value = pool.kv(tokens).unflatten(1, (2, pool.num_heads, pool.head_dim)).unbind(1)
     query, key = pool.q_norm(query).expand(len(counts), -1, -1), pool.k_norm(key)
-    found = packed_attention(query.to(key.dtype), key, value.to(key.dtype), (1,) * len(counts), counts).flatten(1)
+    ones = (1,) * len(counts)
+    found = packed_attention(query.to(key.dtype), key, value.to(key.dtype), ones, counts, bias).flatten(1)
     found = pool.proj_drop(pool.proj(found))
     pooled: Tensor = found if pool.mlp is None else found + pool.mlp(pool.norm(found))
     return pooled

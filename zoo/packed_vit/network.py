@@ -20,12 +20,12 @@ import torch
 from timm.layers import Mlp, RmsNorm, RotaryEmbeddingCat, SwiGLU, to_2tuple, trunc_normal_
 from timm.models.naflexvit import NaFlexVit
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from zoo.common.backbones import create_backbone
-from zoo.packed_vit.attention import windows
-from zoo.packed_vit.blocks import attention_pooled, run_block
+from zoo.packed_vit.blocks import attention_pooled, run_blocks
+from zoo.packed_vit.dropping import check_drop, kept_tokens, own_drop
 from zoo.packed_vit.layouts import PackedLayout
+from zoo.packed_vit.merging import check_merge, run_merging
 from zoo.packed_vit.packing import Grid, Packing, Patches, patchify
 from zoo.packed_vit.plain import check_plain, patch_embedding, resampled
 from zoo.packed_vit.positions import Position, interpolated, looked_up, rotations, stretched, unturned
@@ -65,6 +65,10 @@ class PackedViT(nn.Module):
         reg_tokens: Register tokens. None: the backbone's own.
         qk_norm: Whether queries and keys are normalised. None: as the backbone has it.
         layer_scale: Initial LayerScale value. None: the backbone's own.
+        merge: Tokens of an image merged in each block, or, as a float below 1, their share of its patches; 0 and None
+            merge none. See :mod:`zoo.packed_vit.merging`.
+        patch_drop: Share of an image's patches left out in training, see :mod:`zoo.packed_vit.dropping`. None: the
+            backbone's own.
         drop_path: Stochastic depth, the largest probability to drop a residual branch of an image.
         grad_checkpointing: Recompute blocks in the backward pass.
 
@@ -103,6 +107,8 @@ class PackedViT(nn.Module):
         reg_tokens: int | None = None,
         qk_norm: bool | None = None,
         layer_scale: float | None = None,
+        merge: int | float | None = None,
+        patch_drop: float | None = None,
         drop_path: float | None = None,
         grad_checkpointing: bool = False,
     ) -> None:
@@ -153,6 +159,10 @@ class PackedViT(nn.Module):
         )
         self.window, self.global_blocks = window, tuple(global_blocks)
         self._check_windows()
+        self.merge = merge
+        self.patch_drop: float = own_drop(network.patch_drop) if patch_drop is None else patch_drop
+        check_merge(merge, rotary, window)
+        check_drop(self.patch_drop, window)
         self.grad_checkpointing = grad_checkpointing
 
     def _adopt(self, network: Any) -> None:
@@ -250,20 +260,14 @@ class PackedViT(nn.Module):
         packing = Packing.of(patches.grids, self.prefix)
         tokens = self.norm_pre(self.pos_drop(self.embed(patches, packing)))
         turns = self._turns(packing, tokens.device)
-        order, lengths = None, packing.lengths
-        if self.window is not None:
-            on_host, lengths = windows(patches.grids, self.window)
-            order = on_host.to(tokens.device, non_blocking=True)
-            tokens, turns = tokens[order], None if turns is None else turns[order]
-        owners, images = packing.owners(tokens.device), len(patches.grids)  # windows stay with their image
-        for index, block in enumerate(self.blocks):
-            attended = lengths if self.window is not None and index not in self.global_blocks else packing.lengths
-            if self.grad_checkpointing and self.training and torch.is_grad_enabled():
-                tokens = checkpoint(run_block, block, tokens, attended, owners, images, turns, use_reentrant=False)
-            else:
-                tokens = run_block(block, tokens, attended, owners, images, turns)
-        if order is not None:
-            tokens = torch.empty_like(tokens).index_copy(0, order, tokens)
+        recompute = self.grad_checkpointing and self.training and torch.is_grad_enabled()
+        if self.patch_drop and self.training:
+            kept, packing = kept_tokens(packing, self.patch_drop, tokens.device)
+            tokens, turns = tokens[kept], None if turns is None else turns[kept]
+        if self.merge:
+            tokens, packing = run_merging(self.blocks, tokens, packing, self.merge, recompute)
+        else:
+            tokens = run_blocks(self.blocks, tokens, packing, turns, self.window, self.global_blocks, recompute)
         return self.norm(tokens), packing
 
     def embed(self, patches: Patches, packing: Packing) -> Tensor:
@@ -318,13 +322,15 @@ class PackedViT(nn.Module):
         Args:
             tokens: (T, D).
             packing: Of the tokens.
-            weights: How many patches each token stands for, (T,), of tokens that were merged. None: one each.
+            weights: How many patches each token stands for, (T,). None: the packing's sizes.
         """
+        weights = packing.sizes if weights is None else weights
         if self.pools_prefix and self.global_pool != "token":
             packing = Packing(packing.lengths)  # as if all tokens stood for patches
         if self.attn_pool is not None:
-            kept = tokens[packing.patch_indices(tokens.device)] if packing.prefix else tokens
-            features = attention_pooled(self.attn_pool, kept, packing.counts)
+            kept = packing.patch_indices(tokens.device) if packing.prefix else slice(None)
+            bias = None if weights is None else weights[kept].log()
+            features = attention_pooled(self.attn_pool, tokens[kept], packing.counts, bias)
         elif self.global_pool == "token":
             features = tokens[torch.tensor(packing.starts).to(tokens.device, non_blocking=True)]
         else:

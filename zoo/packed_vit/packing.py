@@ -6,7 +6,7 @@ knows them, so that nothing waits for a device.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import NamedTuple, Self
@@ -85,11 +85,13 @@ class Packing:
         counts: Patch tokens of each image.
         prefix: Tokens before each image's patches.
         grids: Rows and columns of each image's patches, where all are there; None once some were merged or dropped.
+        sizes: How many patches each token stands for, (T,), once some were merged. None: one each.
     """
 
     counts: tuple[int, ...]
     prefix: int = 0
     grids: tuple[Grid, ...] | None = None
+    sizes: Tensor | None = field(default=None, compare=False)
 
     @classmethod
     def of(cls, grids: Sequence[Grid], prefix: int = 0) -> Self:
@@ -105,7 +107,7 @@ class Packing:
 
     def without_grids(self, counts: Sequence[int]) -> "Packing":
         """The packing of fewer patches of the same images."""
-        return replace(self, counts=tuple(counts), grids=None)
+        return replace(self, counts=tuple(counts), grids=None, sizes=None)
 
     @cached_property
     def lengths(self) -> tuple[int, ...]:

@@ -2,5 +2,6 @@
 
 from zoo.packed_vit.network import PackedViT
 from zoo.packed_vit.packing import Packing, Patches, patchify
+from zoo.packed_vit.tokenizer import VisionTokenizer
 
-__all__ = ["PackedViT", "Packing", "Patches", "patchify"]
+__all__ = ["PackedViT", "Packing", "Patches", "VisionTokenizer", "patchify"]

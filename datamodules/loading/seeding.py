@@ -23,7 +23,8 @@ class Samples(Protocol):
     which classes are counted and balanced; ``unreadable``, a shared uint8 tensor that marks samples which could not be
     read; ``random = False`` when making a sample involves no chance, so that seeding can be left out;
     ``in_batch(seed)``, the same samples as they are made in one batch, for choices that a whole batch shares: ``seed``
-    is a function of the data module's seed, the epoch and the batch's number, and the same on every rank.
+    is a function of the data module's seed, the epoch and the batch's number, and the same on every rank;
+    ``sizing``, how large each is made, by its key: :class:`datamodules.loading.any_size.Sizing`.
     """
 
     def __len__(self) -> int: ...
@@ -118,7 +119,8 @@ class SeededBatches(Dataset[list[Any]]):
             if getattr(samples, "random", True):
                 seed_all(seed)
             number = index if attempt == 0 else seed % len(self)
-            sample = samples[number]
+            sizing = getattr(samples, "sizing", None)
+            sample = samples[number] if sizing is None else sizing.made(samples, key, number)
             if sample is not None:
                 return drawn(sample, self.seed, number) if self.drawn else sample
         return None

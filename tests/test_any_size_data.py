@@ -2,6 +2,7 @@
 
 import pickle
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,15 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
-from datamodules import CaptionsDataModule, ImageFolderDataModule, TorchvisionDataModule
+from datamodules import CaptionsDataModule, DigitsDataModule, ImageFolderDataModule, TorchvisionDataModule
 from datamodules._lightning import LightningModule, Trainer
-from datamodules.loading.any_size import AnySize, FlatImages, fitted, natural
+from datamodules.loading.any_size import AnySize, FlatImages, collate_flat, fitted, natural
 from datamodules.loading.budget import BudgetOrder
+from datamodules.loading.seeding import SeededBatches
 from datamodules.preprocessing import create
 from datamodules.reading.headers import header_sizes
 from datamodules.reading.images import UnreadableImageError
+from datamodules.transforms import plain_resize
 from datamodules.transforms.any_size import Whole
 from zoo.callbacks import ExactResume
 
@@ -348,6 +351,196 @@ def test_torchvisions_files_have_sizes_of_their_own(tmp_path):
     made = {tuple(image.shape) for images, _ in data.train_dataloader() for image in images}
     assert len(made) > 10
     assert len(list((tmp_path / "s").iterdir())) == 1
+
+
+# Digits.
+
+
+def digits(**options) -> DigitsDataModule:
+    given = {"sizes": (16, 40), "aspects": (0.5, 2.0), "token_budget": 512, "patch_size": 4, "num_workers": 0}
+    return DigitsDataModule(**given | options)
+
+
+def sides_and_aspects(loader) -> tuple[np.ndarray, np.ndarray]:
+    shapes = np.array([image.shape[-2:] for images, _ in loader for image in images], dtype=float)
+    return np.sqrt(shapes.prod(1)), shapes[:, 1] / shapes[:, 0]
+
+
+def test_digits_come_at_mixed_sizes_and_aspects():
+    data = digits()
+    loader = data.train_dataloader()
+    for images, labels in loader:
+        assert patches(images, 4) <= 512
+        assert len(images) == len(labels)
+        assert all(side % 4 == 0 for size in images.sizes for side in size)
+    assert loader.sampler.fill(0) > 0.98
+    sides, aspects = sides_and_aspects(loader)
+    assert len(sides) > 1040
+    assert 14 <= sides.min() <= 17
+    assert 39 <= sides.max() <= 42
+    assert abs(sides.mean() - 28) < 1
+    assert 0.33 <= aspects.min() < 0.55
+    assert 1.8 < aspects.max() <= 3
+    assert abs(np.log(aspects).mean()) < 0.05
+    loader.sampler.set_epoch(1)
+    assert sides_and_aspects(loader)[0].tolist() != sides.tolist()
+    assert sorted({int(label) for _, labels in loader for label in labels}) == list(range(10))
+
+
+def test_digits_are_evaluated_at_the_same_sizes_in_every_run_and_at_unseen_ones():
+    seen, again, other = (plain_all(digits(seed=seed).val_dataloader()) for seed in (0, 1, 0))
+    assert seen == again == other
+    unseen = digits(eval_sizes=(48, 56), eval_aspects=(3.0, 4.0))
+    assert plain_all(unseen.train_dataloader()) == plain_all(digits().train_dataloader())
+    sides, aspects = sides_and_aspects(unseen.test_dataloader())
+    assert len(sides) == 540
+    assert sides.min() > 44
+    assert aspects.min() > 2.5
+    other_split = digits(split="random")
+    common = np.intersect1d(digits().indices("val"), other_split.indices("test"))
+    by_number = [
+        dict(zip(each.indices(split), shapes(loader), strict=True))
+        for each, split, loader in (
+            (digits(), "val", digits().val_dataloader()),
+            (other_split, "test", other_split.test_dataloader()),
+        )
+    ]
+    assert len(common) > 10
+    assert all(by_number[0][number] == by_number[1][number] for number in common)
+
+
+def plain_all(loader) -> list:
+    return [plain(batch) for batch in loader]
+
+
+def shapes(loader) -> list[tuple[int, ...]]:
+    return [tuple(image.shape) for images, _ in loader for image in images]
+
+
+def test_a_stretched_digit_is_the_scan_resized_and_a_placed_one_keeps_its_shape():
+    stretched, placed = digits(), digits(rendering="placed")
+    scans = stretched._scans()[stretched.indices("val")]
+    whole = [image for images, _ in stretched.val_dataloader() for image in images]
+    for scan, image in zip(scans, whole, strict=True):
+        assert torch.equal(image, plain_resize(scan, tuple(image.shape[-2:])))
+    offsets = []
+    for scan, image in zip(scans, (image for images, _ in placed.val_dataloader() for image in images), strict=True):
+        side, free = min(image.shape[-2:]), abs(image.shape[-1] - image.shape[-2])
+        digit = plain_resize(scan, (side, side))
+        along = image if image.shape[-1] > image.shape[-2] else image.transpose(-1, -2)
+        upright = digit if along is image else digit.transpose(-1, -2)
+        found = [place for place in range(free + 1) if torch.equal(along[..., place : place + side], upright)]
+        assert found
+        assert along.sum() == digit.sum()
+        offsets.append(found[0] / free if free else 0.5)
+    assert np.histogram(offsets, 3, (0, 1))[0].min() > 30
+
+
+def test_mixed_digits_are_squares_for_a_network_of_one_size():
+    data = digits(token_budget=None, image_size=24, batch_size=32, rendering="placed")
+    images, labels = next(iter(data.train_dataloader()))
+    assert images.shape == (32, 1, 24, 24)
+    assert images.dtype == torch.uint8
+    assert data.image_shape == (1, 24, 24)
+    packed = digits(rendering="placed", patch_size=1, token_budget=10_000)
+    (image, _), *_ = (
+        (image, label)
+        for images, labels in packed.val_dataloader()
+        for image, label in zip(images, labels, strict=True)
+    )
+    squares, _ = next(iter(data.val_dataloader()))
+    assert torch.equal(squares[0], plain_resize(image, (24, 24)))
+    assert labels.shape == (32,)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"labels": "captions"},
+        {"labels": [3, 4]},
+        {"noise": 0.2},
+        {"sizes": None, "aspects": (1.0, 1.0), "image_size": 12},
+    ],
+    ids=str,
+)
+def test_digits_of_all_kinds_go_by_a_budget(options):
+    data = digits(**options)
+    batch = next(iter(data.train_dataloader()))
+    made, said = data.on_after_batch_transfer(batch, 0)
+    assert isinstance(made, list)
+    assert len(made) == len(said)
+    assert all(image.dtype == torch.float32 for image in made)
+    if "image_size" in options:
+        assert {tuple(image.shape) for image in made} == {(1, 12, 12)}
+    with pytest.raises(ValueError, match="image_size is 16 in a stage with sizes or a token_budget"):
+        data.train_in_stages({1: {"image_size": 16}})
+
+
+def test_digits_of_files_are_predicted_at_their_own_size(tmp_path):
+    Image.new("L", (21, 30)).save(tmp_path / "1.png")
+    data = digits(predict_root=str(tmp_path))
+    (images,) = data.predict_dataloader()
+    assert images.sizes == ((32, 20),)
+    assert data.preprocessing()["kind"] == "patched"
+    assert data.image_shape is None
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"sizes": None}, "sizes is null, with eval_sizes, aspects or a rendering"),
+        ({"sizes": (20, 16)}, r"sizes is \(20, 16\): expected two sides"),
+        ({"eval_sizes": (0, 16)}, r"eval_sizes is \(0, 16\)"),
+        ({"aspects": (0.0, 1.0)}, r"aspects is \(0.0, 1.0\)"),
+        ({"eval_aspects": (2.0, 1.0)}, r"eval_aspects is \(2.0, 1.0\)"),
+        ({"rendering": "tilted"}, "unknown rendering 'tilted': expected stretched or placed"),
+        ({"drop_last": False}, "drop_last is False with a token_budget"),
+    ],
+)
+def test_digits_that_cannot_be_rendered_are_refused(options, expected):
+    with pytest.raises(ValueError, match=expected):
+        digits(**options)
+
+
+def test_a_digit_larger_than_the_budget_is_named():
+    with pytest.raises(ValueError, match=r"digits/\d+ has \d+ tokens .*expected 1 to 64, the token_budget"):
+        digits(token_budget=64).train_dataloader()
+
+
+# Ranks.
+
+
+class SavingRecorder(Recorder):
+    """Writes what each process was shown."""
+
+    def __init__(self, place: Path) -> None:
+        super().__init__()
+        self.place = place
+
+    def on_train_end(self) -> None:
+        torch.save([plain(batch) for batch in self.seen], self.place / f"rank{self.global_rank}.pt")
+
+
+def test_two_processes_share_a_folders_images(tmp_path):
+    photos(tmp_path / "photos")
+    options = {"scale": None, "val_fraction": 0.3, "test_fraction": 0.0}
+    data = folder(tmp_path / "photos", **options)
+    two = trainer(tmp_path, max_epochs=2, num_sanity_val_steps=0, devices=2, strategy="ddp_fork")
+    two.fit(SavingRecorder(tmp_path), data)
+    evaluated = []
+    for rank in range(2):
+        seen, expected = torch.load(tmp_path / f"rank{rank}.pt"), []
+        for epoch in range(2):
+            for split in ("train", "val"):
+                samples = folder(tmp_path / "photos", **options).samples(split)
+                counts = partial(samples.sizing.tokens, samples)
+                order = BudgetOrder(len(samples), 64, counts, rank, 2, shuffle=split == "train")
+                order.set_epoch(epoch)
+                made = SeededBatches(samples, 0)
+                expected += [plain(collate_flat(made[keys])) for keys in order]
+                evaluated += [index for keys in order for _, _, index in keys] if split == "val" and not epoch else []
+        assert seen == expected
+    assert sorted(evaluated) == list(range(len(folder(tmp_path / "photos", **options).samples("val"))))
 
 
 # What is refused.

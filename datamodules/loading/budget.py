@@ -173,7 +173,7 @@ class BudgetOrder(DistributedSampler[Any], SequentialSampler):
             also = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
             raise ValueError(
                 f"{name} has {count} tokens{also}: expected 1 to {self.token_budget}, the token_budget; raise it, or "
-                "have large images shrunk, by a range of tokens"
+                "have such images made smaller, by a range of tokens or sizes"
             )
         return counts
 

@@ -14,7 +14,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.nn.functional import pad
 
-from datamodules.loading.any_size import natural, uniform
+from datamodules.loading.any_size import by_column, natural, uniform
 from datamodules.loading.captions import About, about
 from datamodules.loading.order import Key
 from datamodules.transforms import plain_resize
@@ -108,16 +108,19 @@ class DigitSizes:
         grids: np.ndarray = self._pixels(epoch, copies, indices) // self.patch_size
         return grids.prod(1)
 
-    def made(self, samples: Any, key: Key, number: int) -> Any:
-        _, *others = samples[number]
-        return (self._rendered(samples.scans[number], key), *others)
+    def plans(self, samples: Any, keys: Sequence[Key]) -> list[tuple[int, int, float]]:
+        """Height, width and place along the longer side, in [0, 1), of each key."""
+        pixels, places = self._pixels(*by_column(keys)).tolist(), self._draw(2, *by_column(keys)).tolist()
+        return [(height, width, place) for (height, width), place in zip(pixels, places, strict=True)]
 
-    def _rendered(self, scan: Tensor, key: Key) -> Tensor:
-        epoch, copies, indices = key[0], np.array([key[1]]), np.array([key[2]])
-        height, width = self._pixels(epoch, copies, indices)[0].tolist()
+    def made(self, samples: Any, number: int, plan: tuple[int, int, float]) -> Any:
+        _, *others = samples[number]
+        return (self._rendered(samples.scans[number], *plan), *others)
+
+    def _rendered(self, scan: Tensor, height: int, width: int, place: float) -> Tensor:
         if self.rendering == "placed":
             side, free = min(height, width), abs(height - width)
-            before = math.floor((free + 1) * self._draw(2, epoch, copies, indices)[0])
+            before = math.floor((free + 1) * place)
             around = (before, free - before, 0, 0) if width > height else (0, 0, before, free - before)
             image = pad(plain_resize(scan, (side, side)), around)
         else:

@@ -204,7 +204,7 @@ class DigitsDataModule(Captioned, ImageDataModule):
         return samples
 
     def _sizing(self, numbers: np.ndarray | None) -> DigitSizes:
-        """How digits are rendered, in training without their numbers."""
+        """The rendering of digits, in training without their numbers."""
         sizes = self.sizes if numbers is None else self.eval_sizes
         packed = self.token_budget is not None
         return DigitSizes(

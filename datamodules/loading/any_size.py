@@ -23,13 +23,16 @@ from datamodules.reading.pixels import Pixels, ToTensor, size_of
 
 
 class Sizing(Protocol):
-    """How large samples are made: their attribute ``sizing``."""
+    """Sizes of samples as they are made: their attribute ``sizing``."""
 
     def tokens(self, samples: Any, epoch: int, copies: np.ndarray, indices: np.ndarray) -> np.ndarray:
         """Patches (N,) of samples with keys of this epoch, these copies (N,) and these indices (N,)."""
 
-    def made(self, samples: Any, key: Key, number: int) -> Any:
-        """A sample as its key says; another one, ``number``, that stands in for it, with as many patches at most."""
+    def plans(self, samples: Any, keys: Sequence[Key]) -> Sequence[Any]:
+        """Plans, not None, of how large the samples of a batch's keys are made."""
+
+    def made(self, samples: Any, number: int, plan: Any) -> Any:
+        """A sample by a plan, be it its own or that of one that it stands in for: with as many patches at most."""
 
 
 class AnySize:
@@ -72,23 +75,32 @@ class AnySize:
         inside = (tokens >= self.range[0]) & (tokens <= self.range[1])
         return np.where(inside[:, None], natural_grids, fitted(sizes, tokens.clip(*self.range)))
 
-    def made(self, samples: Any, key: Key, number: int) -> Any:
-        epoch, copy, index = key
-        copies, indices = np.array([copy]), np.array([index])
-        grids = self.grids(samples.sizes[indices], epoch, copies, indices)
+    def plans(self, samples: Any, keys: Sequence[Key]) -> list[tuple[int, int, int]]:
+        """Index, rows and columns of each key."""
+        epoch, copies, indices = by_column(keys)
+        grids = self.grids(samples.sizes[indices], epoch, copies, indices).tolist()
+        return [(index, rows, columns) for index, (rows, columns) in zip(indices.tolist(), grids, strict=True)]
+
+    def made(self, samples: Any, number: int, plan: tuple[int, int, int]) -> Any:
+        index, rows, columns = plan
         if number != index:
-            grids = fitted(samples.sizes[[number]], grids.prod(1))
-        return with_transform(samples, self._transform(grids))[number]
+            rows, columns = fitted(samples.sizes[[number]], np.array([rows * columns]))[0].tolist()
+        return with_transform(samples, self._transform(rows, columns))[number]
 
     def evaluated(self, image: Pixels) -> Tensor:
         """One image as evaluation makes it."""
         first = np.zeros(1, dtype=np.int64)
-        made: Tensor = self._transform(self.grids(np.array([size_of(image)]), 0, first, first))(image)
-        return made
+        rows, columns = self.grids(np.array([size_of(image)]), 0, first, first)[0].tolist()
+        return self._transform(rows, columns)(image)
 
-    def _transform(self, grids: np.ndarray) -> ToTensor:
-        height, width = (self.patch_size * int(side) for side in grids[0])
-        return self.transform_of(height, width)
+    def _transform(self, rows: int, columns: int) -> ToTensor:
+        return self.transform_of(rows * self.patch_size, columns * self.patch_size)
+
+
+def by_column(keys: Sequence[Key]) -> tuple[int, np.ndarray, np.ndarray]:
+    """Epoch, copies (N,) and indices (N,) of keys, which are all of one epoch."""
+    epochs, copies, indices = np.array(keys, dtype=np.int64).T
+    return int(epochs[0]), copies, indices
 
 
 def natural(sizes: np.ndarray, patch_size: int) -> np.ndarray:

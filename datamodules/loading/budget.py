@@ -48,8 +48,8 @@ class BudgetOrder(DistributedSampler[Any], SequentialSampler):
     until all ranks have as many.
 
     A global batch is ``world_size`` packs that follow each other, one for each rank. The contract is that of
-    :class:`datamodules.loading.order.BatchOrder`: any DataLoader, a pure function of seed and epoch, :meth:`position`
-    and :meth:`resume`.
+    :class:`datamodules.loading.order.BatchOrder`: a pure function of seed and epoch, with
+    :meth:`position` and :meth:`resume`.
 
     Args:
         size: Number of samples.
@@ -106,7 +106,7 @@ class BudgetOrder(DistributedSampler[Any], SequentialSampler):
         return {"epoch": epoch, "packs": self._start(batch, epoch), **self._identity(epoch)}
 
     def _identity(self, epoch: int) -> dict[str, Any]:
-        """What has to be the same for an epoch to be continued."""
+        """Facts that have to be the same for an epoch to be continued."""
         counts = self._counts(epoch, np.zeros(self.size, dtype=np.int64), np.arange(self.size))
         return {
             "size": self.size,

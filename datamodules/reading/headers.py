@@ -1,4 +1,4 @@
-"""Sizes of image files, read from their headers, so that it is known before any is decoded how large each will be."""
+"""Sizes of image files, read from their headers, so that it is known how large each is before one is decoded."""
 
 import hashlib
 import os
@@ -10,10 +10,14 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from datamodules._lightning import rank_zero_info
 from datamodules.reading.images import UnreadableImageError, header_size
 
 THREADS = 16
 """Files that are looked at together: most of it is waiting for a disk."""
+
+MANY = 20_000
+"""More files than this take a while, of which a line says why."""
 
 
 def header_sizes(
@@ -34,6 +38,11 @@ def header_sizes(
     if place is not None and place.is_file():
         sizes = np.load(place)
     else:
+        if len(paths) > MANY:
+            rank_zero_info(
+                f"data: reading the sizes of {len(paths):,} images from their headers"
+                + ("; a sizes_cache would keep them for the next run" if folder is None else "")
+            )
         sizes = _read(paths, lambda path: header_size(path, upright), skips=unreadable is not None)
         if place is not None:
             place.parent.mkdir(parents=True, exist_ok=True)

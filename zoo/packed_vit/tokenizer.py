@@ -1,4 +1,4 @@
-"""VisionTokenizer: images of any size and aspect as flat patches, resized to what a budget of tokens allows.
+"""VisionTokenizer: images of any size as flat patches, resized to what a budget of tokens allows.
 
 Sizes are those of Qwen2-VL's ``smart_resize`` (Wang et al. 2024, arXiv 2409.12191, section 2.1, "naive dynamic
 resolution"): both sides become multiples of some patches, nearest to what they were; an image of more tokens than
@@ -24,7 +24,7 @@ from zoo.packed_vit.packing import Grid, Patches, patchify
 
 @dataclass(frozen=True)
 class Resized:
-    """What the tokenizer does to an image. Its ``str()`` is one line.
+    """Resizing of one image, as a report. Its ``str()`` is one line.
 
     Attributes:
         size: Height and width as it was, in pixels.
@@ -54,7 +54,7 @@ class VisionTokenizer(nn.Module):
     """Cuts images of any size into patches. ``forward(images)`` gives :class:`zoo.packed_vit.Patches`.
 
     Images are resized by torchvision, bicubic with antialiasing, uint8 in 8 bits as most image processors do it. It has
-    no weights. Tokens are patches here, before any merging of them.
+    no weights. Tokens are patches here, as they are before a merge.
 
     Args:
         patch_size: Side of a patch in pixels, or its height and width.
@@ -175,7 +175,7 @@ class VisionTokenizer(nn.Module):
         return f"{pixels / (self.patch_size[0] * self.patch_size[1]):.6g}"
 
     def report(self, images: Tensor | Sequence[Tensor] | Sequence[tuple[int, int]]) -> tuple[Resized, ...]:
-        """What is done to each of some images (C, H, W), or of images of these heights and widths.
+        """Report on what is done to each of some images (C, H, W), or of images of these heights and widths.
 
         Raises:
             ValueError: As :meth:`sizes`, with the image's number.
@@ -247,7 +247,7 @@ class VisionTokenizer(nn.Module):
             )
 
     def extra_repr(self) -> str:
-        """What no part says."""
+        """Settings, for ``repr``."""
         low, high = self._tokens(self._least), self._tokens(self._most)
         return f"patch_size={self.patch_size}, multiple={self.multiple}, tokens={low} to {high}"
 

@@ -1,4 +1,4 @@
-"""VisionTokenizer: images of any size and aspect as flat patches, resized to what a budget of tokens allows.
+"""VisionTokenizer: images of any size as flat patches, resized to what a budget of tokens allows.
 
 Sizes are those of Qwen2-VL's ``smart_resize`` (Wang et al. 2024, arXiv 2409.12191, section 2.1, "naive dynamic
 resolution"): both sides become multiples of some patches, nearest to what they were; an image of more tokens than
@@ -24,7 +24,7 @@ from zoo.packed_vit.packing import Grid, Patches, patchify
 
 @dataclass(frozen=True)
 class Resized:
-    """What the tokenizer does to an image. Its ``str()`` is one line.
+    """Resizing of one image, as a report. Its ``str()`` is one line.
 
     Attributes:
         size: Height and width as it was, in pixels.
@@ -54,7 +54,7 @@ class VisionTokenizer(nn.Module):
     """Cuts images of any size into patches. ``forward(images)`` gives :class:`zoo.packed_vit.Patches`.
 
     Images are resized by torchvision, bicubic with antialiasing, uint8 in 8 bits as most image processors do it. It has
-    no weights. Tokens are patches here, before any merging of them.
+    no weights. Tokens are patches here, as they are before a merge.
 
     Args:
         patch_size: Side of a patch in pixels, or its height and width.
@@ -72,6 +72,9 @@ class VisionTokenizer(nn.Module):
         ValueError: For a range that holds no image, tokens and pixels together, a mean without a std, or values out of
             range.
     """
+
+    _mean: Tensor | None
+    _std: Tensor | None
 
     def __init__(
         self,
@@ -172,7 +175,7 @@ class VisionTokenizer(nn.Module):
         return f"{pixels / (self.patch_size[0] * self.patch_size[1]):.6g}"
 
     def report(self, images: Tensor | Sequence[Tensor] | Sequence[tuple[int, int]]) -> tuple[Resized, ...]:
-        """What is done to each of some images (C, H, W), or of images of these heights and widths.
+        """Report on what is done to each of some images (C, H, W), or of images of these heights and widths.
 
         Raises:
             ValueError: As :meth:`sizes`, with the image's number.
@@ -215,17 +218,20 @@ class VisionTokenizer(nn.Module):
     def _made(self, image: Tensor, index: int, size: tuple[int, int]) -> Tensor:
         if image.dtype != torch.uint8 and not image.is_floating_point():
             raise ValueError(f"image {index} is {image.dtype}: expected uint8, or floats in [0, 1]")
-        if self._mean is not None and any(len(each) not in (1, image.shape[-3]) for each in (self._mean, self._std)):
-            raise ValueError(
-                f"image {index} has {image.shape[-3]} channels, mean {len(self._mean)} and std {len(self._std)} "
-                "values: expected one for each, or one"
-            )
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if values is not None and len(values) not in (1, image.shape[-3]):
+                raise ValueError(
+                    f"image {index} has {image.shape[-3]} channels, {name} {len(values)} values: expected one for "
+                    "each, or one"
+                )
         dtype = image.dtype if image.is_floating_point() else torch.float32
         pixels = image.float() if image.is_floating_point() else image
         if image.shape[-2:] != size:
             pixels = resize(pixels, list(size), InterpolationMode.BICUBIC, antialias=True)
         pixels = pixels if image.is_floating_point() else pixels.float() / 255
-        return (pixels if self._mean is None else (pixels - self._mean) / self._std).to(dtype)
+        if self._mean is not None and self._std is not None:
+            pixels = (pixels - self._mean) / self._std
+        return pixels.to(dtype)
 
     def _warn(self, done: Sequence[Resized]) -> None:
         if self._warned:
@@ -241,7 +247,7 @@ class VisionTokenizer(nn.Module):
             )
 
     def extra_repr(self) -> str:
-        """What no part says."""
+        """Settings, for ``repr``."""
         low, high = self._tokens(self._least), self._tokens(self._most)
         return f"patch_size={self.patch_size}, multiple={self.multiple}, tokens={low} to {high}"
 

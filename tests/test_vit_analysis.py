@@ -12,7 +12,7 @@ import timm
 import torch
 from PIL import Image
 from sklearn.decomposition import PCA
-from test_families import ATTENDING, small
+from test_families import ATTENDING, FAMILIES, SHOWN, small
 from test_predict_checkpoint import saved
 
 from datamodules import DigitsDataModule
@@ -234,6 +234,23 @@ def test_every_family_whose_attention_is_seen_has_its_figures(name):
         torch.testing.assert_close(tiles.values.view(rows * columns, -1).diagonal(), torch.ones(rows * columns))
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
     json.dumps(numbers, allow_nan=False)
+
+
+@pytest.mark.parametrize("family", sorted(SHOWN))
+def test_every_file_of_timm_whose_attention_is_seen_has_its_figures(family):
+    size = 128 if family == "vision_transformer_hybrid" else 112 if family == "vitamin" else 64
+    net = timm.create_model(FAMILIES[family], num_classes=0, img_size=size, depth=2).eval()
+    found = analyze(net, [torch.randn(1, 3, size, size)])
+    hybrid = family in ("vision_transformer_hybrid", "vitamin")
+    table = family not in ("beit", "eva", "vision_transformer_relpos")
+    expected = (["patch_filters"] if hybrid else []) + ([] if table else ["position_similarity"])
+    assert list(found.absent) == expected
+    assert {*found.figures, *found.absent} == {*FIGURES}
+    # Nothing is learned yet: attention is nearly uniform.
+    level = found.numbers["uniform_attention_distance"]
+    assert found.numbers["attention_distance"] == [
+        pytest.approx([level] * len(heads), rel=0.1) for heads in found.numbers["attention_distance"]
+    ]
 
 
 def test_without_images_two_figures_are_left_and_said():

@@ -89,7 +89,8 @@ def attention_on_prefix(attention: Tensor, grid: Sequence[int]) -> Tensor:
 
     Arguments and errors: see :func:`attention_distance`.
     """
-    return 1 - _between_patches(attention, grid).sum(-1).mean(-1)
+    count = _between_patches(attention, grid).shape[-1]
+    return attention[..., -count:, :-count].float().sum(-1).mean(-1)
 
 
 def _between_patches(attention: Tensor, grid: Sequence[int]) -> Tensor:
@@ -173,7 +174,7 @@ def analyze(module: nn.Module, images: Iterable[Tensor] | None = None) -> Findin
     }
     try:
         filters, shares = patch_filters(backbone)
-        figures["patch_filters"] = make_grid(_as_pictures(filters.cpu()), nrow=7, pad_value=1.0)
+        figures["patch_filters"] = make_grid(_as_pictures(filters.cpu()), nrow=7, padding=4, pad_value=1.0)
         numbers["patch_filter_variance"] = shares.tolist()
     except ValueError as error:
         absent["patch_filters"] = str(error)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from functools import partial
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,6 +68,8 @@ def _run(inspection: Inspection, line: Line) -> int:
     check_images(own.images)
     with loading():
         import torch
+
+        import_module("zoo.serving.loading")  # and with it all that takes long
     module, said, stated = _of_checkpoint(source, bool(own.images)) if checkpoint else _of_timm(source, own.weights)
     device = own.device or accelerator()
     try:

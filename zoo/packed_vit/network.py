@@ -338,5 +338,5 @@ class PackedViT(nn.Module):
         return self.fc_norm(features)
 
     def extra_repr(self) -> str:
-        """What no part says."""
+        """Positions, windows and pooling, which no part says."""
         return f"position={self.position}, window={self.window}, pool={self.global_pool}"

@@ -79,7 +79,7 @@ def _grid(image: Tensor, index: int, height: int, width: int) -> Grid:
 
 @dataclass(frozen=True)
 class Packing:
-    """Which of the flat tokens belong to which image.
+    """Division of flat tokens among images.
 
     Attributes:
         counts: Patch tokens of each image.

@@ -1,4 +1,4 @@
-"""Which networks of timm's PackedViT takes over, and what it takes their patches' embedding for."""
+"""Check of the networks of timm's that PackedViT takes over, and conversion of their patch embeddings."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Where a patch lies, for grids of any size: tables that are interpolated or looked up, and rotations.
+"""Positions of patches for grids of any size: tables that are interpolated or looked up, and rotations.
 
 ``learned``
     A table of one grid, interpolated to each image's (Dosovitskiy et al. 2021, section 3.2).
@@ -108,6 +108,6 @@ def unturned(width: int, device: torch.device) -> Tensor:
 
 
 def _of_each(grids: Sequence[Grid], made: Callable[[Grid], Tensor]) -> Tensor:
-    """What is made of each grid, one after another: of equal grids once."""
+    """Rows of each grid, one after another, made once of equal grids."""
     found = {grid: made(grid) for grid in dict.fromkeys(grids)}
     return torch.cat([found[grid] for grid in grids])

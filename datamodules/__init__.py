@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from datamodules.coco import CocoDetectionDataModule
     from datamodules.digits import DigitsDataModule
     from datamodules.folder import ImageFolderDataModule
+    from datamodules.loading.budget import BudgetOrder
     from datamodules.loading.order import BatchOrder
     from datamodules.loading.seeding import SeededBatches
     from datamodules.shapes import ShapesDetectionDataModule
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BatchOrder",
+    "BudgetOrder",
     "CaptionsDataModule",
     "CocoDetectionDataModule",
     "DigitsDataModule",
@@ -40,7 +42,7 @@ _EXPORTS = {
     "TorchvisionDataModule": "torchvision_sets",
 }
 # Parts for loaders of one's own.
-_PARTS = {"BatchOrder": "loading.order", "SeededBatches": "loading.seeding"}
+_PARTS = {"BatchOrder": "loading.order", "BudgetOrder": "loading.budget", "SeededBatches": "loading.seeding"}
 
 
 def __getattr__(name: str) -> Any:

@@ -20,9 +20,12 @@ from torch.utils.data import DataLoader, default_collate
 
 from datamodules import transforms
 from datamodules._lightning import LightningDataModule, rank_zero_warn
+from datamodules.loading.any_size import FlatImages, collate_flat, map_flat
+from datamodules.loading.budget import BudgetOrder
 from datamodules.loading.labels import check_same, counts_of, labels_of
 from datamodules.loading.options import IMAGE_OPTIONS, ImageOptions, check_ranges, with_defaults
 from datamodules.loading.order import BatchOrder, mix
+from datamodules.loading.orders import order_of
 from datamodules.loading.seeding import Samples, SeededBatches, map_images
 from datamodules.loading.workers import Loader, default_workers, outlive_signals
 from datamodules.reading.listing import Split
@@ -74,6 +77,9 @@ class ImageDataModule(LightningDataModule):
     float_images = False
     """True where samples are float images in which white is 1, to be augmented and normalised like those in uint8."""
 
+    token_budget: int | None = None
+    """Patches of a batch at most, where images differ in size and samples have a ``sizing``. None: by number."""
+
     loader_timeout = 300.0
     """Seconds after which a worker that has not made its batch is taken to hang, and the run ends with an error."""
 
@@ -119,7 +125,7 @@ class ImageDataModule(LightningDataModule):
 
     def collate(self) -> Callable[[list[Any]], Any]:
         """The function that makes a batch of its samples. Workers get it by pickling, where they are not forked."""
-        return default_collate
+        return default_collate if self.token_budget is None else collate_flat
 
     @property
     def num_classes(self) -> int:
@@ -179,25 +185,7 @@ class ImageDataModule(LightningDataModule):
         if samples is None:
             return None
         trainer, training = self.trainer, split == "train"
-        rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
-        order = BatchOrder(
-            len(samples),
-            self.batch_size,
-            rank,
-            world_size,
-            self.seed,
-            shuffle=training and not getattr(trainer, "overfit_batches", 0),
-            drop_last=training and self.drop_last,
-            repeats=self.repeats if training else 1,
-            groups=self.groups(samples) if training else None,
-            labels=labels_of(samples, type(self).__name__) if training and self.balance else None,
-            balance=self.balance if training else 0.0,
-        )
-        if len(order) == 0 or len(samples) < world_size:
-            raise ValueError(
-                f"{len(samples)} {split} samples do not fill one batch of {self.batch_size} on {world_size} processes: "
-                f"set batch_size to {max(1, len(samples) // world_size)} or less"
-            )
+        order = order_of(self, samples, split)
         if training and self._position is not None and trainer and trainer.ckpt_path:
             order.resume(self._position)  # kept: Lightning may ask for the loader more than once
         workers = self.num_workers
@@ -250,14 +238,24 @@ class ImageDataModule(LightningDataModule):
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Augments (in training) and normalises uint8 images (B, C, H, W), to floats of the Trainer's precision.
 
-        All is computed in float32. The rest of the batch stays as it is.
+        All is computed in float32. The rest of the batch stays as it is. Images of any size become a list of (C, h, w).
         """
         training = bool(self.trainer and self.trainer.training)
 
         def made(images: Tensor) -> Tensor:
             return self.in_precision(self._to_float(images, training))
 
+        batch = map_flat(batch, lambda images: self._of_any_size(images, training))
         return map_images(batch, made, floats=self.float_images)
+
+    def _of_any_size(self, images: FlatImages, training: bool) -> list[Tensor]:
+        generator = self._device_generator(images.pixels.device) if training else None
+        moved = self.hflip or self.degrees or self.translate or self.zoom or self.shear or self.erase
+        if training and moved:
+            made = [self._to_float(image[None], training, generator)[0] for image in images]
+            return [self.in_precision(image) for image in made]
+        as_row = self._to_float(images.pixels[None, :, None], training, generator)[0, :, 0]  # all in one go
+        return images.views(self.in_precision(as_row))
 
     def in_precision(self, images: Tensor) -> Tensor:
         """Converts float images to the default dtype, or that of the Trainer's precision, ``bf16-true`` say.
@@ -267,9 +265,9 @@ class ImageDataModule(LightningDataModule):
         images = images.to(torch.get_default_dtype())
         return self.trainer.precision_plugin.convert_input(images) if self.trainer else images
 
-    def _to_float(self, images: Tensor, training: bool) -> Tensor:
+    def _to_float(self, images: Tensor, training: bool, generator: torch.Generator | None = None) -> Tensor:
         images = images.float() if images.is_floating_point() else transforms.to_float(images)
-        generator = self._device_generator(images.device) if training else None
+        generator = generator or (self._device_generator(images.device) if training else None)
         if training and self.hflip:
             images = transforms.flip(images, self.hflip, generator)
         if training and (self.degrees or self.translate or self.zoom or self.shear):
@@ -327,7 +325,7 @@ class ImageDataModule(LightningDataModule):
     def _current_position(self) -> dict[str, Any] | None:
         trainer: Any = self.trainer
         order = getattr(getattr(trainer, "train_dataloader", None), "sampler", None)
-        if not isinstance(order, BatchOrder):
+        if not isinstance(order, BatchOrder | BudgetOrder):
             return None
         loop = trainer.fit_loop
         epochs, batches = loop.epoch_progress.current, loop.epoch_loop.batch_progress.current

@@ -6,11 +6,13 @@ from typing import Any, Unpack
 
 from datamodules import transforms
 from datamodules.base import ImageDataModule
+from datamodules.loading.any_size import AnySize, check_any_size
 from datamodules.loading.options import IMAGE_OPTIONS, ImageOptions, part, with_defaults
 from datamodules.loading.seeding import Samples, with_transform
-from datamodules.preprocessing import Crop
+from datamodules.preprocessing import Crop, Patched
 from datamodules.reading import decoders
 from datamodules.reading.cache import Cache
+from datamodules.transforms.any_size import Crops, Whole
 
 
 class ClassificationOptions(ImageOptions, total=False):
@@ -30,6 +32,10 @@ class ClassificationOptions(ImageOptions, total=False):
     decoder: decoders.Decoder
     cache: str | None
     cache_size: int
+    token_budget: int | None
+    patch_size: int
+    tokens: tuple[int, int] | None
+    sizes_cache: str | None
 
 
 CLASSIFICATION_OPTIONS: ClassificationOptions = {
@@ -48,11 +54,19 @@ CLASSIFICATION_OPTIONS: ClassificationOptions = {
     "decoder": "pil",
     "cache": None,
     "cache_size": 256,
+    "token_budget": None,
+    "patch_size": 16,
+    "tokens": None,
+    "sizes_cache": None,
 }
 
 
 class ClassificationDataModule(ImageDataModule):
-    """Images for classification, cropped to one size. Subclasses say which there are.
+    """Images for classification, cropped to one size, or each of its own. Subclasses say which there are.
+
+    With a ``token_budget`` images keep their aspect, and batches are ``(list of images (C, h, w), labels (B,))``, of as
+    many images as fit it. ``image_size``, ``crop_ratio`` and ``batch_size`` are then without meaning: evaluation shows
+    whole images. A random resized crop has its ``ratio`` by the aspect of its image.
 
     Args:
         image_size: Side in pixels, or (height, width).
@@ -81,11 +95,21 @@ class ClassificationDataModule(ImageDataModule):
             Validation and testing use copies too if they resize to no more than ``cache_size``, otherwise the files,
             as prediction always does.
         cache_size: Short side of the copies in pixels, at least ``image_size``; smaller images are kept as they are.
+        token_budget: Images of any size: how many patches a batch has at most, on each process. None: images of one
+            size, ``batch_size`` to a batch.
+        patch_size: With a ``token_budget``, side of a patch in pixels, of which the images' sides become multiples; for
+            a merge of 2x2 patches, of the merged ones.
+        tokens: With a ``token_budget``, the fewest and the most patches of an image. Training draws the side of a
+            square of as many uniformly, anew in each epoch (NaViT's resolution sampling); evaluation takes as many as
+            an image has by itself, within these. None: as many as each has, also in training.
+        sizes_cache: With a ``token_budget``, a folder where images' sizes, which come from the headers of all files,
+            are kept for the next run. None: they are read when a loader is made.
         options: See :class:`datamodules.base.ImageDataModule`.
 
     Raises:
         ImportError: If ``decoder`` is a package that is not installed.
-        ValueError: For values out of range; if ``cache_size`` is less than ``image_size``.
+        ValueError: For values out of range; if ``cache_size`` is less than ``image_size``; for what does not go with a
+            ``token_budget``.
     """
 
     stage_settings = transforms.TRAIN_OPTIONS
@@ -103,6 +127,9 @@ class ClassificationDataModule(ImageDataModule):
     ) -> None:
         super().__init__(mean=mean, std=std, **part(options, ImageOptions))
         decoders.check(options["decoder"])
+        check_any_size(options)
+        self.token_budget, self.patch_size = options["token_budget"], options["patch_size"]
+        self.tokens, self.sizes_cache = options["tokens"], options["sizes_cache"]
         self.image_size, self.channels, self.predict_root = image_size, channels, options["predict_root"]
         self.val_fraction, self.test_fraction = options["val_fraction"], options["test_fraction"]
         self.split_seed, self.decoder = options["split_seed"], options["decoder"]
@@ -118,7 +145,19 @@ class ClassificationDataModule(ImageDataModule):
             covered = transforms.covered_by_evaluation(image_size, self.crop_ratio)
             self._evaluates_copies = self.cached.serves(covered)
 
-    def _evaluated(self) -> Crop:
+    def _evaluated(self) -> Crop | Patched:
+        if self.token_budget is not None:
+            return Patched(
+                channels=self.channels,
+                patch_size=self.patch_size,
+                tokens=self.tokens,
+                interpolation=self.interpolation,
+                mean=self.mean,
+                std=self.std,
+                binarize=self.binarize,
+                seed=self.seed,
+                decoder=self.decoder,
+            )
         return Crop(
             channels=self.channels,
             image_size=self.image_size,
@@ -135,13 +174,40 @@ class ClassificationDataModule(ImageDataModule):
         """Plain data on what evaluation and prediction do to an image: see :mod:`datamodules.preprocessing`."""
         return self._evaluated().stated()
 
+    def _sized(self, samples: Any, split: str, **settings: Any) -> Any:
+        """The same samples; with a ``token_budget``, to be made in sizes of their own."""
+        if self.token_budget is not None and samples is not None and samples.sizing is None:
+            samples.sizes_folder, samples.sizing = self.sizes_cache, self._sizing(split, settings)
+        return samples
+
+    def _sizing(self, split: str, settings: dict[str, Any]) -> AnySize:
+        training = split == "train"
+        made = Crops(self.train_options | settings) if training else Whole(self.interpolation)
+        return AnySize(self.patch_size, self.tokens, made, draws=training, seed=self.seed)
+
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the images in its batches."""
+    def image_shape(self) -> tuple[int, int, int] | None:
+        """(C, H, W) of the images in its batches; None where they differ."""
+        if self.token_budget is not None:
+            return None
         size = self.image_size
         return (self.channels, size, size) if isinstance(size, int) else (self.channels, *size)
 
     def in_stage(self, settings: dict[str, Any]) -> Callable[[Samples], Samples]:
         if self.cached is not None:
             self.cached.check(settings.get("image_size", self.image_size))
+        if self.token_budget is not None:
+            if "image_size" in settings:
+                raise ValueError(
+                    f"image_size is {settings['image_size']} in a stage with a token_budget: images have sizes of "
+                    "their own, leave it out"
+                )
+            train_transform = transforms.train_transform(**self.train_options | settings)  # looks at the values
+            return partial(_with_sizing, transform=train_transform, sizing=self._sizing("train", settings))
         return partial(with_transform, transform=transforms.train_transform(**self.train_options | settings))
+
+
+def _with_sizing(samples: Samples, transform: Any, sizing: AnySize) -> Samples:
+    changed: Any = with_transform(samples, transform)
+    changed.sizing = sizing
+    return changed

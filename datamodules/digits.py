@@ -14,38 +14,38 @@ There are three splits; tests hold the checksums of the first two.
 """
 
 from collections.abc import Callable
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from typing import Any, Literal, Unpack, get_args
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.svm import SVC
 from torch import Tensor
 
 from datamodules import transforms
 from datamodules.base import ImageDataModule
-from datamodules.loading.captions import About, Captioned, about
+from datamodules.digit_samples import (
+    WORDS,
+    CaptionedDigits,
+    DigitSamples,
+    DigitSizes,
+    Rendering,
+    captions_of,
+    scanned,
+    split_indices,
+)
+from datamodules.loading.any_size import AnySize, check_any_size
+from datamodules.loading.captions import Captioned
 from datamodules.loading.options import IMAGE_OPTIONS, ImageOptions, with_defaults
 from datamodules.loading.seeding import Samples
-from datamodules.preprocessing import Resize
+from datamodules.preprocessing import Patched, Resize
 from datamodules.reading.files import ImageFiles
 from datamodules.reading.listing import Split
+from datamodules.transforms.any_size import Whole
 
 SplitName = Literal["stratified", "digits8x8-bin-v1", "random"]
 LabelKind = Literal["digit", "attributes", "captions"]
-
-WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-TEMPLATES = (
-    "a handwritten {word}",
-    "a handwritten {digit}",
-    "the digit {digit}",
-    "the number {word}",
-    "a scan of the digit {word}",
-)
-"""Captions of a digit, by its word or its numeral."""
 
 ATTRIBUTES = {
     "prime": (2, 3, 5, 7),
@@ -56,52 +56,6 @@ ATTRIBUTES = {
     "at least 7": (7, 8, 9),
 }
 """Digits that have each attribute: three or four of ten, and each digit has one to three attributes."""
-
-
-class DigitSamples:
-    """Digits of one split, as images (1, S, S) with white ink on black, and their labels.
-
-    Images are uint8, or floats in which white is 1; labels (N,) are integers, or (N, labels) 0 and 1.
-    """
-
-    random = False
-
-    def __init__(self, images: Tensor, labels: Tensor, indices: np.ndarray) -> None:
-        self.images, some = images[indices], labels[indices]
-        self.labels: list[int] | Tensor = some.tolist() if some.ndim == 1 else some
-        self.names = [f"digits/{index}" for index in indices]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int | Tensor]:
-        return self.images[index], self.labels[index]
-
-
-class CaptionedDigits(DigitSamples):
-    """Digits of one split with captions: ``(image, {"captions", "image_id", "label"})``.
-
-    Args:
-        images, labels, indices: See :class:`DigitSamples`.
-        training: Whether each sample has one caption, drawn from Python's generator, instead of all.
-    """
-
-    def __init__(self, images: Tensor, labels: Tensor, indices: np.ndarray, training: bool) -> None:
-        super().__init__(images, labels, indices)
-        self.image_ids: list[int] = indices.tolist()
-        self.random = training
-
-    def captions_of(self, index: int) -> list[str]:
-        return captions_of(int(self.labels[index]))
-
-    def __getitem__(self, index: int) -> tuple[Tensor, About]:  # type: ignore[override]
-        more = {"image_id": self.image_ids[index], "label": int(self.labels[index])}
-        return self.images[index], about(self.captions_of(index), self.random, **more)
-
-
-def captions_of(digit: int) -> list[str]:
-    """All captions of a digit, "a handwritten seven" and "the digit 7" among them."""
-    return [template.format(word=WORDS[digit], digit=digit) for template in TEMPLATES]
 
 
 class DigitsDataModule(Captioned, ImageDataModule):
@@ -128,6 +82,18 @@ class DigitsDataModule(Captioned, ImageDataModule):
             to the data, not to augmentation: a digit has the same noise in every epoch, split and size. Such images
             travel as floats, since noise leaves the range of 8 bits.
         noise_seed: Seed of that noise.
+        sizes: Least and greatest side of images of mixed sizes, in pixels: that of a square of their area. It is drawn
+            uniformly from these, by a digit's key in training, anew in each epoch, and by its number among the 1,797 in
+            evaluation, the same in every run. None: all images have ``image_size``. Without a ``token_budget`` they are
+            then resized to ``image_size``, squares of which nothing says what their size and aspect were.
+        aspects: Least and greatest width by height of these, drawn likewise, on a logarithmic scale.
+        eval_sizes: The same as ``sizes`` in validation and testing, for sizes that training does not show. None: these.
+        eval_aspects: The same as ``aspects`` for validation and testing. None: those.
+        rendering: Of these. "stretched": the scan is resized to the whole image, as wide as that. "placed": the digit
+            keeps its shape, as large as fits, and lies anywhere along the longer side, on black.
+        token_budget: How many patches a batch has at most, on each process; batches are then ``(list of images
+            (1, h, w), labels)``, of as many images as fit it. None: ``batch_size`` images of one size.
+        patch_size: With a ``token_budget``, side of a patch in pixels, to multiples of which the sides are rounded.
         mean: Mean of the pixels, of images in [0, 1]; the training pixels' without noise unless given.
         std: Their standard deviation, likewise.
         options: See :class:`datamodules.base.ImageDataModule`.
@@ -150,6 +116,13 @@ class DigitsDataModule(Captioned, ImageDataModule):
         labels: LabelKind | list[int] = "digit",
         noise: float = 0.0,
         noise_seed: int = 0,
+        sizes: tuple[int, int] | None = None,
+        aspects: tuple[float, float] = (1.0, 1.0),
+        eval_sizes: tuple[int, int] | None = None,
+        eval_aspects: tuple[float, float] | None = None,
+        rendering: Rendering = "stretched",
+        token_budget: int | None = None,
+        patch_size: int = 4,
         mean: tuple[float, ...] = (0.306,),
         std: tuple[float, ...] = (0.376,),
         **options: Unpack[ImageOptions],
@@ -171,8 +144,32 @@ class DigitsDataModule(Captioned, ImageDataModule):
         self.labels_per_class, self.labels_seed = labels_per_class, labels_seed
         self.labels, self.classes = labels, _class_names(labels)
         self.noise, self.noise_seed, self.float_images = noise, noise_seed, noise > 0
+        check_any_size({**options, "token_budget": token_budget, "patch_size": patch_size})
+        if sizes is None and (eval_sizes or eval_aspects or aspects != (1.0, 1.0) or rendering != "stretched"):
+            raise ValueError("sizes is null, with eval_sizes, aspects or a rendering: set sizes as well, [16, 40] say")
+        for name, pair in (("sizes", sizes), ("eval_sizes", eval_sizes)):
+            if pair is not None and not 1 <= pair[0] <= pair[1]:
+                raise ValueError(f"{name} is {tuple(pair)}: expected two sides in pixels, 1 <= low <= high")
+        for name, aspect in (("aspects", aspects), ("eval_aspects", eval_aspects)):
+            if aspect is not None and not 0 < aspect[0] <= aspect[1]:
+                raise ValueError(f"{name} is {tuple(aspect)}: expected two widths by heights, 0 < low <= high")
+        if rendering not in get_args(Rendering):
+            raise ValueError(f"unknown rendering {rendering!r}: expected {' or '.join(get_args(Rendering))}")
+        self.sizes, self.aspects, self.rendering = sizes, aspects, rendering
+        self.eval_sizes, self.eval_aspects = eval_sizes or sizes, eval_aspects or aspects
+        self.token_budget, self.patch_size = token_budget, patch_size
 
-    def _evaluated(self) -> Resize:
+    def _evaluated(self) -> Resize | Patched:
+        if self.token_budget is not None:
+            return Patched(
+                channels=1,
+                patch_size=self.patch_size,
+                interpolation="bicubic",
+                mean=self.mean,
+                std=self.std,
+                binarize=self.binarize,
+                seed=self.seed,
+            )
         return Resize(
             channels=1,
             image_size=self.image_size,
@@ -188,18 +185,37 @@ class DigitsDataModule(Captioned, ImageDataModule):
         return self._evaluated().stated()
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the images in its batches."""
-        return 1, self.image_size, self.image_size
+    def image_shape(self) -> tuple[int, int, int] | None:
+        """(C, H, W) of the images in its batches; None where they differ."""
+        return None if self.token_budget is not None else (1, self.image_size, self.image_size)
 
     def samples(self, split: Split) -> Samples | None:
         if split == "predict":
-            return (
-                ImageFiles.under(self.predict_root, self._evaluated().transform, channels=1)
-                if self.predict_root
-                else None
-            )
-        return self._samples_of(*self._arrays, split)
+            if self.predict_root is None:
+                return None
+            files = ImageFiles.under(self.predict_root, self._evaluated().transform, channels=1)
+            if self.token_budget is not None:
+                files.sizing = AnySize(self.patch_size, None, Whole("bicubic"))
+            return files
+        samples = self._samples_of(*self._arrays, split)
+        if self.sizes is not None or self.token_budget is not None:
+            numbers = None if split == "train" else self.indices(split)
+            samples.scans, samples.sizing = self._scans()[self.indices(split)], self._sizing(numbers)
+        return samples
+
+    def _sizing(self, numbers: np.ndarray | None) -> DigitSizes:
+        """The rendering of digits, in training without their numbers."""
+        sizes = self.sizes if numbers is None else self.eval_sizes
+        packed = self.token_budget is not None
+        return DigitSizes(
+            sizes or (self.image_size, self.image_size),
+            self.aspects if numbers is None else self.eval_aspects,
+            self.rendering,
+            self.patch_size if packed else 1,
+            None if packed else self.image_size,
+            numbers,
+            self.seed,
+        )
 
     def _samples_of(self, images: Tensor, digits: Tensor, split: Split) -> DigitSamples:
         if self.labels == "captions":
@@ -219,6 +235,8 @@ class DigitsDataModule(Captioned, ImageDataModule):
     def in_stage(self, settings: dict[str, Any]) -> Callable[[Samples], Samples]:
         size = settings.get("image_size", self.image_size)
         _check_side(size)
+        if self.sizes is not None or self.token_budget is not None:
+            raise ValueError(f"image_size is {size} in a stage with sizes or a token_budget: leave it out")
         return partial(self._resized, size=size)
 
     def _resized(self, samples: Samples, size: int) -> Samples:
@@ -234,10 +252,10 @@ class DigitsDataModule(Captioned, ImageDataModule):
 
     def indices(self, split: Split) -> np.ndarray:
         """Indices of a split among the 1,797 digits, ascending."""
-        train, val, test = _split(self.split, self.split_seed, self.val_size, self.test_size)
+        train, val, test = split_indices(self.split, self.split_seed, self.val_size, self.test_size)
         if split == "train" and self.labels_per_class is not None:
             generator = np.random.default_rng(self.labels_seed)
-            of_each = [train[_digits()[1][train] == digit] for digit in range(10)]
+            of_each = [train[scanned()[1][train] == digit] for digit in range(10)]
             train = np.concatenate([generator.permutation(some)[: self.labels_per_class] for some in of_each])
         return np.sort({"train": train, "val": val, "test": test}[split])
 
@@ -248,7 +266,7 @@ class DigitsDataModule(Captioned, ImageDataModule):
         images are labelled, the nearest of them. With several labels an image, there is a machine for each, and their
         accuracies are averaged.
         """
-        counts = _digits()[0].reshape(-1, 64)
+        counts = scanned()[0].reshape(-1, 64)
         gamma = 0.001 * counts.var() / (counts.var() + (16 * self.noise) ** 2)
         if self.noise:
             counts = 16 * self._scans().flatten(1).numpy()
@@ -292,35 +310,15 @@ class DigitsDataModule(Captioned, ImageDataModule):
         return self._arrays_at(self.image_size)
 
     def _arrays_at(self, size: int) -> tuple[Tensor, Tensor]:
-        return transforms.plain_resize(self._scans(), (size, size)), torch.tensor(_digits()[1])
+        return transforms.plain_resize(self._scans(), (size, size)), torch.tensor(scanned()[1])
 
     def _scans(self) -> Tensor:
         """All digits as scanned, (1797, 1, 8, 8): uint8, or with noise float32 in which white is 1."""
-        counts = torch.tensor(_digits()[0])[:, None]
+        counts = torch.tensor(scanned()[0])[:, None]
         if not self.noise:
             return (counts * (255 / 16)).round().to(torch.uint8)
         noise = np.random.default_rng(self.noise_seed).standard_normal(counts.shape)
         return (counts / 16 + self.noise * torch.from_numpy(noise)).float()
-
-
-@cache
-def _digits() -> tuple[np.ndarray, np.ndarray]:
-    """Counts of ink (1797, 8, 8) in [0, 16] and the digits (1797,), which are not to be written to."""
-    found = load_digits()  # parses a text each time
-    return found.images, found.target
-
-
-@cache
-def _split(kind: str, seed: int, val_size: int, test_size: int) -> tuple[np.ndarray, ...]:
-    """Indices for training, validation and test, which are not to be written to."""
-    _, labels = _digits()
-    if kind != "stratified":
-        ends = [1097, 1397] if kind == "random" else [1297, 1497]
-        return tuple(np.split(np.random.RandomState(seed).permutation(len(labels)), ends))
-    every = np.arange(len(labels))
-    rest, test = train_test_split(every, test_size=test_size, stratify=labels, random_state=seed)
-    train, val = train_test_split(rest, test_size=val_size, stratify=labels[rest], random_state=seed)
-    return train, val, test
 
 
 def _check_side(size: Any) -> None:

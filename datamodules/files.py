@@ -89,7 +89,7 @@ class FilesDataModule(ClassificationDataModule):
         samples = self._of(split)
         if self.cached is not None and split != "predict":
             self.cached.fill(builds(self.trainer))
-        return samples
+        return self._sized(samples, split)
 
     def prepare_data(self) -> None:
         """Builds a cache in a folder, in one process of each node, before the others look for it."""

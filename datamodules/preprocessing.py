@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 
 from datamodules import transforms
+from datamodules.loading.any_size import AnySize, FlatImages
 from datamodules.loading.padding import check_sizes, normalize_padded, pad_batch
 from datamodules.loading.seeding import drawn
 from datamodules.reading import decoders, given
 from datamodules.reading.given import Given
-from datamodules.reading.pixels import ToTensor, as_tensor, height_and_width
+from datamodules.reading.pixels import Pixels, ToTensor, as_tensor, height_and_width
 from datamodules.transforms import Binarization
+from datamodules.transforms.any_size import Whole
 from datamodules.transforms.detection import DetectionTransform, Target, complete
 from datamodules.transforms.settings import check, plain
 
@@ -197,6 +199,51 @@ class Resize(_OneSize):
 
 
 @dataclass(kw_only=True)
+class Patched(Preprocessing):
+    """Images of sizes of their own, to multiples of a patch, in lists: classification by a budget of tokens.
+
+    See :class:`datamodules.loading.any_size.AnySize`. A batch is a list of images (C, h, w).
+    """
+
+    channels: int
+    patch_size: int
+    tokens: Sequence[int] | None = None
+    interpolation: str
+    mean: Sequence[float]
+    std: Sequence[float]
+    binarize: Binarization | None = None
+    seed: int = 0
+    decoder: decoders.Decoder = "pil"
+
+    kind = "patched"
+
+    def check(self) -> None:
+        super().check()
+        decoders.check(self.decoder)
+
+    @property
+    def input_shape(self) -> None:
+        return None
+
+    def transform(self, image: Pixels) -> Tensor:
+        tokens = None if self.tokens is None else (self.tokens[0], self.tokens[1])
+        return AnySize(self.patch_size, tokens, Whole(self.interpolation)).evaluated(image)
+
+    def read(self, image: Given, number: int = 0) -> Tensor:
+        sample = self.transform(given.pixels(image, self.channels, self.decoder))
+        return drawn(sample, self.seed, number) if self.binarize in ("draw", "draw_once") else sample
+
+    def collate(self, samples: Sequence[Tensor]) -> FlatImages:
+        return FlatImages.of(samples)
+
+    def to_float(self, batch: FlatImages) -> list[Tensor]:
+        threshold: Binarization | None = "threshold" if self.binarize else None
+        row = transforms.to_float(_of_bytes(batch.pixels))[None, :, None]
+        finished = transforms.finish(row, self.mean, self.std, threshold)[0, :, 0]
+        return batch.views(finished.to(torch.get_default_dtype()))
+
+
+@dataclass(kw_only=True)
 class Fit(Preprocessing):
     """Images of three channels, resized by their short and long side and padded to one size: detection.
 
@@ -244,7 +291,7 @@ class Fit(Preprocessing):
         return normalize_padded(_of_bytes(images), targets, self.mean, self.std).to(torch.get_default_dtype()), targets
 
 
-KINDS: dict[str, type[Preprocessing]] = {kind.kind: kind for kind in (Crop, Resize, Fit)}
+KINDS: dict[str, type[Preprocessing]] = {kind.kind: kind for kind in (Crop, Resize, Fit, Patched)}
 
 
 def create(stated: Mapping[str, Any]) -> Preprocessing:

@@ -164,9 +164,10 @@ class TorchvisionDataModule(ClassificationDataModule):
         if split == "predict":
             if self.predict_root is None:
                 return None
-            return ImageFiles.under(self.predict_root, self.eval_transform, self.channels, decoder=self.decoder)
+            files = ImageFiles.under(self.predict_root, self.eval_transform, self.channels, decoder=self.decoder)
+            return self._sized(files, split)
         if self.cached is None:
-            return self._samples(split, None)
+            return self._sized(self._samples(split, None), split)
         if split not in self._kept:
             self._kept[split] = self._samples(split, self.cached)
         self.cached.fill(builds(self.trainer))

@@ -41,6 +41,7 @@ COMMANDS = [
     ["compare-estimators", "gumbel_vae/digits"],
     ["dilation-study", "detection/shapes_one_level"],
     ["compare-losses", "vit/digits_rare_labels"],
+    ["analyze-vit", "vit_tiny_patch16_224"],
 ]
 
 

@@ -70,6 +70,17 @@ PROMISES = [
         ),
     ),
     Promise(
+        ("images of any size", "Images of any size"),
+        "sides from 1 to 2200 pixels in all aspects up to 200; all loaders; those that are too large are named",
+        (
+            "vision_tokenizer::test_the_maximum_holds_for_all_sizes_and_ranges",
+            "vision_tokenizer::test_an_image_that_cannot_be_taken_is_named",
+            "any_size_data::test_grids_keep_the_aspect_and_the_number_of_patches",
+            "any_size_data::test_a_folders_batches_keep_to_the_budget_and_to_each_images_key",
+            "any_size_data::test_torchvisions_files_have_sizes_of_their_own",
+        ),
+    ),
+    Promise(
         (
             "any module trains on your data",
             "works under any LightningModule",

@@ -35,7 +35,7 @@ OTHERS = {
     "torch: loaders, samplers, optimizers, schedulers, tensors of one kind or another": "_get_closed_form_lr "
     "_schedulers _step_supports_amp_scaling batch_sampler batch_size data_source dataset item optimizer param_groups "
     "reset sampler set_epoch to_local tolist",
-    "torchvision: box formats, policies, archives": "format value ops _ARCHIVE_EXTRACTORS _decompress",
+    "torchvision: box formats, policies, archives": "data format value ops _ARCHIVE_EXTRACTORS _decompress",
     "timm, and networks like its": "act attn blocks channels dist_token drop drop_path1 drop_path2 drop_rate "
     "feature_info forward_features forward_head forward_intermediates grid_size group_matcher head head_drop heads "
     "img_size no_weight_decay num_heads output_fmt patch_embed pretrained_cfg proj prune_intermediate_layers "
@@ -49,7 +49,7 @@ OTHERS = {
     "jsonargparse's parsers": "parent_parser print_config subcommand_parser",
     "submodules, which an instance check does not see since Python 3.12": "backbone decoder",
     "the optional attributes of datamodules' Samples, which its docstring lists": "batch in_batch labels names random "
-    "raw sizes unreadable",
+    "raw sizes sizing unreadable",
     "modules, for datamodules, which import nothing of the zoo: HasClasses, HasCategories": "classes category_ids",
     "an estimator, a decoder of somebody's own": "samples widest",
 }

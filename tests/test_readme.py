@@ -31,7 +31,7 @@ def commands(text: str) -> list[list[str]]:
 
 
 def shortened(command: list[str]) -> list[str]:
-    if command[0] == "list" or any(word.endswith((".help", "--print_config")) for word in command):
+    if command[0] in ("list", "analyze-vit") or any(word.endswith((".help", "--print_config")) for word in command):
         return command
     if command[0] == "predict" and "-c" not in command:  # by a checkpoint alone
         return command

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from zoo.efficientnet import EfficientNetClassifier
     from zoo.gumbel_vae import GaussianVAE, GumbelVAE
     from zoo.mae import MAEPretrainer
+    from zoo.packed_vit import PackedViTClassifier
     from zoo.serving.export import export
     from zoo.serving.loading import load
     from zoo.vit import ViTClassifier
@@ -27,6 +28,7 @@ __all__ = [
     "ImageTextAligner",
     "ImageTextFusion",
     "MAEPretrainer",
+    "PackedViTClassifier",
     "ViTClassifier",
     "export",
     "load",
@@ -42,6 +44,7 @@ _EXPORTS = {
     "ImageTextAligner": "alignment",
     "ImageTextFusion": "alignment",
     "MAEPretrainer": "mae",
+    "PackedViTClassifier": "packed_vit",
     "ViTClassifier": "vit",
 }
 _FUNCTIONS = {"export": "serving.export", "load": "serving.loading"}

@@ -1,13 +1,15 @@
 """Captions beside images: what a sample and a batch say of each image, and the hop to the device."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 from torch.utils.data import default_collate
 
 from datamodules._lightning import LightningDataModule
+from datamodules.loading.any_size import FlatImages
 
 About = dict[str, Any]
 """``{"captions": list[str], ...}``, plain Python values: what a data module knows of one image beside its pixels."""
@@ -24,15 +26,17 @@ def about(captions: Sequence[str], draw: bool, **more: Any) -> About:
     return {"captions": [random.choice(captions)] if draw else list(captions), **more}
 
 
-def collate(samples: Sequence[Any]) -> Any:
+def collate(samples: Sequence[Any], images: Callable[[list[Any]], Any] = default_collate) -> Any:
     """Batch ``(images (B, C, H, W), B dicts)`` of samples ``(image, dict)``, whose values stay plain Python.
 
-    Samples of another form are put together as torch does it.
+    Args:
+        samples: Those of another form are put together by ``images``.
+        images: What puts images together.
     """
     first = samples[0]
     if not (isinstance(first, tuple) and isinstance(first[1], dict)):
-        return default_collate(list(samples))
-    return default_collate([image for image, _ in samples]), [said for _, said in samples]
+        return images(list(samples))
+    return images([image for image, _ in samples]), [said for _, said in samples]
 
 
 class Captioned(LightningDataModule):
@@ -43,7 +47,7 @@ class Captioned(LightningDataModule):
     """
 
     def collate(self) -> Any:
-        return collate
+        return partial(collate, images=super().collate())  # type: ignore[misc]  # of the data module that this is for
 
     def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
         moved = super().transfer_batch_to_device(_pixels(batch), device, dataloader_idx)
@@ -56,7 +60,7 @@ class Captioned(LightningDataModule):
 
 def _has_captions(batch: Any) -> bool:
     """True for a batch as :func:`collate` makes it of captions."""
-    if not (isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[0], Tensor)):
+    if not (isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[0], Tensor | FlatImages | list)):
         return False
     return isinstance(batch[1], list) and bool(batch[1]) and isinstance(batch[1][0], dict)
 

@@ -37,6 +37,18 @@ def mix(*values: int) -> int:
     return state >> 1
 
 
+def mixed(*values: int | np.ndarray) -> np.ndarray:
+    """:func:`mix` for arrays (N,) of non-negative integers among the values: int64 (N,)."""
+    state = np.zeros(1, dtype=np.uint64)
+    for value in values:
+        more = value.astype(np.uint64) if isinstance(value, np.ndarray) else np.uint64(value & 0xFFFFFFFFFFFFFFFF)
+        state = state + more + np.uint64(0x9E3779B97F4A7C15)
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        state ^= state >> np.uint64(31)
+    return (state >> np.uint64(1)).astype(np.int64)
+
+
 class BatchOrder(DistributedSampler[Any], SequentialSampler):
     """Sampler of whole batches: yields this rank's, each a list of keys (epoch, copy, index).
 
@@ -140,7 +152,12 @@ class BatchOrder(DistributedSampler[Any], SequentialSampler):
         Raises:
             ValueError: In the middle of an epoch, if the samples are not as many, or seed or balance are others.
         """
-        epoch, samples = position["epoch"], position["samples"]
+        epoch, samples = position["epoch"], position.get("samples", 0)
+        if position.get("packs"):
+            raise ValueError(
+                f"the checkpoint is in the middle of epoch {epoch}, of batches by a token_budget, but here is none: "
+                "continue with the same token_budget, or from the end of an epoch"
+            )
         if samples and (position["size"], position["seed"]) != (self.size, self.seed):
             raise ValueError(
                 f"the checkpoint is in the middle of epoch {epoch}, of {position['size']} samples in the order of seed "
@@ -152,7 +169,7 @@ class BatchOrder(DistributedSampler[Any], SequentialSampler):
                 f"the checkpoint is in the middle of epoch {epoch}, in an order with balance {before}, but here it is "
                 f"{self.balance}: continue with the same balance, or from the end of an epoch"
             )
-        self.epoch, self._resumed = epoch, (epoch, samples, position["total"])
+        self.epoch, self._resumed = epoch, (epoch, samples, position.get("total", self.total))
 
     def first_batch(self, epoch: int) -> int:
         """The number of the batch that an epoch starts with: 0, but of the one that was resumed."""

@@ -23,7 +23,8 @@ class Samples(Protocol):
     which classes are counted and balanced; ``unreadable``, a shared uint8 tensor that marks samples which could not be
     read; ``random = False`` when making a sample involves no chance, so that seeding can be left out;
     ``in_batch(seed)``, the same samples as they are made in one batch, for choices that a whole batch shares: ``seed``
-    is a function of the data module's seed, the epoch and the batch's number, and the same on every rank.
+    is a function of the data module's seed, the epoch and the batch's number, and the same on every rank;
+    ``sizing``, how large each is made, by its key: :class:`datamodules.loading.any_size.Sizing`.
     """
 
     def __len__(self) -> int: ...
@@ -98,9 +99,12 @@ class SeededBatches(Dataset[list[Any]]):
 
     def _readable(self, samples: Samples, keys: list[Key]) -> list[Any]:
         """The samples of these keys that can be read, or if there are none, one that stands in for them."""
-        made = (self._make(samples, key, self.attempts if self.substitute else 1) for key in keys)
+        sizing = getattr(samples, "sizing", None)
+        plans = [None] * len(keys) if sizing is None else sizing.plans(samples, keys)
+        attempts = self.attempts if self.substitute else 1
+        made = (self._make(samples, key, attempts, plan) for key, plan in zip(keys, plans, strict=True))
         kept = [sample for sample in made if sample is not None]
-        stand_in = None if kept else self._make(samples, keys[0], self.attempts)
+        stand_in = None if kept else self._make(samples, keys[0], self.attempts, plans[0])
         return kept if stand_in is None else [stand_in]
 
     def _samples_for(self, keys: list[Key]) -> Samples:
@@ -111,14 +115,14 @@ class SeededBatches(Dataset[list[Any]]):
             return samples.in_batch(mix(self.seed, epoch, keys.batch))
         return samples
 
-    def _make(self, samples: Samples, key: Key, attempts: int) -> Any:
+    def _make(self, samples: Any, key: Key, attempts: int, plan: Any = None) -> Any:
         epoch, copy, index = key
         for attempt in range(attempts):
             seed = mix(self.seed, epoch, copy, index, attempt)
             if getattr(samples, "random", True):
                 seed_all(seed)
             number = index if attempt == 0 else seed % len(self)
-            sample = samples[number]
+            sample = samples[number] if plan is None else samples.sizing.made(samples, number, plan)
             if sample is not None:
                 return drawn(sample, self.seed, number) if self.drawn else sample
         return None

@@ -51,6 +51,10 @@ class Cached:
     store: Store | None = None
     rows: np.ndarray | None = None
     """(N,) where in the store each sample is."""
+    sizing: Any = None
+    """How large each is made: see :class:`datamodules.loading.any_size.Sizing`. None: as the transform makes it."""
+    sizes_folder: str | None = None
+    """Where sizes from headers are kept for the next run."""
 
     def from_source(self, index: int) -> Pixels:
         """The whole image, upright. Raises UnreadableImageError."""

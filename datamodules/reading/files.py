@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from datamodules.reading import decoders, listing
 from datamodules.reading.cache import Cached
+from datamodules.reading.headers import header_sizes
 from datamodules.reading.images import UnreadableImageError
 from datamodules.reading.pixels import Pixels, ToTensor
 
@@ -76,6 +78,11 @@ class ImageFiles(Cached):
 
     def __len__(self) -> int:
         return len(self.names)
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        """Height and width of each image, upright, (N, 2), from the files' headers."""
+        return header_sizes([self.path(i) for i in range(len(self))], True, self.unreadable, self.sizes_folder)
 
     def path(self, index: int) -> str:
         return os.path.join(self.root, self.names[index])

@@ -108,12 +108,34 @@ def _upright(image: Image.Image) -> Image.Image:
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 
+def header_size(path: str | os.PathLike[str], upright: bool = True) -> tuple[int, int]:
+    """Height and width of an image file by its header, turned upright if ``upright`` says so.
+
+    Raises:
+        UnreadableImageError: If the file is missing, empty, far too large, or not an image.
+    """
+    try:
+        with open(path, "rb") as file, Image.open(file, formats=_known_formats()) as image:
+            _check_size(image)
+            turned = upright and _swaps_sides(image)
+            return (image.width, image.height) if turned else (image.height, image.width)
+    except Exception as error:  # as above
+        raise UnreadableImageError(f"{os.fspath(path)} cannot be read: {reason(path, error)}") from error
+
+
 def is_turned(path: str | os.PathLike[str]) -> bool:
     """True where the EXIF orientation of a file exchanges its sides."""
     try:
         with open(path, "rb") as file, Image.open(file, formats=_known_formats()) as image:
-            return image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            return _swaps_sides(image)
     except Exception:  # as above
+        return False
+
+
+def _swaps_sides(image: Image.Image) -> bool:
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    except Exception:  # unreadable metadata, as above
         return False
 
 

@@ -1,5 +1,6 @@
 """Samples of a torchvision data set: opened by torchvision, or by torchcodec, or taken from a cache."""
 
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -7,6 +8,7 @@ from PIL import Image
 
 from datamodules.reading import decoders
 from datamodules.reading.cache import Cached
+from datamodules.reading.headers import header_sizes
 from datamodules.reading.images import UnreadableImageError, convert
 from datamodules.reading.pixels import Pixels, ToTensor, as_tensor
 
@@ -33,6 +35,15 @@ class TorchvisionSamples(Cached):
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        """Height and width of each image, (N, 2): of sets in memory, all are alike; of files, from their headers."""
+        if hasattr(self.source, "data"):
+            image = self._opened(0)
+            return np.tile(np.array([[image.height, image.width]]), (len(self), 1))
+        # torchvision leaves images as they lie
+        return header_sizes([self.path(i) for i in range(len(self))], upright=False, folder=self.sizes_folder)
 
     def path(self, index: int) -> str:
         return path_of(self.source, int(self.indices[index]))

@@ -59,6 +59,11 @@ ACCEPTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "image_size": (lambda value: _is_side(value) or _is_size(value), "a side in pixels, or height and width"),
     "fit: image_size": (lambda value: value is None or _is_side(value), "a short side in pixels, or null"),
     "max_size": (lambda value: value is None or _is_side(value), "a long side in pixels, or null"),
+    "patch_size": (_is_side, "a side in pixels"),
+    "tokens": (
+        lambda value: value is None or (_is_size(value) and value[0] <= value[1]),
+        "the fewest and the most, or null",
+    ),
     "pad_multiple": (_is_side, "at least 1"),
     "size_buckets": (
         lambda value: value is None or (isinstance(value, list | tuple) and all(map(_is_size, value))),

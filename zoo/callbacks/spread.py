@@ -42,7 +42,7 @@ def spread_batch(loader: Any, count: int) -> Any | None:
     generator = torch.Generator().manual_seed(0)  # a loader seeds its workers with it
     if isinstance(dataset, KnownSamples):  # they are seeded one by one, and may be made here
         order: Any = loader.sampler
-        keys = dataset.keys_of(evenly(len(dataset), min(count, order.batch_size)))
+        keys = dataset.keys_of(evenly(len(dataset), min(count, len(order.batch_indices(0)))))
         settings: Any = {"batch_size": None, "sampler": [keys], "collate_fn": loader.collate_fn, "generator": generator}
         return next(iter(DataLoader(loader.dataset, **settings)))
     batch_sampler = getattr(loader.batch_sampler, "_batch_sampler", loader.batch_sampler)  # Lightning's, in prediction

@@ -2,13 +2,14 @@
 
 import math
 import os
-from argparse import Action, ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
+from argparse import Action, ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from zoo.cli import names, recipes
-from zoo.cli.mistakes import Mistake
+from zoo.cli.mistakes import Mistake, did_you_mean
 from zoo.cli.notice import loading
 
 if TYPE_CHECKING:
@@ -128,6 +129,35 @@ class Asked(NamedTuple):
     def shared(self) -> list[str]:
         """Options for processes that are to do the same."""
         return [*self.options, *(["--strict-imports"] if self.strict else [])]
+
+
+def with_images(line: Line, parser: Arguments, what: str) -> Namespace:
+    """Reads a line of a command that takes no recipe, but a word and images behind it: its options and ``images``.
+
+    Args:
+        line: The line; ``line.words[0]`` is the word.
+        parser: That of the command.
+        what: Whose options they are, for a message.
+
+    Raises:
+        Mistake: For a wrong value, or an option that the command does not have.
+    """
+    parser.add_argument("images", nargs="*")
+    behind = line.words[1:]
+    own, unknown = parser.parse_known_args([*line.options, "--", *behind] if behind else line.options)
+    if unknown:
+        known = [option for action in parser._actions for option in action.option_strings]
+        name = unknown[0].partition("=")[0]
+        hint = did_you_mean(name, known) or f": there are {', '.join(known)}"
+        raise Mistake(f"unknown option {name} of {what}{hint}")
+    return own
+
+
+def check_images(images: Sequence[str]) -> None:
+    """Raises Mistake for images or folders of them that are not there."""
+    for image in images:
+        if not Path(image).exists():
+            raise Mistake(f"there is no image or folder {image}")
 
 
 def positive(text: str) -> int:

@@ -6,7 +6,7 @@ names its images as one does, else as a tuple. Only shapes and types are looked 
 for a device. Nothing here, and no step, writes into a batch.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,12 +28,8 @@ def images(batch: Any) -> Tensor:
         ValueError: If there are none, if a list of them is not of one size, or if they are uint8: somebody has to turn
             them into normalised floats first.
     """
-    found = batch = by_name(batch)
-    if isinstance(batch, Mapping):
-        found = _first(batch, IMAGE_KEYS)
-    elif isinstance(batch, list | tuple) and batch and not _is_list_of_images(batch):
-        found = batch[0]
-    if _is_list_of_images(found):
+    found = _images(batch)
+    if not isinstance(found, Tensor):
         odd = next((i for i, image in enumerate(found) if image.shape != found[0].shape), None)
         if odd is not None:
             raise ValueError(
@@ -41,18 +37,48 @@ def images(batch: Any) -> Tensor:
                 "size, the loader's collate_fn has to pad them"
             )
         found = torch.stack(list(found))
-    if not isinstance(found, Tensor) or found.ndim != 4:
+    return found
+
+
+def images_of_any_size(batch: Any) -> Tensor | list[Tensor]:
+    """The images of a batch, float (B, C, H, W), or a list of B images (C, H, W), each of its own size.
+
+    Raises:
+        ValueError: If there are none, or if they are uint8.
+    """
+    found = _images(batch)
+    return found if isinstance(found, Tensor) else list(found)
+
+
+def _images(batch: Any) -> Tensor | Sequence[Tensor]:
+    """The images as the batch has them, once they are known to be floats."""
+    found = batch = by_name(batch)
+    if isinstance(batch, Mapping):
+        found = _first(batch, IMAGE_KEYS)
+    elif isinstance(batch, list | tuple) and batch and not _is_list_of_images(batch):
+        found = batch[0]
+    listed = _is_list_of_images(found)
+    if not listed and (not isinstance(found, Tensor) or found.ndim != 4):
         raise ValueError(f"expected images (B, C, H, W) in the batch, got {_describe(found)}")
-    if not found.is_floating_point():
+    odd = next((image.dtype for image in (found if listed else [found]) if not image.is_floating_point()), None)
+    if odd is not None:
         raise ValueError(
-            f"the images are {found.dtype}: normalised floats are expected "
+            f"the images are {odd}: normalised floats are expected "
             "(the zoo's data modules make them in on_after_batch_transfer)"
         )
     return found
 
 
-def images_and_labels(batch: Any) -> tuple[Tensor, Tensor]:
+Read = Callable[[Any], Tensor | list[Tensor]]
+"""Reads the images of a batch: :func:`images`, or :func:`images_of_any_size`."""
+
+
+def images_and_labels(batch: Any, read: Read = images) -> tuple[Any, Tensor]:
     """Images, float (B, C, H, W), and their labels: int64 (B,), or as they are if they have more dimensions.
+
+    Args:
+        batch: The batch.
+        read: How its images are read; those of any size are a list.
 
     Raises:
         ValueError: If the batch carries no labels, if they are not one for each image, or if they are numbers (B,) that
@@ -65,8 +91,8 @@ def images_and_labels(batch: Any) -> tuple[Tensor, Tensor]:
         else:
             got = f"the keys {sorted(map(str, batch))}" if isinstance(batch, Mapping) else _describe(batch)
         raise ValueError(f"expected (images, labels), got {got}: this module learns from labels, a tensor of integers")
-    pixels = images(batch)
-    if found.shape[:1] != pixels.shape[:1]:
+    pixels = read(batch)
+    if found.shape[:1] != (len(pixels),):
         raise ValueError(f"labels are {tuple(found.shape)} for {len(pixels)} images: expected one for each")
     if found.ndim > 1:
         return pixels, found
@@ -83,7 +109,7 @@ def has_labels(batch: Any) -> bool:
     found = _labels(batch)
     if not isinstance(found, Tensor) or found.ndim == 0 or found.is_floating_point() or found.is_complex():
         return False
-    return found.shape == images(batch).shape[:1]
+    return found.shape == (len(_images(batch)),)
 
 
 def images_and_targets(batch: Any) -> tuple[Tensor, list[dict[str, Any]]]:

@@ -166,6 +166,10 @@ class Classifier(SafeLoading, Compilable, Evaluation, Shardable, NamedProbabilit
             else None
         )
 
+    def read_images(self, batch: Any) -> Any:
+        """The images of a batch, as :meth:`features` takes them."""
+        return batches.images(batch)
+
     def features(self, images: Tensor) -> Tensor:
         """Pooled embeddings (B, D) of images (B, C, H, W)."""
         return self.backbone(images)
@@ -186,7 +190,8 @@ class Classifier(SafeLoading, Compilable, Evaluation, Shardable, NamedProbabilit
     @torch.no_grad()
     def pictures(self, batch: Any) -> dict[str, Tensor]:
         """Images (B, 3, h, w) in [0, 1] with the predicted class below them: green if right, red if wrong."""
-        images = batches.images(batch)
+        images = self.read_images(batch)
+        shown = images if isinstance(images, Tensor) else pictures.padded(images)
         classes = self.classes or names_of(getattr(self._trainer, "datamodule", None))
         probability, predicted = self.probabilities(images).max(1)
         captions = [
@@ -195,13 +200,13 @@ class Classifier(SafeLoading, Compilable, Evaluation, Shardable, NamedProbabilit
         ]
         right: Sequence[bool | None] = [None] * len(images)
         if batches.has_labels(batch) and not self.hparams.multi_label:
-            labels = self.own_labels(batches.images_and_labels(batch)[1])
+            labels = self.own_labels(batches.images_and_labels(batch, self.read_images)[1])
             right = (predicted == labels).tolist()
             captions = [
                 text if is_right else f"{text}\nis {pictures.legible_name(classes, label)}"
                 for text, is_right, label in zip(captions, right, labels.tolist(), strict=True)
             ]
-        return {"predictions": pictures.captioned(images, captions, right)}
+        return {"predictions": pictures.captioned(shown, captions, right)}
 
     def batch_loss(self, logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
         """The mean loss of a batch, which training minimises.
@@ -316,14 +321,14 @@ class Classifier(SafeLoading, Compilable, Evaluation, Shardable, NamedProbabilit
 
     def _images_and_labels(self, batch: Any, batch_idx: int) -> tuple[Tensor, Tensor]:
         """Images, and the model's labels for those of the data, once these are known to be labels."""
-        images, labels = batches.images_and_labels(batch)
+        images, labels = batches.images_and_labels(batch, self.read_images)
         check_labels(labels, self.num_labels, batch_idx, self.hparams.multi_label)
         if not self.hparams.multi_label:
             labels = self.label_watch(self, labels, self.num_labels)
         return images, self.own_labels(labels)
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        return self.probabilities(batches.images(batch))
+        return self.probabilities(self.read_images(batch))
 
     def configure_optimizers(self) -> Any:
         hp = self.hparams

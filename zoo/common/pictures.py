@@ -44,6 +44,17 @@ def displayable(images: Tensor, least: int = 96, values: tuple[float, float] | N
     return images.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
 
 
+def padded(images: Sequence[Tensor]) -> Tensor:
+    """Images (C, H, W) of several sizes as one batch (B, C, H, W), each in the middle, on its own darkest value."""
+    height, width = (max(image.shape[side] for image in images) for side in (1, 2))
+    batch = []
+    for image in images:
+        down, right = height - image.shape[1], width - image.shape[2]
+        sides = (right // 2, right - right // 2, down // 2, down - down // 2)
+        batch.append(F.pad(image, sides, value=float(image.min())))
+    return torch.stack(batch)
+
+
 def captioned(
     images: Tensor, captions: Sequence[str], right: Sequence[bool | Sequence[bool | None] | None], least: int = 96
 ) -> Tensor:

@@ -1,7 +1,8 @@
 """A study: a command that trains a recipe in variants and compares them, as a technique declares it.
 
 It does so in a file ``commands.py`` of its folder, which imports torch only inside of functions: ``COMMANDS`` is a list
-of :class:`Study`. ``zoo.cli`` finds them, trains the variants, continues what was interrupted, and writes the page.
+of :class:`Study`, and of :class:`zoo.common.inspection.Inspection`. ``zoo.cli`` finds them, trains the variants,
+continues what was interrupted, and writes the page.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,9 @@
-"""Attention weights of vision transformers, as the networks compute them."""
+"""Attention weights of vision transformers, as the networks compute them, and maps of where they look."""
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from timm.layers import Attention, AttentionRope
 from timm.models.beit import Attention as BeitAttention
 from timm.models.beit import Beit
@@ -52,3 +54,31 @@ def block_attentions(backbone: Any, images: Tensor) -> list[Tensor]:
             part.fused_attn = was_fused
             hook.remove()
     return attentions
+
+
+def attention_maps(backbone: Any, attentions: Sequence[Tensor], size: Sequence[int]) -> dict[str, Tensor]:
+    """Maps over patches (B, h, w), non-negative, that sum to 1: "last" and "rollout".
+
+    "last" is the last block's attention from the class token, the mean over heads. "rollout" follows it through all
+    blocks: heads averaged, half of it the residual branch's identity, multiplied up (Abnar and Zuidema 2020). Without a
+    class token both are means over the queries.
+
+    Args:
+        backbone: The network.
+        attentions: Its attention of each block (B, heads, N, N), as :func:`block_attentions` gives it.
+        size: Height and width of the images in pixels.
+    """
+    means = [attention.mean(1) for attention in attentions]
+    identity = torch.eye(means[0].shape[-1], device=means[0].device)
+    rollout = identity
+    for attention in means:
+        rollout = (0.5 * attention + 0.5 * identity) @ rollout
+    height, width = backbone.patch_embed.dynamic_feat_size(tuple(size))
+    prefix, has_token = backbone.num_prefix_tokens, backbone.cls_token is not None
+
+    def on_patches(attention: Tensor) -> Tensor:
+        row = attention[:, 0] if has_token else attention.mean(1)
+        row = row[:, prefix:]
+        return (row / row.sum(1, keepdim=True)).unflatten(1, (height, width))
+
+    return {"last": on_patches(means[-1]), "rollout": on_patches(rollout)}

@@ -16,7 +16,7 @@ from zoo.common.classification_losses import Loss, given_modules
 from zoo.common.label_weights import Balanced
 from zoo.common.norms import restore_layer_norm_eps, set_layer_norm_eps
 from zoo.common.ranges import check_ranges
-from zoo.vit.attention import TRANSFORMERS, block_attentions, shows_attention
+from zoo.vit.attention import TRANSFORMERS, attention_maps, block_attentions, shows_attention
 from zoo.vit.peers import PEERS
 from zoo.weights import load as load_weights
 
@@ -231,27 +231,14 @@ class ViTClassifier(TakesImages, Classifier):
     def attention_maps(self, images: Tensor) -> dict[str, Tensor]:
         """Attention maps over patches, non-negative maps (B, h, w) that sum to 1.
 
-        These are the weights that the network computes, relative and rotary positions included.
-
-        "last" is the last block's attention from the class token, the mean over heads. "rollout" follows it through all
-        blocks: heads averaged, half of it the residual branch's identity, multiplied up (Abnar and Zuidema 2020).
+        These are the weights that the network computes, relative and rotary positions included: "last" and "rollout" of
+        :func:`zoo.vit.attention.attention_maps`.
 
         Raises:
             ValueError: For a backbone without such attention: see :func:`shows_attention`.
         """
-        attentions = [attention.mean(1) for attention in block_attentions(self.backbone, images)]
-        rollout = torch.eye(attentions[0].shape[-1], device=images.device)
-        for attention in attentions:
-            rollout = (0.5 * attention + 0.5 * torch.eye(attention.shape[-1], device=images.device)) @ rollout
-        height, width = self.backbone.patch_embed.dynamic_feat_size(images.shape[-2:])
-        prefix, has_token = self.backbone.num_prefix_tokens, self.backbone.cls_token is not None
-
-        def on_patches(attention: Tensor) -> Tensor:
-            row = attention[:, 0] if has_token else attention.mean(1)
-            row = row[:, prefix:]
-            return (row / row.sum(1, keepdim=True)).unflatten(1, (height, width))
-
-        return {"last": on_patches(attentions[-1]), "rollout": on_patches(rollout)}
+        attentions = block_attentions(self.backbone, images)
+        return attention_maps(self.backbone, attentions, images.shape[-2:])
 
     def pictures(self, batch: Any) -> dict[str, Tensor]:
         """Predictions, and attention maps if :func:`shows_attention`: images (B, 3, h, w) in [0, 1]."""

@@ -1,5 +1,11 @@
-"""``zoo compare-losses``: what it is called, takes and trains. ``compare_losses.py`` does it."""
+"""``zoo compare-losses`` and ``zoo analyze-vit``: what they are called, take and do, in files that import torch.
 
+``compare_losses.py`` does the one, ``analysis.py`` the other.
+"""
+
+from typing import Any
+
+from zoo.common.inspection import Findings, Inspection
 from zoo.common.study import Page, Recipe, Study
 
 
@@ -7,6 +13,12 @@ def _compare(recipe: Recipe, losses: list[str] | None) -> Page:
     from zoo.vit import compare_losses
 
     return compare_losses.compare(recipe, losses)
+
+
+def _analyze(module: Any, images: Any) -> Findings:
+    from zoo.vit import analysis
+
+    return analysis.analyze(module, images)
 
 
 COMMANDS = [
@@ -25,5 +37,16 @@ others will take.""",
         seeded=("seed", "split_seed"),
         run=_compare,
         options={"losses": {"metavar": "NAME", "nargs": "+", "help": "which (all that are for the recipe's labels)"}},
-    )
+    ),
+    Inspection(
+        "analyze-vit",
+        "draw what a ViT has learned: patch filters, positions, attention distance, rollout",
+        """\
+Draws the figures of the ViT articles. Of the network alone: the principal components of its patch filters, and the
+cosine similarity of its position embeddings. With images: the mean attention distance of each head by block, and the
+attention rollout. Figures that a network has none of are named, with the reason.""",
+        network="vit_tiny_patch16_224",
+        figures=("patch_filters", "position_similarity", "attention_distance", "rollout"),
+        run=_analyze,
+    ),
 ]

@@ -1,7 +1,7 @@
 """The commands, a file each: name, summary, arguments, and what it does, inside of which alone torch is imported."""
 
 from zoo.cli.arguments import Command
-from zoo.cli.commands import benchmark, cost, export, listing, predict, sweep, train
+from zoo.cli.commands import benchmark, cost, export, listing, predict, sweep, techniques, train
 
 COMMANDS: dict[str, Command] = {
     command.name: command
@@ -11,7 +11,7 @@ COMMANDS: dict[str, Command] = {
         cost.COMMAND,
         export.COMMAND,
         sweep.command_of(sweep.SWEEP),
-        *sweep.of_techniques(),
+        *techniques.of_techniques(),
         listing.COMMAND,
     )
 }

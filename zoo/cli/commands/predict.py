@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoo.cli import mistakes
-from zoo.cli.arguments import Arguments, Command, Line, positive
+from zoo.cli.arguments import Arguments, Command, Line, check_images, positive, with_images
 from zoo.cli.commands import train
-from zoo.cli.mistakes import Failure, Mistake, did_you_mean
+from zoo.cli.mistakes import Failure, Mistake
 from zoo.cli.notice import loading
 from zoo.cli.recipes import recipes
 
@@ -46,18 +46,11 @@ def _run(line: Line) -> int:
         return train.COMMAND_OF["predict"].run(line)
     if line.configs:
         raise Mistake(f"predict takes {ALONE.replace('FILE', line.words[0])}")
-    parser = _arguments()
-    parser.add_argument("images", nargs="*")
-    own, unknown = parser.parse_known_args([*line.options, "--", *line.words[1:]] if line.words[1:] else line.options)
-    if unknown:
-        known = [option for action in parser._actions for option in action.option_strings]
-        name = unknown[0].partition("=")[0]
-        hint = did_you_mean(name, known) or f": there are {', '.join(known)}"
-        raise Mistake(f"unknown option {name} of a checkpoint alone{hint}")
+    own = with_images(line, _arguments(), "a checkpoint alone")
     _check(line.words[0], own.images, own.out, own.overwrite)
     with loading():
         from zoo.serving.loading import load
-    device = own.device or _accelerator()
+    device = own.device or accelerator()
     predictor = load(line.words[0], tta=own.tta, device=device, batch_size=own.batch_size)
     with mistakes.worded(Failure):
         _predict(predictor, own)
@@ -77,16 +70,15 @@ def _check(checkpoint: str, images: list[str], out: Path | None, overwrite: bool
         raise Mistake(f"there is no checkpoint {checkpoint}")
     if not images:
         raise Mistake(f"images are missing: zoo predict {checkpoint} IMAGE ..., or a folder of them")
-    for image in images:
-        if not Path(image).exists():
-            raise Mistake(f"there is no image or folder {image}")
+    check_images(images)
     if out is not None and out.is_dir():
         raise Mistake(f"--out {out} is a folder: expected a file")
     if out is not None and out.exists() and not overwrite:
         raise Mistake(f"--out {out} is there already: --overwrite replaces it")
 
 
-def _accelerator() -> str:
+def accelerator() -> str:
+    """The accelerator, if there is one, else the CPU."""
     import torch
 
     return str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"

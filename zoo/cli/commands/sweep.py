@@ -4,11 +4,9 @@ import re
 from argparse import ArgumentTypeError
 from collections.abc import Mapping, Sequence
 from functools import partial
-from importlib.util import module_from_spec, spec_from_file_location
 from itertools import product
 from pathlib import Path
 
-import zoo
 from zoo.cli import names, plots
 from zoo.cli.arguments import RECIPE, STRICT, Arguments, Asked, Command, Line, positive
 from zoo.cli.mistakes import Mistake
@@ -74,19 +72,6 @@ def _run(study: Study, line: Line) -> int:
         plots.lines(out / "plot.png", page.series, page.x_label, page.y_label, page.log_x, page.ticks)
         print(f"plot {out / 'plot.png'}")
     return 0
-
-
-def of_techniques() -> list[Command]:
-    """The studies in techniques' files ``commands.py``, which are read by themselves: their packages import torch."""
-    found: list[Study] = []
-    for technique in dict.fromkeys(zoo._EXPORTS.values()):
-        file = Path(zoo.__file__).parent / technique / "commands.py"
-        spec = spec_from_file_location(f"zoo.{technique}.commands", file) if file.is_file() else None
-        if spec is not None and spec.loader is not None:
-            module = module_from_spec(spec)
-            spec.loader.exec_module(module)
-            found += module.COMMANDS
-    return [command_of(study) for study in found]
 
 
 # The study of whatever options.

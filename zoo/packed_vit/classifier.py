@@ -58,8 +58,8 @@ class PackedViTClassifier(TakesImages, Classifier):
         norm_eps: Epsilon of LayerNorm. None: as ``weights`` were trained, if they say so, or else the backbone's own.
         drop_path: Stochastic depth, the largest probability to drop a residual branch of an image.
         layer_scale: Initial LayerScale value (Touvron et al. 2021). None: the backbone's own.
-        merge: Tokens that are merged into similar ones in each block, a number, or a share of the image's patches (ToMe,
-            Bolya et al. 2023). None: none are.
+        merge: Tokens that are merged into similar ones in each block, a number, or a share of the image's patches
+            (ToMe, Bolya et al. 2023). None: none are.
         patch_drop: Share of patch tokens dropped in training (Liu et al. 2023, PatchDropout). None: the backbone's own.
         grad_checkpointing: Recompute blocks in the backward pass: less memory, about a third more time.
         multi_label: Whether an image has several labels.

@@ -168,6 +168,26 @@ def test_workers_change_nothing(tmp_path, workers):
         assert torch.equal(labels, theirs)
 
 
+def test_samples_travel_to_workers_that_are_not_forked(tmp_path):
+    for data in (folder(photos(tmp_path), auto_augment="rand-m5"), digits(rendering="placed")):
+        for loader in (data.train_dataloader(), data.val_dataloader()):
+            keys = next(iter(loader.sampler))
+            (images, labels), again = (
+                loader.collate_fn(loader.dataset[keys]),
+                pickle.loads(pickle.dumps(loader.dataset)),
+            )
+            others, theirs = loader.collate_fn(again[keys])
+            assert torch.equal(images.pixels, others.pixels)
+            assert torch.equal(labels, theirs)
+
+
+def test_overfitting_shows_the_same_images_in_order(tmp_path):
+    data, module = folder(photos(tmp_path / "photos"), scale=None, val_fraction=0.0), Recorder()
+    trainer(tmp_path, max_epochs=2, overfit_batches=2).fit(module, data)
+    assert len(module.seen) == 4
+    assert [labels.tolist() for _, labels in module.seen[:2]] == [labels.tolist() for _, labels in module.seen[2:]]
+
+
 def test_an_image_is_shown_whole_in_evaluation(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
     (tmp_path / "cat").mkdir()

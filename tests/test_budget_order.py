@@ -87,6 +87,12 @@ def test_an_evaluation_has_each_sample_once_and_in_order(world_size):
     assert all(tokens[[index for _, _, index in batch]].sum() <= 256 for batch in batches)
 
 
+def test_in_order_all_epochs_are_the_first():
+    order = BudgetOrder(50, 256, drawn)
+    assert keys(order, 3) == keys(order, 0)
+    assert {key[0] for batch in keys(order, 3) for key in batch} == {0}
+
+
 def test_a_rank_without_a_share_has_an_empty_batch():
     orders = [BudgetOrder(3, 10, np.array([8, 8, 8]), rank, 2) for rank in range(2)]
     assert [[batch for _, _, batch in each] for order in orders for each in order] == [[0], [2], [1], []]

@@ -5,8 +5,8 @@ What a sample gets is a function of its key and of the image's size, so that the
 (NaViT, Dehghani et al. 2023, arXiv 2307.06304, section 2.1), for which the side of a square of as many patches is drawn
 uniformly. The aspect is kept, up to whole patches.
 
-Deviation: NaViT pads what is left of a budget, and its sequences are rows of one batch; here nothing is padded, and a
-batch is one sequence.
+Deviations: NaViT's batches are several sequences, padded to one length; here a batch is one sequence, and nothing is
+padded. Of the distributions of sizes that the paper compares, there is the uniform one of the side.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

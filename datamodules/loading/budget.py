@@ -45,7 +45,7 @@ class BudgetOrder(DistributedSampler[Any], SequentialSampler):
     other copies.
 
     Evaluation: the samples in their order, each once, put into a pack until the next does not fit. Packs are halved
-    until all ranks have as many.
+    until all ranks have as many. All epochs are the first.
 
     A global batch is ``world_size`` packs that follow each other, one for each rank. The contract is that of
     :class:`datamodules.loading.order.BatchOrder`: a pure function of seed and epoch, with
@@ -107,7 +107,7 @@ class BudgetOrder(DistributedSampler[Any], SequentialSampler):
 
     def _identity(self, epoch: int) -> dict[str, Any]:
         """Facts that have to be the same for an epoch to be continued."""
-        counts = self._counts(epoch, np.zeros(self.size, dtype=np.int64), np.arange(self.size))
+        counts = self._counts(self._as(epoch), np.zeros(self.size, dtype=np.int64), np.arange(self.size))
         return {
             "size": self.size,
             "seed": self.seed,
@@ -153,9 +153,14 @@ class BudgetOrder(DistributedSampler[Any], SequentialSampler):
 
     def packed(self, epoch: int) -> Packs:
         """All packs of an epoch, over all ranks. Of a resumed epoch, those before the position as well."""
+        epoch = self._as(epoch)
         if self._kept is None or self._kept[0] != epoch:
             self._kept = epoch, self._shuffled(epoch) if self.shuffle else self._in_order(epoch)
         return self._kept[1]
+
+    def _as(self, epoch: int) -> int:
+        """The epoch that an epoch is made as: in order, the first, since packs go by its sizes."""
+        return epoch if self.shuffle else 0
 
     def fill(self, epoch: int = 0) -> float:
         """Share of the budget that an epoch's packs use, in [0, 1]."""
@@ -227,7 +232,7 @@ class BudgetOrder(DistributedSampler[Any], SequentialSampler):
         pack = self._start(batch, epoch) + self.rank
         share = slice(packs.ends[pack - 1] if pack else 0, packs.ends[pack])
         pairs = zip(packs.copies[share].tolist(), packs.indices[share].tolist(), strict=True)
-        return Keys(((epoch, copy, index) for copy, index in pairs), batch)
+        return Keys(((self._as(epoch), copy, index) for copy, index in pairs), batch)
 
     def batch_indices(self, batch: int, epoch: int | None = None) -> list[int]:
         """Sample indices of one batch, this rank's; of the current epoch if none is given."""

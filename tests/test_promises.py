@@ -70,7 +70,15 @@ PROMISES = [
         ),
     ),
     Promise(
-        ("images of any size", "Images of any size"),
+        ("weights of any plain vision transformer of timm and of its NaFlexViT",),
+        "every name of timm's vision_transformer and naflexvit files: the same features, or refused by name",
+        (
+            "packed_vit::test_any_plain_vision_transformer_of_timm_gives_the_same_or_is_refused_by_name",
+            "packed_vit::test_naflexvits_weights_give_its_padded_features_or_it_is_refused_by_name",
+        ),
+    ),
+    Promise(
+        ("images of any size", "Images of any size", "a Vision Transformer for any Aspect Ratio and Resolution"),
         "sides from 1 to 2200 pixels in all aspects up to 200; all loaders; those that are too large are named",
         (
             "vision_tokenizer::test_the_maximum_holds_for_all_sizes_and_ranges",

@@ -78,7 +78,7 @@ def images_and_labels(batch: Any, read: Read = images) -> tuple[Any, Tensor]:
 
     Args:
         batch: The batch.
-        read: How its images are read; those of any size are a list.
+        read: How its images are read; those of several sizes are a list.
 
     Raises:
         ValueError: If the batch carries no labels, if they are not one for each image, or if they are numbers (B,) that

@@ -1,4 +1,4 @@
-"""Positions of patches for grids of any size: tables that are interpolated or looked up, and rotations.
+"""Positions of patches for grids of all sizes: tables that are interpolated or looked up, and rotations.
 
 ``learned``
     A table of one grid, interpolated to each image's (Dosovitskiy et al. 2021, section 3.2).
@@ -11,7 +11,7 @@
 ``none``
     No table.
 
-Rotations of queries and keys (Su et al. 2021, arXiv 2104.09864) come beside any of them: half of the channels turn with
+Rotations of queries and keys (Su et al. 2021, arXiv 2104.09864) come beside each of them: half of the channels turn with
 the row, half with the column (Qwen2-VL, Wang et al. 2024, arXiv 2409.12191). They are timm's.
 """
 

@@ -11,8 +11,8 @@
 ``none``
     No table.
 
-Rotations of queries and keys (Su et al. 2021, arXiv 2104.09864) come beside each of them: half of the channels turn with
-the row, half with the column (Qwen2-VL, Wang et al. 2024, arXiv 2409.12191). They are timm's.
+Rotations of queries and keys (Su et al. 2021, arXiv 2104.09864) come beside each of them: half of the channels turn
+with the row, half with the column (Qwen2-VL, Wang et al. 2024, arXiv 2409.12191). They are timm's.
 """
 
 from collections.abc import Callable, Sequence

@@ -50,7 +50,7 @@ COLUMNS: dict[str, dict[str, Any]] = {
 def accuracies(checkpoint: Path, changes: dict[str, Any]) -> list[float]:
     """Test accuracy of a run on each rendering."""
     rendered = yaml.safe_load(recipes()[RECIPE].read_text(encoding="utf-8"))["data"]["init_args"]
-    model = PackedViTClassifier.load_from_checkpoint(checkpoint)
+    model = PackedViTClassifier.load_from_checkpoint(checkpoint, weights_only=True)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False, "accelerator": "cpu"}
     found = []
     for column in COLUMNS.values():

@@ -116,7 +116,8 @@ def test_padding_is_not_attended_to_and_images_are():
     assert torch.allclose(fused[:, :3], made(changed, made.read(images), real)[:, :3])
     swapped = made(texts, made.read(images.flip(0)), real)
     assert not torch.allclose(fused, swapped)
-    assert torch.equal(swapped, made(texts, made.read(images), real, owners=torch.tensor([1, 0])))
+    by_owners = made(texts, made.read(images), real, owners=torch.tensor([1, 0]))
+    torch.testing.assert_close(swapped, by_owners, atol=1e-12, rtol=0)  # rows of another order may round otherwise
 
 
 def test_recomputed_activations_change_no_gradient():

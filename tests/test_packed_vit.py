@@ -6,10 +6,12 @@ from itertools import product
 import pytest
 import timm
 import torch
+from timm.models._manipulate import group_parameters
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from zoo import ViTClassifier
+from zoo import PackedViTClassifier, ViTClassifier
+from zoo.common.optim import parameter_groups
 from zoo.packed_vit import PackedViT, Packing, Patches, patchify
 from zoo.packed_vit.attention import packed_attention, windows
 from zoo.packed_vit.blocks import dropped
@@ -139,6 +141,31 @@ def test_it_is_a_backbone_for_any_module_that_takes_one():
     batch = torch.randn(2, 3, 16, 16)
     assert module(batch).shape == (2, 3)
     assert torch.equal(module.backbone(batch), module.backbone(list(batch)))
+
+
+@pytest.mark.parametrize("position", ["learned", "fractional"])
+def test_layers_and_weight_decay_are_as_of_timms(position):
+    options = {"embed_dim": 24, "depth": 3, "num_heads": 2, "num_classes": 0, "reg_tokens": 1, "global_pool": "map"}
+    network = timm.create_model("vit_tiny_patch16_224", **options)
+    module = packed(position=position, reg_tokens=1, pool="map")
+    module.set_grad_checkpointing()
+    assert module.grad_checkpointing
+    layers, expected = (
+        {name: layer for layer, names in group_parameters(each, each.group_matcher()).items() for name in names}
+        for each in (module, network)
+    )
+    own = {"pos_embed_y", "pos_embed_x"}
+    assert {name: layer for name, layer in layers.items() if name not in own} == {
+        name: layer for name, layer in expected.items() if name in layers
+    }
+    assert {layers[name] for name in own & layers.keys()} <= {0}
+    assert {*layers} == {name for name, _ in module.named_parameters()}
+    groups = parameter_groups(PackedViTClassifier(module, num_classes=3), lr=1.0, weight_decay=0.1, layer_decay=0.5)
+    assert {group["lr"] for group in groups} == {0.5**n for n in range(5)}
+    plain = {id(p) for group in groups if not group["weight_decay"] for p in group["params"]}
+    for name, parameter in module.named_parameters():
+        is_plain = parameter.ndim <= 1 or any(part in name for part in ("pos_embed", "_token"))
+        assert (id(parameter) in plain) == is_plain, name
 
 
 # The networks whose weights it takes.

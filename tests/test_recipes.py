@@ -35,6 +35,7 @@ SMALL_MODEL = {
     "zoo.GumbelVAE": SMALL_VAE,
     "zoo.GaussianVAE": SMALL_VAE,
     "zoo.ImageTextAligner": SMALL_ALIGNER,
+    "zoo.PackedViTClassifier": ["--model.width=24", "--model.depth=1", "--model.heads=2"],
     "zoo.ImageTextFusion": SMALL_ALIGNER,
     "zoo.FPNDetector": ["--model.image_size", "64", "--model.channels", "8", "--model.head_depth", "1"],
     "zoo.FasterRCNN": ["--model.image_size", "64", "--model.channels", "8", "--model.head_width", "8", *FEW_REGIONS],
@@ -140,6 +141,8 @@ def small(name: str, root: Path, monkeypatch) -> list[str]:
         model += small_detector(recipe)
     if name.startswith("alignment/"):
         model += small_aligner(recipe)
+    if name == "packed_vit/imagefolder":
+        data += ["--data.token_budget=64", "--data.tokens=[4,16]"]
     if recipe["model"]["init_args"].get("iw_samples"):
         model += ["--model.iw_samples=2"]
     if name == "gumbel_vae/imagenet_dvae":
@@ -170,6 +173,7 @@ QUICK = (
     "detection/shapes",
     "gumbel_vae/digits",
     "gaussian_vae/digits",
+    "packed_vit/digits_sizes",
 )
 SIZES = re.compile("efficientnet/b[1-7]_imagenet|mae/(large|huge)_imagenet")
 
@@ -225,6 +229,9 @@ def test_recipe_is_complete_and_says_where_it_comes_from(name):
     header = " ".join(line.lstrip("# ") for line in text.splitlines() if line.startswith("#"))
     recipe = yaml.safe_load(text)
     assert f"zoo fit -c {name}" in header
+    if budget := recipe["data"]["init_args"].get("token_budget"):
+        assert f"Total batch size by tokens: at most {budget:,} patches" in header
+        return
     batch = recipe["data"]["init_args"]["batch_size"] * recipe["trainer"].get("devices", 1)
     batch *= recipe["trainer"].get("accumulate_grad_batches", 1)
     assert f"Total batch size {batch}" in header

@@ -122,7 +122,7 @@ def test_it_warns_once_of_images_that_shrink_by_more_than_half():
 
 
 def test_a_network_takes_what_it_makes():
-    network = PackedViT("vit_tiny_patch16_224", patch_size=8, width=24, depth=1, heads=2, position_grid=(4, 4))
+    network = PackedViT("vit_tiny_patch16_224", patch_size=8, width=24, depth=1, heads=2, image_size=32)
     tokenizer = VisionTokenizer(network.patch_size, min_tokens=4, max_tokens=20)
     images = [torch.rand(3, 40, 17), torch.rand(3, 9, 9), torch.rand(3, 16, 32)]
     features = network(tokenizer(images))

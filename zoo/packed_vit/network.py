@@ -27,7 +27,7 @@ from zoo.packed_vit.dropping import check_drop, kept_tokens, own_drop
 from zoo.packed_vit.layouts import PackedLayout
 from zoo.packed_vit.merging import check_merge, run_merging
 from zoo.packed_vit.packing import Grid, Packing, Patches, patchify
-from zoo.packed_vit.plain import check_plain, patch_embedding, resampled
+from zoo.packed_vit.plain import check_plain, embedded, patch_embedding
 from zoo.packed_vit.positions import Position, interpolated, looked_up, rotations, stretched, unturned
 
 Pool = Literal["token", "avg", "map"]
@@ -274,25 +274,13 @@ class PackedViT(nn.Module):
         """Tokens (T, D) of patches, with positions and with the tokens that stand for no patch.
 
         Patches of another size than the network's own are embedded by its weights, resampled by pseudo-inverse
-        (FlexiViT, Beyer et al. 2023, arXiv 2212.08013, section 3.4): see :func:`resampled`.
+        (FlexiViT, Beyer et al. 2023, arXiv 2212.08013, section 3.4): see :func:`zoo.packed_vit.plain.resampled`.
         """
-        proj = self.patch_embed.proj
-        weight, channels = proj.weight, proj.in_channels
-        size = patches.pixels.shape[1] // channels
-        if patches.pixels.shape[1] != channels * self.patch_size[0] * self.patch_size[1]:
-            side = round(size**0.5)
-            if patches.pixels.shape[1] != side * side * channels:
-                raise ValueError(
-                    f"patches have {patches.pixels.shape[1]} values: expected {channels} channels of squares, or of "
-                    f"{self.patch_size[0]}x{self.patch_size[1]} pixels"
-                )
-            weight = resampled(weight, (side, side))
         if len(patches.pixels) != sum(packing.counts):
             raise ValueError(
                 f"there are {len(patches.pixels)} patches for grids of {sum(packing.counts)} in all: expected as many"
             )
-        tokens = nn.functional.linear(patches.pixels, weight.permute(0, 2, 3, 1).flatten(1), proj.bias)
-        tokens = self.patch_embed.norm(tokens)
+        tokens = embedded(self.patch_embed, patches.pixels)
         prefix = [token[0] for token in (self.cls_token, self.reg_token) if token is not None]
         first = torch.cat(prefix) if prefix else tokens.new_empty(0, tokens.shape[1])
         if self.pos_embed is not None:
@@ -336,6 +324,21 @@ class PackedViT(nn.Module):
         else:
             features = packing.mean(tokens, weights).to(tokens.dtype)
         return self.fc_norm(features)
+
+    # What timm's networks say of themselves, for optimizers and for whoever unlocks a tower.
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Layers by names, from patches to pooling, for learning rates by layer."""
+        stem = "^cls_token|reg_token|pos_embed|patch_embed|norm_pre"
+        return {"stem": stem, "blocks": [(r"^blocks\.(\d+)", None), ("^norm", (99999,))]}  # as timm's
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of positions and tokens."""
+        return {"cls_token", "reg_token", "pos_embed", "pos_embed_y", "pos_embed_x"}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Has the backward pass recompute blocks, or not."""
+        self.grad_checkpointing = enable
 
     def extra_repr(self) -> str:
         """Positions, windows and pooling, which no part says."""

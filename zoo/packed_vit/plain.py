@@ -70,6 +70,27 @@ def patch_embedding(embeds: Any) -> PatchEmbed:
     return embedding
 
 
+def embedded(embedding: Any, pixels: Tensor) -> Tensor:
+    """Tokens (T, D) of the pixels of patches (T, p * p * C), by a convolution's weights, which are :func:`resampled`.
+
+    Raises:
+        ValueError: For patches of another size that are no squares.
+    """
+    weight, channels = embedding.proj.weight, embedding.proj.in_channels
+    height, width = weight.shape[2:]
+    if pixels.shape[1] != channels * height * width:
+        side = round((pixels.shape[1] // channels) ** 0.5)
+        if pixels.shape[1] != side * side * channels:
+            raise ValueError(
+                f"patches have {pixels.shape[1]} values: expected {channels} channels of squares, or of "
+                f"{height}x{width} pixels"
+            )
+        weight = resampled(weight, (side, side))
+    tokens = nn.functional.linear(pixels, weight.permute(0, 2, 3, 1).flatten(1), embedding.proj.bias)
+    normed: Tensor = embedding.norm(tokens)
+    return normed
+
+
 def resampled(weight: Tensor, size: tuple[int, int]) -> Tensor:
     """Weights (D, C, h, w) of a patch embedding for patches of another size, in float32.
 

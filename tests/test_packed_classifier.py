@@ -188,3 +188,17 @@ def test_images_of_another_kind_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             module.training_step((images, labels), 0)
+
+
+def test_a_network_that_is_given_is_as_it_was_built():
+    network = PackedViT("vit_tiny_patch16_224", patch_size=4, image_size=16, width=24, depth=1, heads=2, rotary=True)
+    assert PackedViTClassifier(network, num_classes=3).backbone is network
+    for options, named in (({"window": 2, "merge": 3}, "window, merge"), ({"grad_checkpointing": True}, "grad_check")):
+        with pytest.raises(ValueError, match=f"^{named}.* cannot be set on a PackedViT that is given: build it so$"):
+            PackedViTClassifier(network, num_classes=3, **options)
+    plain = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=24, depth=1, num_heads=2)
+    table = plain.pos_embed.detach().clone()
+    assert torch.equal(PackedViT(plain, image_size=32).pos_embed, table)
+    with pytest.raises(ValueError, match=r"^image_size is \(64, 64\), but the backbone given has positions of its own"):
+        PackedViT(plain, image_size=64)
+    assert PackedViT(plain, image_size=64, position="absolute").pos_embed_y.shape == (1, 4, 24)

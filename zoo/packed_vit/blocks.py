@@ -98,7 +98,9 @@ def joined(
     if turns is not None:
         query, key = (apply_rot_embed_cat(each, turns[:, None], half=True) for each in (query, key))
     dropout = attn.attn_drop.p if attn.training else 0.0
-    found = packed_attention(query, key.to(query.dtype), value.to(query.dtype), lengths, bias=bias, dropout=dropout)
+    # Under autocast norms of queries and keys give float32, which kernels for all lengths do not take.
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    found = packed_attention(query, key, value, lengths, bias=bias, dropout=dropout)
     projected: Tensor = attn.proj_drop(attn.proj(attn.norm(found.flatten(1))))
     return projected
 

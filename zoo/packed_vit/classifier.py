@@ -146,34 +146,33 @@ class PackedViTClassifier(TakesImages, Classifier):
             head_std=(head_std, 0, None),
             norm_eps=(norm_eps, 0, None),
         )
-        self.backbone = (
-            backbone
-            if isinstance(backbone, PackedViT)
-            else PackedViT(
-                backbone,
-                image_size=image_size,
-                patch_size=patch_size,
-                in_channels=in_channels,
-                position=position,
-                rotary=rotary,
-                window=window,
-                global_blocks=global_blocks,
-                width=width,
-                depth=depth,
-                heads=heads,
-                mlp_ratio=mlp_ratio,
-                norm=norm,
-                mlp=mlp,
-                pool=pool,
-                class_token=class_token,
-                reg_tokens=reg_tokens,
-                drop_path=drop_path or None,
-                layer_scale=layer_scale,
-                merge=merge,
-                patch_drop=patch_drop,
-                grad_checkpointing=grad_checkpointing,
-            )
-        )
+        options: dict[str, Any] = {
+            "patch_size": patch_size,
+            "position": position,
+            "rotary": rotary,
+            "window": window,
+            "global_blocks": tuple(global_blocks),
+            "width": width,
+            "depth": depth,
+            "heads": heads,
+            "mlp_ratio": mlp_ratio,
+            "norm": norm,
+            "mlp": mlp,
+            "pool": pool,
+            "class_token": class_token,
+            "reg_tokens": reg_tokens,
+            "drop_path": drop_path or None,
+            "layer_scale": layer_scale,
+            "merge": merge,
+            "patch_drop": patch_drop,
+            "grad_checkpointing": grad_checkpointing,
+        }
+        if isinstance(backbone, PackedViT):
+            if asked := [name for name, value in options.items() if value not in (None, False, ())]:
+                raise ValueError(f"{', '.join(asked)} cannot be set on a PackedViT that is given: build it so")
+            self.backbone = backbone
+        else:
+            self.backbone = PackedViT(backbone, image_size=image_size, in_channels=in_channels, **options)
         if norm_eps is not None:
             set_layer_norm_eps(self.backbone, norm_eps)
         if isinstance(backbone, nn.Module):

@@ -146,7 +146,7 @@ class PackedViT(nn.Module):
         self._adopt(network)
         if position is not None:
             self.position = position
-        self._set_positions(None if image_size is None else to_2tuple(image_size))
+        self._set_positions(None if image_size is None else to_2tuple(image_size), given)
         self.preserve_aspect = self.preserve_aspect if preserve_aspect is None else preserve_aspect
         self.interpolation = interpolation or self.interpolation
         head_width = self.blocks[0].attn.head_dim
@@ -198,7 +198,7 @@ class PackedViT(nn.Module):
             self.pos_embed_y, self.pos_embed_x = embeds.pos_embed_y, embeds.pos_embed_x
             self.position_grid = self.pos_embed_y.shape[1], self.pos_embed_x.shape[1]
 
-    def _set_positions(self, size: tuple[int, int] | None) -> None:
+    def _set_positions(self, size: tuple[int, int] | None, given: bool) -> None:
         """Makes the tables that the kind of positions needs, anew where there are none of this kind and size."""
         embed, same = self.patch_embed, True
         if size is not None:
@@ -206,7 +206,11 @@ class PackedViT(nn.Module):
             if min(grid) < 1 or size != (grid[0] * self.patch_size[0], grid[1] * self.patch_size[1]):
                 by, patch = (f"{a}x{b}" for a, b in (size, self.patch_size))
                 raise ValueError(f"image_size is {by}: expected multiples of the patch size {patch}")
-            same, self.position_grid = grid == self.position_grid, grid
+            same = grid == self.position_grid
+            has = self.pos_embed if self.position == "learned" else self.pos_embed_y
+            if given and not same and self.position != "none" and has is not None:
+                raise ValueError(f"image_size is {size}, but the backbone given has positions of its own: leave it out")
+            self.position_grid = grid
         # What others read: weights, of which grid positions are; and what measures, which images are usual.
         embed.strict_img_size = False
         embed.grid_size, embed.num_patches = self.position_grid, self.position_grid[0] * self.position_grid[1]

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from zoo.common.packed.compression import PatchMerger, Resampler
 from zoo.packed_vit import PackedViT, Packing, patchify
-from zoo.packed_vit.compression import PatchMerger, Resampler
 
 GRIDS = [(4, 6), (8, 8), (2, 2), (2, 10), (4, 6), (6, 2)]
 COUNTS = (7, 7, 1, 24, 3, 24)

@@ -12,8 +12,8 @@ from torch import nn
 
 from zoo import PackedViTClassifier, ViTClassifier
 from zoo.common.optim import parameter_groups
+from zoo.common.packed.attention import packed_attention, windows
 from zoo.packed_vit import PackedViT, Packing, Patches, patchify
-from zoo.packed_vit.attention import packed_attention, windows
 from zoo.packed_vit.blocks import dropped
 from zoo.packed_vit.plain import resampled
 from zoo.packed_vit.positions import rotations

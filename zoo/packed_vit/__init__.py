@@ -5,10 +5,10 @@ Dehghani et al. 2023, "Patch n' Pack: NaViT, a Vision Transformer for any Aspect
 file; the one that matters most is that images of a batch are not put into rows of one length: there is nothing to pad.
 """
 
+from zoo.common.packed.compression import PatchMerger, Resampler
+from zoo.common.packed.packing import Packing, Patches, patchify
 from zoo.packed_vit.classifier import PackedViTClassifier
-from zoo.packed_vit.compression import PatchMerger, Resampler
 from zoo.packed_vit.network import PackedViT
-from zoo.packed_vit.packing import Packing, Patches, patchify
 from zoo.packed_vit.tokenizer import Resized, VisionTokenizer
 
 __all__ = [

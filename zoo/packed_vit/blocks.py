@@ -8,8 +8,8 @@ from timm.layers import DropPath, apply_rot_embed_cat
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from zoo.packed_vit.attention import packed_attention, windows
-from zoo.packed_vit.packing import Packing
+from zoo.common.packed.attention import packed_attention, windows
+from zoo.common.packed.packing import Packing
 
 
 def run_blocks(

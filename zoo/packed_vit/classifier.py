@@ -12,10 +12,10 @@ from zoo.common.classification import Classifier
 from zoo.common.classification_losses import Loss, given_modules
 from zoo.common.label_weights import Balanced
 from zoo.common.norms import restore_layer_norm_eps, set_layer_norm_eps
+from zoo.common.packed.packing import Patches
 from zoo.common.ranges import check_ranges
 from zoo.packed_vit.layouts import PackedLayout
 from zoo.packed_vit.network import MLP, Norm, PackedViT, Pool
-from zoo.packed_vit.packing import Patches
 from zoo.packed_vit.positions import Position
 from zoo.packed_vit.tokenizer import VisionTokenizer
 from zoo.weights import load as load_weights

@@ -9,7 +9,7 @@ import torch
 from timm.layers import PatchDropout, PatchDropoutWithIndices
 from torch import Tensor, nn
 
-from zoo.packed_vit.packing import Packing
+from zoo.common.packed.packing import Packing
 
 
 def own_drop(layer: nn.Module | None) -> float:

@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from zoo.common.packed.packing import Packing
 from zoo.packed_vit.blocks import dropped, heads, joined
-from zoo.packed_vit.packing import Packing
 
 
 def check_merge(merge: int | float | None, rotary: bool, window: int | None) -> None:

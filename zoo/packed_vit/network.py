@@ -2,7 +2,7 @@
 
 The parts are timm's, with timm's names, so that weights of any plain vision transformer of timm and of its NaFlexViT
 fit as they are: patch embedding, tokens, blocks, norms and attention pooling. What is here is how they are run: on flat
-tokens, each image attending to itself (:mod:`zoo.packed_vit.attention`), positions by each image's grid
+tokens, each image attending to itself (:mod:`zoo.common.packed.attention`), positions by each image's grid
 (:mod:`zoo.packed_vit.positions`), and windows.
 
 Window attention as Qwen2.5-VL has it (Bai et al. 2025, arXiv 2502.13923, section 2.1.1): blocks attend within windows,
@@ -22,11 +22,11 @@ from timm.models.naflexvit import NaFlexVit
 from torch import Tensor, nn
 
 from zoo.common.backbones import create_backbone
+from zoo.common.packed.packing import Grid, Packing, Patches, patchify
 from zoo.packed_vit.blocks import attention_pooled, run_blocks
 from zoo.packed_vit.dropping import check_drop, kept_tokens, own_drop
 from zoo.packed_vit.layouts import PackedLayout
 from zoo.packed_vit.merging import check_merge, run_merging
-from zoo.packed_vit.packing import Grid, Packing, Patches, patchify
 from zoo.packed_vit.plain import check_plain, embedded, patch_embedding
 from zoo.packed_vit.positions import Position, interpolated, looked_up, rotations, stretched, unturned
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from timm.layers import RotaryEmbeddingCat
 from torch import Tensor
 
-from zoo.packed_vit.packing import Grid
+from zoo.common.packed.packing import Grid
 
 Position = Literal["learned", "absolute", "fractional", "none"]
 

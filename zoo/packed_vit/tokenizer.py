@@ -19,7 +19,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
 from zoo._lightning import rank_zero_warn
-from zoo.packed_vit.packing import Grid, Patches, patchify
+from zoo.common.packed.packing import Grid, Patches, patchify
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ import torch
 from timm.layers import Mlp, RmsNorm, SwiGLU
 from torch import Tensor, nn
 
-from zoo.packed_vit.attention import packed_attention
-from zoo.packed_vit.packing import Grid, Packing
+from zoo.common.packed.attention import packed_attention
+from zoo.common.packed.packing import Grid, Packing
 
 Order = Literal["rows", "blocks"]
 NORMS = {"layer": nn.LayerNorm, "rms": RmsNorm}

@@ -17,7 +17,7 @@ import datamodules._lightning
 import zoo._lightning
 
 ROOT = Path(__file__).parents[1]
-TECHNIQUES = {"alignment", "detection", "efficientnet", "gumbel_vae", "mae", "packed_vit", "vit"}
+TECHNIQUES = {"alignment", "detection", "efficientnet", "gumbel_vae", "mae", "packed_vit", "vision_language", "vit"}
 FLOORS = (
     {"zoo", "_lightning"},
     {"sharding", "checkpoints", "losses"},
@@ -33,7 +33,7 @@ FLOORS = (
 """Rooms of zoo/, files and folders, the lowest floor first. A room imports those of lower floors, none of its own."""
 JOURNEY = ("reading", "transforms", "loading")
 """Rooms of datamodules/ that a batch comes through, the first one the lowest; the data sets stand on top of them."""
-ROOMS, ARROWS = 20, 66
+ROOMS, ARROWS = 21, 76
 LONGEST = 350  # lines of a file
 LONGER: dict[str, int] = {}
 """Files that are longer on purpose, and how long they may be."""

@@ -241,6 +241,8 @@ def test_limits_of_a_foreign_model():
     ours = HuggingFaceLanguageModel(model).eval()
     assert ours.context_length == 30  # a sliding window sees no more
     assert HuggingFaceLanguageModel(made("GPT2")).context_length == POSITIONS
+    whole = torch.randn(1, 30, 16)
+    close(ours(whole, torch.arange(30)[None]), ours(whole))
     with pytest.raises(ValueError, match="sequences of 31 tokens are longer than context_length, 30"):
         ours(torch.randn(1, 31, 16))
     with pytest.raises(ValueError, match=r"embeddings are \(1, 3, 8\): expected \(B, L, 16\)"):

@@ -51,7 +51,7 @@ class CausalAttention(nn.Module):
     def forward(
         self, x: Tensor, turns: Tensor, mask: Tensor | None = None, cache: KeyValueCache | None = None, index: int = 0
     ) -> Tensor:
-        """What each token has read, (B, L, W).
+        """Outcome of attention for each token, (B, L, W).
 
         Args:
             x: (B, L, W).

@@ -11,16 +11,29 @@ class Cache(Protocol):
     """Memory of a language model: made by its ``create_cache``, filled by its calls.
 
     Attributes:
+        batch: Number of rows.
         length: Tokens that it holds of each row, a number on the host.
         capacity: Most of them.
     """
 
+    batch: int
     length: int
     capacity: int
 
     def rows(self, indices: Tensor) -> Self:
         """A cache of its own with these rows, each as often as it is named: int64 indices (R,)."""
         ...
+
+
+def check_room(cache: Cache, batch: int, new: int) -> None:
+    """Raises ValueError for another number of rows than the cache's, or more new tokens than it has room for."""
+    if batch != cache.batch:
+        raise ValueError(f"there are {batch} rows for a cache of {cache.batch}: see rows()")
+    if cache.length + new > cache.capacity:
+        raise ValueError(
+            f"the cache holds {cache.length} of at most {cache.capacity} tokens, too many for {new} more: create it "
+            "with a larger capacity"
+        )
 
 
 class KeyValueCache:
@@ -59,7 +72,7 @@ class KeyValueCache:
         Raises:
             ValueError: For another number of rows, or more tokens than there is room for.
         """
-        self.check(len(keys), keys.shape[2])
+        check_room(self, len(keys), keys.shape[2])
         held = self._layers[layer]
         if held is None:
             shape = (self.batch, keys.shape[1], self.capacity, keys.shape[3])
@@ -68,16 +81,6 @@ class KeyValueCache:
         for memory, new in zip(held, (keys, values), strict=True):
             memory[:, :, self.length : end] = new
         return held[0][:, :, :end], held[1][:, :, :end]
-
-    def check(self, batch: int, new: int) -> None:
-        """Raises ValueError for rows and tokens that do not fit."""
-        if batch != self.batch:
-            raise ValueError(f"there are {batch} rows for a cache of {self.batch}: see rows()")
-        if self.length + new > self.capacity:
-            raise ValueError(
-                f"the cache holds {self.length} of at most {self.capacity} tokens, too many for {new} more: create it "
-                "with a larger capacity"
-            )
 
     def advance(self, new: int) -> None:
         """Counts tokens that every layer has taken."""

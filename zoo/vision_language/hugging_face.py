@@ -16,6 +16,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from zoo.vision_language.cache import check_room
 from zoo.vision_language.masks import attention_mask, check_call, counted
 from zoo.weights.names import brief
 
@@ -38,16 +39,6 @@ class HuggingFaceCache:
     def __init__(self, batch: int, capacity: int) -> None:
         self.batch, self.capacity, self.length = batch, capacity, 0
         self.inner: Any = _transformers().DynamicCache()  # of whole layers, also where a model has sliding windows
-
-    def check(self, batch: int, new: int) -> None:
-        """Raises ValueError for rows and tokens that do not fit."""
-        if batch != self.batch:
-            raise ValueError(f"there are {batch} rows for a cache of {self.batch}: see rows()")
-        if self.length + new > self.capacity:
-            raise ValueError(
-                f"the cache holds {self.length} of at most {self.capacity} tokens, too many for {new} more: create it "
-                "with a larger capacity"
-            )
 
     def rows(self, indices: Tensor) -> Self:
         """A cache of its own with these rows, each as often as it is named: int64 indices (R,)."""
@@ -112,7 +103,7 @@ class HuggingFaceLanguageModel(nn.Module):
         seen: Tensor | None = None,
         cache: HuggingFaceCache | None = None,
     ) -> Tensor:
-        """Hidden states (B, L, width of the output): see :class:`zoo.vision_language.CausalTransformer`.
+        """Hidden states (B, L, width of the output): see :class:`zoo.vision_language.language_model.CausalTransformer`.
 
         Raises:
             ValueError: As there.
@@ -121,7 +112,7 @@ class HuggingFaceLanguageModel(nn.Module):
         limits = self.width, self.context_length
         check_call(*limits, embeddings, positions, segments, seen, None if cache is None else past)
         if cache is not None:
-            cache.check(*embeddings.shape[:2])
+            check_room(cache, *embeddings.shape[:2])
         mask = attention_mask(embeddings, segments, seen, past)
         if mask is None and positions is not None and cache is None:
             # Without a mask and a cache, transformers takes positions that jump for packed sequences.
@@ -231,7 +222,7 @@ class HuggingFaceLanguageModel(nn.Module):
 
 
 def _close(found: Tensor, expected: Tensor) -> bool:
-    """Whether two logits are the same up to rounding, or to a twentieth in half precision."""
+    """Equality of two logits up to rounding, or a twentieth in half precision."""
     error = (found - expected).float().abs().max()
     rounding = min(256 * torch.finfo(found.dtype).eps, 0.05)
     return bool(error <= rounding * expected.float().abs().max())

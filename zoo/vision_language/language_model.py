@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from zoo.common.ranges import check_above, check_ranges
 from zoo.vision_language.blocks import CausalBlock, rotations
-from zoo.vision_language.cache import KeyValueCache
+from zoo.vision_language.cache import KeyValueCache, check_room
 from zoo.vision_language.masks import attention_mask, check_call, counted
 
 
@@ -178,7 +178,7 @@ class CausalTransformer(nn.Module):
         limits = self.width, self.context_length
         check_call(*limits, embeddings, positions, segments, seen, None if cache is None else past)
         if cache is not None:
-            cache.check(*embeddings.shape[:2])
+            check_room(cache, *embeddings.shape[:2])
         if positions is None:
             positions = counted(embeddings, segments, past)
         mask = attention_mask(embeddings, segments, seen, past)

@@ -62,7 +62,7 @@ def to_llama(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _names(state: Mapping[str, Tensor], numbers: str) -> dict[str, str]:
-    """Our names by theirs, for as many blocks as the keys count."""
+    """Names of ours by theirs, for as many blocks as the keys count."""
     found = [int(match[1]) for key in state if (match := re.match(numbers, key))]
     blocks = range(max(found, default=0) + 1)
     inner = {

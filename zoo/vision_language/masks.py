@@ -15,7 +15,7 @@ def counted(embeddings: Tensor, segments: Tensor | None, past: int) -> Tensor:
 
 
 def attention_mask(embeddings: Tensor, segments: Tensor | None, seen: Tensor | None, past: int) -> Tensor | None:
-    """What each of L new tokens may read of those in a cache and the new ones: (B or 1, 1, L, past + L) bool.
+    """Mask of what each of L new tokens may read, of a cache and of the new ones: (B or 1, 1, L, past + L) bool.
 
     None where the new tokens see all before them and attention needs no mask: without a past, or one by one.
 

@@ -165,7 +165,9 @@ class CausalTransformer(nn.Module):
             positions: (B, L) int64, what the rotations see. None: 0, 1, ... in each segment; without segments, from the
                 cache's length on.
             segments: (B, L) integers, for several sequences in a row: each token reads those of its own segment alone.
-                A segment lies in one piece. 0 is padding, of which each reads itself. None: a row is one sequence.
+                A segment lies in one piece, and has at most ``context_length`` tokens, which whoever packs sees to:
+                looking for it here would wait for the device. 0 is padding, of which each reads itself. None: a row is
+                one sequence.
             seen: (B, S) bool, for rows that are padded on the left: which of S tokens, those in the cache and the L
                 new ones, may be read. A token may always read itself.
             cache: Of :meth:`create_cache`: what it holds comes before the new tokens, which it then holds as well.

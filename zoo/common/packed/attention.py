@@ -6,7 +6,7 @@ kernels that make attention fast. Padding is neither computed nor stored.
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import accumulate, groupby
+from itertools import accumulate
 from typing import cast
 
 import torch
@@ -56,9 +56,14 @@ def packed_attention(
 
 def _alike(lengths: Sequence[int], key_lengths: Sequence[int]) -> Iterator[tuple[int, int, int, int, int]]:
     """Runs of sequences of equal lengths: how many, their queries and keys, and where the first of both lie."""
+    runs: list[tuple[int, int, int]] = []  # a loop, since torch.compile does not group sizes that it takes for symbols
+    for rows, keys in zip(lengths, key_lengths, strict=True):
+        if runs and runs[-1][1] == rows and runs[-1][2] == keys:
+            runs[-1] = runs[-1][0] + 1, rows, keys
+        else:
+            runs.append((1, rows, keys))
     start = key_start = 0
-    for (rows, keys), run in groupby(zip(lengths, key_lengths, strict=True)):
-        count = sum(1 for _ in run)
+    for count, rows, keys in runs:
         yield count, rows, keys, start, key_start
         start, key_start = start + count * rows, key_start + count * keys
 

@@ -80,24 +80,19 @@ class PatchMerger(nn.Module):
             ValueError: For an image with an odd side, for tokens of which some were merged or dropped, or are missing.
         """
         packing.check(tokens)
-        if packing.grids is None:
-            raise ValueError(
-                "some tokens were merged or dropped: 2x2 neighbours need whole grids; set merge and patch_drop to 0"
-            )
-        for index, (rows, columns) in enumerate(packing.grids):
-            if rows % 2 or columns % 2:
-                raise ValueError(
-                    f"image {index} has {rows}x{columns} patches: expected even numbers for 2x2 merging; give images "
-                    "sides that are multiples of two patches"
-                )
+        grids = _even(packing)
         if packing.prefix or self.order == "rows":
-            tokens = tokens[self._blocks(packing, packing.grids, tokens.device)]
+            tokens = tokens[self._blocks(packing, grids, tokens.device)]
         if self.norm_each:
             tokens = self.norm(tokens)
         merged = tokens.unflatten(0, (-1, 4)).flatten(1)
         if not self.norm_each:
             merged = self.norm(merged)
-        return self.mlp(merged), Packing.of([(rows // 2, columns // 2) for rows, columns in packing.grids])
+        return self.mlp(merged), Packing.of([(rows // 2, columns // 2) for rows, columns in grids])
+
+    def counts(self, packing: Packing) -> tuple[int, ...]:
+        """Tokens that each image is going to have. Raises ValueError as the forward pass does."""
+        return tuple(rows * columns // 4 for rows, columns in _even(packing))
 
     def _blocks(self, packing: Packing, grids: Sequence[Grid], device: torch.device) -> Tensor:
         """Indices of the patch tokens in the order of 2x2 blocks, int64."""
@@ -112,6 +107,21 @@ class PatchMerger(nn.Module):
     def extra_repr(self) -> str:
         """Options that no part says."""
         return f"order={self.order}, norm_each={self.norm_each}"
+
+
+def _even(packing: Packing) -> tuple[Grid, ...]:
+    """Grids of images, all of even sides."""
+    if packing.grids is None:
+        raise ValueError(
+            "some tokens were merged or dropped: 2x2 neighbours need whole grids; set merge and patch_drop to 0"
+        )
+    for index, (rows, columns) in enumerate(packing.grids):
+        if rows % 2 or columns % 2:
+            raise ValueError(
+                f"image {index} has {rows}x{columns} patches: expected even numbers for 2x2 merging; give images "
+                "sides that are multiples of two patches"
+            )
+    return packing.grids
 
 
 class Resampler(nn.Module):
@@ -168,10 +178,8 @@ class Resampler(nn.Module):
             ValueError: For tokens of another number than the packing's.
         """
         packing.check(tokens)
+        tokens, packing = packing.without_prefix(tokens)
         sizes = packing.sizes
-        if packing.prefix:
-            kept = packing.patch_indices(tokens.device)
-            tokens, sizes = tokens[kept], None if sizes is None else sizes[kept]
         tokens = self.projection(tokens)
         images, each = len(packing.counts), len(self.latents)
         order = _with_latents(packing.counts, each).to(tokens.device, non_blocking=True)
@@ -180,6 +188,10 @@ class Resampler(nn.Module):
         for layer in self.layers:
             latents = layer(latents, tokens, order, packing.counts, bias)
         return self.norm(latents), Packing((each,) * images)
+
+    def counts(self, packing: Packing) -> tuple[int, ...]:
+        """Tokens that each image is going to have."""
+        return (len(self.latents),) * len(packing.counts)
 
 
 def _with_latents(counts: Sequence[int], each: int) -> Tensor:

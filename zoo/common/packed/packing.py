@@ -7,7 +7,6 @@ knows them, so that nothing waits for a device.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from itertools import accumulate
 from typing import NamedTuple, Self
 
@@ -109,7 +108,7 @@ class Packing:
         """The packing of fewer patches of the same images."""
         return replace(self, counts=tuple(counts), grids=None, sizes=None)
 
-    @cached_property
+    @property
     def lengths(self) -> tuple[int, ...]:
         """Tokens of each image."""
         return tuple(self.prefix + count for count in self.counts)
@@ -119,7 +118,7 @@ class Packing:
         """Number T of tokens."""
         return sum(self.lengths)
 
-    @cached_property
+    @property
     def starts(self) -> tuple[int, ...]:
         """Index of each image's first token."""
         return tuple(accumulate(self.lengths[:-1], initial=0))
@@ -157,6 +156,23 @@ class Packing:
         order[self.patch_indices(order.device)] = torch.arange(len(patches)) + images * self.prefix
         every = torch.cat([prefix.to(patches.dtype).repeat(images, *[1] * (prefix.ndim - 1)), patches])
         return every[order.to(patches.device, non_blocking=True)]
+
+    def without_prefix(self, tokens: Tensor) -> tuple[Tensor, "Packing"]:
+        """Tokens (T - B * prefix, D) that stand for patches, and their packing, of tokens (T, D)."""
+        if not self.prefix:
+            return tokens, self
+        if len(set(self.counts)) == 1:  # images of one size need no indices
+
+            def kept(each: Tensor) -> Tensor:
+                return each.unflatten(0, (len(self.counts), -1))[:, self.prefix :].flatten(0, 1)
+        else:
+            indices = self.patch_indices(tokens.device)
+
+            def kept(each: Tensor) -> Tensor:
+                return each[indices]
+
+        sizes = None if self.sizes is None else kept(self.sizes)
+        return kept(tokens), replace(self, prefix=0, sizes=sizes)
 
     def split(self, tokens: Tensor) -> tuple[Tensor, ...]:
         """Tokens of each image, (lengths[i], D)."""

@@ -27,7 +27,7 @@ def small(kind: str, **options: Any) -> Any:
     torch.manual_seed(0)
     connector = create_connector(kind, IN, OUT, **SMALL[kind] | options)
     for parameter in connector.parameters():
-        nn.init.normal_(parameter, std=0.3)
+        nn.init.normal_(parameter, std=0.2)
     return connector.eval()
 
 
@@ -85,6 +85,16 @@ def test_gradients_reach_every_weight(kind):
     found, left = connector(some(packing), packing)
     (found * some(left, OUT)).sum().backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in connector.parameters())
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_connectors_run_in_half_precision(kind):
+    connector, packing = small(kind), Packing.of(GRIDS, 1)
+    tokens = some(packing)
+    expected = connector(tokens, packing)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = connector(tokens, packing)[0]
+    torch.testing.assert_close(found.float(), expected, rtol=0, atol=0.05 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("kind", SMALL)

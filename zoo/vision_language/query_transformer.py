@@ -47,7 +47,7 @@ class Attention(nn.Module):
         context_lengths: Sequence[int],
         bias: Tensor | None = None,
     ) -> Tensor:
-        """What tokens (T, width) find in their image's context (S, context_width): (T, width).
+        """Sums (T, width) of what tokens (T, width) find in their image's context (S, context_width).
 
         Args:
             tokens: (T, width).

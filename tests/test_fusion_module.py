@@ -15,9 +15,9 @@ from zoo import ImageTextAligner, ImageTextFusion
 from zoo.alignment import distillation, heads
 from zoo.alignment.matching import known_positives, matching_loss, pairs_to_match
 from zoo.alignment.text import TextTransformer
-from zoo.alignment.words import masked_tokens, words_of
+from zoo.alignment.words import masked_tokens
 from zoo.common.captions import read
-from zoo.common.tokenizers import ByteTokenizer, WordTokenizer
+from zoo.common.tokenizers import ByteTokenizer, WordTokenizer, words_of
 
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
 TINY = {"embed_dim": 16, "text_width": 32, "text_depth": 1, "text_heads": 2, "context_length": 16, "fusion_depth": 1}

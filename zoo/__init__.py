@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from zoo.packed_vit import PackedViTClassifier
     from zoo.serving.export import export
     from zoo.serving.loading import load
+    from zoo.vision_language import VisionLanguageModel
     from zoo.vit import ViTClassifier
 
 __version__ = "0.1.0"
@@ -30,6 +31,7 @@ __all__ = [
     "MAEPretrainer",
     "PackedViTClassifier",
     "ViTClassifier",
+    "VisionLanguageModel",
     "export",
     "load",
 ]
@@ -46,6 +48,7 @@ _EXPORTS = {
     "MAEPretrainer": "mae",
     "PackedViTClassifier": "packed_vit",
     "ViTClassifier": "vit",
+    "VisionLanguageModel": "vision_language",
 }
 _FUNCTIONS = {"export": "serving.export", "load": "serving.loading"}
 """What is made from a checkpoint alone: exported name -> submodule."""

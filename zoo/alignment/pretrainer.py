@@ -29,12 +29,12 @@ from zoo.alignment.heads import check_heads, create_head, head_losses, verdicts
 from zoo.alignment.positives import Positives
 from zoo.alignment.settings import BIAS, Loss, Projection
 from zoo.alignment.text import Act, Pool
-from zoo.alignment.words import masked_tokens, real_tokens, words_of
+from zoo.alignment.words import masked_tokens, real_tokens
 from zoo.alignment.zero_shot import TEMPLATES
 from zoo.common import loaders
 from zoo.common.captions import CaptionBatch, read
 from zoo.common.precision import MeanMetric
-from zoo.common.tokenizers import Tokenizer
+from zoo.common.tokenizers import Tokenizer, words_of
 
 
 class ImageTextFusion(ImageTextAligner):
@@ -279,7 +279,7 @@ class ImageTextFusion(ImageTextAligner):
 
     @cached_property
     def words(self) -> Tensor:
-        """Tokens (W,) that texts are made of, as of :func:`zoo.alignment.words.words_of`, on the CPU."""
+        """Tokens (W,) that texts are made of, as of :func:`zoo.common.tokenizers.words_of`, on the CPU."""
         return words_of(self.tokenizer)
 
     def fit_words(self, texts: Callable[[], Sequence[str]]) -> None:

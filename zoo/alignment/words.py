@@ -10,26 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.common.tokenizers import Tokenizer
-
 MASK = "[MASK]"
 """Place of a token to fill in, in a text: of a word, or with bytes of a byte."""
 IGNORED = -100
 """Target that cross_entropy does not count, its default."""
-
-
-def words_of(tokenizer: Tokenizer) -> Tensor:
-    """Ids (W,) int64 that texts are made of: none that is special, and none that stands for nothing."""
-    special = {tokenizer.pad_id, tokenizer.start_id, tokenizer.end_id, tokenizer.mask_id}
-    return torch.tensor([i for i in range(tokenizer.vocab_size) if i not in special and _stands(tokenizer, i)])
-
-
-def _stands(tokenizer: Tokenizer, number: int) -> bool:
-    try:
-        tokenizer.decode([number])
-    except ValueError:
-        return False
-    return True
 
 
 def masked_tokens(tokenizer: Any, texts: Sequence[str], context_length: int) -> Tensor:

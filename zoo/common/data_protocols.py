@@ -81,6 +81,13 @@ class HasSubsets(Protocol):
 
 
 @runtime_checkable
+class HasKinds(Protocol):
+    """A data module whose samples are of several kinds, of which each may say the name, as questions are."""
+
+    kinds: Sequence[str]
+
+
+@runtime_checkable
 class TrainsInStages(Protocol):
     """A data module whose training images may change from epoch to epoch."""
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from zoo.common.data_protocols import (  # noqa: F401  # one door to all of them
     HasBaselines,
     HasImageShape,
+    HasKinds,
     HasNats,
     HasSamples,
     HasSizeRanges,

@@ -8,6 +8,7 @@ The packing's prefix is the class token and registers; connectors leave them out
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from inspect import signature
 from typing import Any, Protocol, runtime_checkable
 
@@ -183,18 +184,38 @@ def dry_run(backbone: nn.Module, image_size: int | tuple[int, int], layer: int |
     Raises:
         ValueError: See :func:`image_tokens`.
     """
+    tokens, packing = _dry_tokens(backbone, image_size, layer, torch.no_grad())
+    return packing, tokens.shape[1]
+
+
+def _dry_tokens(
+    backbone: nn.Module, image_size: int | tuple[int, int], layer: int | None, gradients: AbstractContextManager[Any]
+) -> tuple[Tensor, Packing]:
     first = next((each for each in backbone.parameters() if each.is_floating_point()), torch.empty(0))
     channels = own_image_shape(backbone)[0] or 3
     image = torch.zeros(1, channels, *to_2tuple(image_size), dtype=first.dtype, device=first.device)
     modes = {part: part.training for part in backbone.modules()}
     backbone.eval()  # batch norm takes no statistics of it, and nothing is dropped
     try:
-        with torch.no_grad():
-            tokens, packing = image_tokens(backbone, image, layer)
+        with gradients:
+            return image_tokens(backbone, image, layer)
     finally:
         for part, mode in modes.items():
             part.training = mode
-    return packing, tokens.shape[1]
+
+
+def unread_parameters(
+    backbone: nn.Module, image_size: int | tuple[int, int], layer: int | None = None
+) -> list[nn.Parameter]:
+    """Parameters that image tokens do not depend on, those of a pooling or of blocks behind the layer that is read.
+
+    Args:
+        backbone, image_size, layer: As of :func:`dry_run`.
+    """
+    tokens = _dry_tokens(backbone, image_size, layer, torch.enable_grad())[0]
+    learning = [each for each in backbone.parameters() if each.requires_grad]
+    found = torch.autograd.grad(tokens.sum(), learning, allow_unused=True)
+    return [each for each, gradient in zip(learning, found, strict=True) if gradient is None]
 
 
 def tokens_of(backbone: nn.Module, image_size: int | tuple[int, int], layer: int | None = None) -> int:

@@ -6,12 +6,13 @@
 
 from zoo.common.tokenizers.creation import create_tokenizer
 from zoo.common.tokenizers.files import HuggingFaceTokenizer, OpenClipTokenizer, SentencePieceTokenizer
-from zoo.common.tokenizers.interface import FitsTokenizer, Tokenizer, check_special, tokenize
+from zoo.common.tokenizers.interface import FitsTokenizer, HasUnknown, Tokenizer, check_special, tokenize, words_of
 from zoo.common.tokenizers.plain import ByteTokenizer, WordTokenizer
 
 __all__ = [
     "ByteTokenizer",
     "FitsTokenizer",
+    "HasUnknown",
     "HuggingFaceTokenizer",
     "OpenClipTokenizer",
     "SentencePieceTokenizer",
@@ -20,4 +21,5 @@ __all__ = [
     "check_special",
     "create_tokenizer",
     "tokenize",
+    "words_of",
 ]

@@ -52,7 +52,7 @@ class FileTokenizer(ABC):
                 raise ValueError(f"{role} is {token!r}, which is no token of this tokeniser")
             ids[role] = found
         self.pad_id, self.start_id, self.end_id, self.mask_id = (ids[role] for role in self.spelled)
-        unknown = ids.get("unknown")
+        self.unknown_id = unknown = ids.get("unknown")
         self.pad_reserved = self.pad_id not in (None, unknown, self.start_id, self.end_id)
         # CLIP's end token stands for what is unknown as well, of which a BPE of bytes has nothing.
         self._special = {self.start_id, self.end_id, self.mask_id} | ({self.pad_id} - {unknown})

@@ -48,6 +48,13 @@ class Tokenizer(Protocol):
 
 
 @runtime_checkable
+class HasUnknown(Protocol):
+    """A tokeniser with a token for what it does not know; None where it knows everything."""
+
+    unknown_id: int | None
+
+
+@runtime_checkable
 class FitsTokenizer(Protocol):
     """A text tower that was made for certain tokens, and pools and masks by those of the tokeniser it is used with."""
 
@@ -87,6 +94,20 @@ def tokenize(tokenizer: Tokenizer, texts: Sequence[str], context_length: int) ->
             cut += 1
         rows.append(ids + [tokenizer.pad_id] * (context_length - len(ids)))
     return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), context_length), cut
+
+
+def words_of(tokenizer: Tokenizer) -> Tensor:
+    """Ids (W,) int64 that texts are made of: none that is special, and none that stands for nothing."""
+    special = {tokenizer.pad_id, tokenizer.start_id, tokenizer.end_id, tokenizer.mask_id}
+    return torch.tensor([i for i in range(tokenizer.vocab_size) if i not in special and _stands(tokenizer, i)])
+
+
+def _stands(tokenizer: Tokenizer, number: int) -> bool:
+    try:
+        tokenizer.decode([number])
+    except ValueError:
+        return False
+    return True
 
 
 def check_special(tokenizer: Tokenizer, pool: str, mask_padding: bool = False) -> None:

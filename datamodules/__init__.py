@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from datamodules.captions import CaptionsDataModule
     from datamodules.coco import CocoDetectionDataModule
+    from datamodules.conversations import ConversationsDataModule
+    from datamodules.digit_rows import DigitRowsDataModule
     from datamodules.digits import DigitsDataModule
     from datamodules.folder import ImageFolderDataModule
     from datamodules.loading.budget import BudgetOrder
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from datamodules.loading.seeding import SeededBatches
     from datamodules.shapes import ShapesDetectionDataModule
     from datamodules.shapes_captions import ShapesCaptionsDataModule
+    from datamodules.shapes_questions import ShapesQuestionsDataModule
     from datamodules.torchvision_sets import TorchvisionDataModule
 
 __all__ = [
@@ -23,11 +26,14 @@ __all__ = [
     "BudgetOrder",
     "CaptionsDataModule",
     "CocoDetectionDataModule",
+    "ConversationsDataModule",
+    "DigitRowsDataModule",
     "DigitsDataModule",
     "ImageFolderDataModule",
     "SeededBatches",
     "ShapesCaptionsDataModule",
     "ShapesDetectionDataModule",
+    "ShapesQuestionsDataModule",
     "TorchvisionDataModule",
 ]
 
@@ -35,10 +41,13 @@ __all__ = [
 _EXPORTS = {
     "CaptionsDataModule": "captions",
     "CocoDetectionDataModule": "coco",
+    "ConversationsDataModule": "conversations",
+    "DigitRowsDataModule": "digit_rows",
     "DigitsDataModule": "digits",
     "ImageFolderDataModule": "folder",
     "ShapesCaptionsDataModule": "shapes_captions",
     "ShapesDetectionDataModule": "shapes",
+    "ShapesQuestionsDataModule": "shapes_questions",
     "TorchvisionDataModule": "torchvision_sets",
 }
 # Parts for loaders of one's own.

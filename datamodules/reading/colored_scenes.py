@@ -1,4 +1,4 @@
-"""Rendered scenes of one or two coloured shapes, each a pure function of its composition, a seed and its number.
+"""Rendered scenes of one to four coloured shapes, each a pure function of its composition, a seed and its number.
 
 All shapes are drawn at once, by distance to their outlines. Only sums, products, roots, minima and maxima go over the
 pixels, which IEEE 754 rounds everywhere alike, so that a scene is the same in whatever company it is drawn; across
@@ -6,7 +6,7 @@ machines the noise may differ in its last digit.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -54,7 +54,7 @@ Off the edges of the straight ones it is a bound of the distance.
 """
 
 
-def render(scenes: Tensor, seed: int, numbers: Tensor, image_size: int = UNIT) -> Tensor:
+def render(scenes: Tensor, seed: int, numbers: Tensor, image_size: int = UNIT, moved: float = MOVED) -> Tensor:
     """Draws scenes to uint8 images (N, 3, S, S).
 
     Args:
@@ -64,13 +64,34 @@ def render(scenes: Tensor, seed: int, numbers: Tensor, image_size: int = UNIT) -
             and noise.
         numbers: int64 (N,): the scenes' numbers, which make their images differ.
         image_size: Side S in pixels.
+        moved: How far a centre is moved from its place at most, of 32 pixels.
     """
     chunks = zip(scenes.split(CHUNK), numbers.split(CHUNK), strict=True)
-    parts = [_render(some, seed, these.tolist(), image_size) for some, these in chunks]
+    parts = [_render(some, seed, these.tolist(), image_size, moved) for some, these in chunks]
     return torch.cat(parts) if parts else torch.empty(0, 3, image_size, image_size, dtype=torch.uint8)
 
 
-def _render(scenes: Tensor, seed: int, numbers: list[int], image_size: int) -> Tensor:
+def render_each(
+    scenes: Sequence[Sequence[Sequence[int]]], seed: int, numbers: Tensor, image_size: int = UNIT
+) -> Tensor:
+    """Draws scenes of several numbers of objects, each in a place of its own, to uint8 images (N, 3, S, S).
+
+    Centres are moved by half as much as in :func:`render`, so that objects in places that meet hide little of others.
+
+    Args:
+        scenes: N scenes, each a list of objects as there.
+        seed, numbers, image_size: See :func:`render`.
+    """
+    images = torch.empty(len(scenes), 3, image_size, image_size, dtype=torch.uint8)
+    lengths = torch.tensor([len(scene) for scene in scenes])
+    for length in lengths.unique().tolist():
+        rows = (lengths == length).nonzero().flatten()
+        some = torch.tensor([scenes[row] for row in rows.tolist()], dtype=torch.int64)
+        images[rows] = render(some, seed, numbers[rows], image_size, MOVED / 2)
+    return images
+
+
+def _render(scenes: Tensor, seed: int, numbers: list[int], image_size: int, moved: float) -> Tensor:
     objects = scenes.shape[1]
     draws = torch.empty(len(numbers), objects, 4)
     tints = torch.empty(len(numbers), objects, 3)
@@ -89,7 +110,7 @@ def _render(scenes: Tensor, seed: int, numbers: list[int], image_size: int) -> T
     pixels = (torch.arange(image_size) + 0.5) * (UNIT / image_size)
     for k in range(objects):
         shape, color, size, place = scenes[:, k].unbind(1)
-        center = places[place] + MOVED * draws[:, k, :2]
+        center = places[place] + moved * draws[:, k, :2]
         radius = (radii[size] * (1 + SCALED * draws[:, k, 2]))[:, None, None]
         angle = TURNED * draws[:, k, 3].double()[:, None, None]
         cos, sin = angle.cos().float(), angle.sin().float()

@@ -56,6 +56,8 @@ class ShapesQuestionsDataModule(Conversed, ImageDataModule):
             have the same share. None: equal ones. They choose the scenes as well, which have to allow the questions.
         text_share: Share of the training samples that are text alone: arithmetic in words, without an image, of kind
             "text".
+        in_words: Tell each scene in words in the place of its image, in all splits: text alone, for a language model to
+            learn what is asked before it sees anything.
         objects: Fewest and most objects of a scene, of 1 to 4.
         held_out: Pairs of shape and colour that training images have none of: "hard", two colours for each shape, 12
             of the 36 pairs; "easy", one colour, 6 pairs; "none". An unseen image has at least one such pair, and its
@@ -87,6 +89,7 @@ class ShapesQuestionsDataModule(Conversed, ImageDataModule):
         kinds: list[str] | None = None,
         shares: dict[str, float] | None = None,
         text_share: float = 0.0,
+        in_words: bool = False,
         objects: tuple[int, int] = (1, 4),
         held_out: HeldOut = "hard",
         images_per_sample: int = 1,
@@ -126,6 +129,7 @@ class ShapesQuestionsDataModule(Conversed, ImageDataModule):
         if self.hflip and (turned := {"relation", "caption"} & {*self.kinds}):
             raise ValueError(f"hflip is {self.hflip}: expected 0, since {min(turned)} says left and right")
         self.image_size, self.held_out, self.shuffled, self.text_share = image_size, held_out, shuffled, text_share
+        self.in_words = in_words
         self.objects, self.images_seed, self.predict_root = (objects[0], objects[1]), images_seed, predict_root
         self.unseen = frozenset(pairs(held_out, 1))
         self.subsets: Sequence[str] = ("seen", "unseen") if self.unseen else ("seen",)
@@ -149,11 +153,11 @@ class ShapesQuestionsDataModule(Conversed, ImageDataModule):
         images = render_each([scene for part in shown for scene in part], self.images_seed, numbers, self.image_size)
         askers = self._asked(split)
         if split == "train":
-            return QuestionedScenes(images, askers, None, f"shapes/{split}", self.text_share)
+            return QuestionedScenes(images, askers, None, f"shapes/{split}", self.text_share, self.in_words)
         parts = numbers.split([len(part) for part in shown])
         seeds = [[mix(self.images_seed, number, 2) for number in part.tolist()] for part in parts]
         questions = [asker.deal(some) for asker, some in zip(askers, seeds, strict=True)]
-        return QuestionedScenes(images, askers, questions, f"shapes/{split}")
+        return QuestionedScenes(images, askers, questions, f"shapes/{split}", in_words=self.in_words)
 
     def _scenes(self, split: Split) -> tuple[list[list[list[list[int]]]], Tensor]:
         """Scenes of each subset, and the number (N,) of each: the next one that allows what is asked by the shares.
@@ -215,7 +219,8 @@ class ShapesQuestionsDataModule(Conversed, ImageDataModule):
 
         Of captions there are those of each object and one of two objects, of whose words all others are.
         """
-        return vocabulary([*self.kinds, *["text"] * bool(self.text_share)], self.objects[1], self.unseen)
+        more = ["text"] * bool(self.text_share) + ["caption"] * self.in_words
+        return vocabulary([*self.kinds, *more], self.objects[1], self.unseen)
 
     def sample_count(self) -> int:
         return self.sizes["train"]

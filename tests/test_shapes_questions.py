@@ -14,7 +14,7 @@ from datamodules import ShapesQuestionsDataModule
 from datamodules.loading.quotas import chances, dealt, drawn_shares, fit_weights
 from datamodules.preprocessing import create
 from datamodules.reading.colored_scenes import COLORS, PLACES, SHAPES, render, render_each
-from datamodules.reading.scene_questions import KINDS, sums
+from datamodules.reading.scene_questions import KINDS, phrase, sums
 from datamodules.shapes_captions import pairs
 from zoo.common.conversations import read
 from zoo.common.data_protocols import HasCaptions, HasImageShape, HasSubsets, StatesPreprocessing
@@ -601,3 +601,22 @@ def test_options_that_cannot_be_are_named(options, message):
 def test_questions_that_do_not_say_left_and_right_may_be_flipped():
     assert data(kinds=["color", "count"], hflip=0.5).hflip == 0.5
     assert "relation" not in data(objects=(1, 1)).kinds
+
+
+def test_scenes_in_words_say_what_the_images_show_in_an_order_of_chance():
+    few = {"train_size": 40, "val_size": 20, "test_size": 0}
+    shown, told = ShapesQuestionsDataModule(**few), ShapesQuestionsDataModule(**few, in_words=True)
+    for split, count in (("train", 40), ("val", 20)):
+        scenes = told.samples(split).askers[0].scenes
+        for index in range(count):
+            images, said = told.samples(split)[index]
+            assert len(images) == 0
+            words, _, asked = said["turns"][0][0].partition(". ")
+            assert sorted(words.split(" and ")) == sorted(map(phrase, scenes[index]))
+            if split == "val":  # where questions are fixed
+                assert [f"<image> {asked}", said["turns"][0][1]] == shown.samples(split)[index][1]["turns"][0]
+    scenes = told.samples("train").askers[0].scenes
+    index = next(index for index, scene in enumerate(scenes) if len(scene) == 3)
+    orders = {told.samples("train")[index][1]["turns"][0][0].partition(". ")[0] for _ in range(60)}
+    assert len(orders) == 6
+    assert {"top", "left"} <= {word for text in told.captions() for word in text.split()}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from datamodules.loading.conversations import IMAGE_PLACE, Said
 from datamodules.loading.quotas import chances, dealt, fit_weights
-from datamodules.reading.scene_questions import KINDS, MORE, Question, cells, choices, sums
+from datamodules.reading.scene_questions import KINDS, MORE, Question, cells, choices, phrase, sums
 
 OF_IMAGES = {"first": 1 / 2, "second": 1 / 2}
 """Cells of the kind that asks which of two images has more objects, and their shares."""
@@ -108,6 +108,7 @@ class QuestionedScenes:
         questions: Of evaluation, for each part. None: training.
         name: What samples are called, before their index.
         text_share: Share of samples that are text alone.
+        in_words: Tell scenes in words, in the place of images.
     """
 
     def __init__(
@@ -117,8 +118,10 @@ class QuestionedScenes:
         questions: Sequence[Sequence[Asked]] | None,
         name: str,
         text_share: float = 0.0,
+        in_words: bool = False,
     ) -> None:
         self.images, self.askers, self.questions, self.text_share = images, askers, questions, text_share
+        self.in_words = in_words
         self.random = questions is None
         self.names = [f"{name}/{index}" for index in range(len(images))]
         self.starts = np.cumsum([0, *(len(asker.scenes) for asker in askers)]).tolist()
@@ -135,8 +138,9 @@ class QuestionedScenes:
             asked = Asked("text", *random.choice(sums()), of=[])
         else:
             asked = asker.ask(index, random)
+        stand_for = (self._told(asker.scenes[each]) if self.in_words else IMAGE_PLACE for each in asked.of)
         said: Said = {
-            "turns": [[f"{IMAGE_PLACE} " * len(asked.of) + asked.prompt, asked.answer]],
+            "turns": [[" ".join([*stand_for, asked.prompt]), asked.answer]],
             "kind": asked.kind,
             "name": self.names[index],
         }
@@ -144,5 +148,10 @@ class QuestionedScenes:
             said["choices"] = possible
         if self.questions is not None:
             said["subset"] = subset
-        shown = [self.images[start + each] for each in asked.of]
+        shown = [] if self.in_words else [self.images[start + each] for each in asked.of]
         return shown[0] if len(shown) == 1 else shown or self.images[:0], said
+
+    def _told(self, scene: Any) -> str:
+        """Words for all objects of a scene; in training in an order of chance, as an image has none."""
+        order = random.sample(scene, len(scene)) if self.random else scene
+        return " and ".join(map(phrase, order)) + "."

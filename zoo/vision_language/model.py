@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo._lightning import LightningModule, rank_zero_info
+from zoo._lightning import LightningModule
 from zoo.checkpoints import SafeLoading
 from zoo.common import optim
 from zoo.common.backbones import TakesImages, create_backbone, name_of, recompute_activations
@@ -28,12 +28,12 @@ from zoo.sharding import Shardable
 from zoo.vision_language.connectors import create_connector
 from zoo.vision_language.evaluation import AnswerEvaluation
 from zoo.vision_language.language_models import create_language_model
+from zoo.vision_language.parts import take_weights
 from zoo.vision_language.reading import ReadsConversations
 from zoo.vision_language.sequences import Format, Rows
 from zoo.vision_language.stages import TrainsParts
 from zoo.vision_language.vision import dry_run, image_tokens, unread_parameters
 from zoo.vision_language.writing import WritesAnswers
-from zoo.weights import load
 
 
 class VisionLanguageModel(
@@ -72,6 +72,9 @@ class VisionLanguageModel(
         vision_layer: Block of the tower that is read, from the end: -2 in LLaVA. None: its last features, normalised.
         weights: Weights of a whole model to start from, those of the stage before: see :func:`zoo.weights.load`.
         image_weights: Weights of the vision tower to start from, of an aligner, a classifier or a masked autoencoder.
+        connector_weights: Weights of the connector alone, of another stage's checkpoint.
+        language_weights: Weights of the language model alone, of another stage's checkpoint, whose tokeniser comes
+            along, or of a Llama of Hugging Face's.
         tokenizer: "bytes", "words" (fitted to the data's texts and kept in checkpoints), the path of a tokeniser's
             files, or a tokeniser: see :func:`zoo.common.tokenizers.create_tokenizer`.
         context_length: Most tokens of a sample, those of its images among them.
@@ -128,6 +131,8 @@ class VisionLanguageModel(
         vision_layer: int | None = None,
         weights: str | None = None,
         image_weights: str | None = None,
+        connector_weights: str | None = None,
+        language_weights: str | None = None,
         tokenizer: str | Tokenizer | Mapping[str, Any] = "bytes",
         context_length: int = 1024,
         vocab_size: int | None = None,
@@ -157,8 +162,9 @@ class VisionLanguageModel(
         compile: bool = False,
     ) -> None:
         super().__init__()
-        given = ("backbone", "language_model", "image_tokenizer", "tokenizer", "weights", "image_weights")
-        self.save_hyperparameters(ignore=list(given))
+        given = ["backbone", "language_model", "image_tokenizer", "tokenizer"]
+        sources = ["weights", "image_weights", "connector_weights", "language_weights"]
+        self.save_hyperparameters(ignore=[*given, *sources])
         hp = self.hparams
         hp["backbone"] = name_of(backbone)
         hp["language_model"] = language_model if language_model is None else name_of(language_model)
@@ -185,10 +191,7 @@ class VisionLanguageModel(
             recompute_activations(self.language_model)
         self.step_log = StepLog()
         self.make_metrics()
-        if image_weights is not None:
-            rank_zero_info(str(load(self.backbone, image_weights)))
-        if weights is not None:
-            rank_zero_info(str(load(self, weights)))
+        take_weights(self, weights, image_weights, connector_weights, language_weights)
         self.freeze_parts()
         if self.trains("backbone"):
             for parameter in unread_parameters(self.backbone, self.input_shape[1:], vision_layer):

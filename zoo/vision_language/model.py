@@ -92,17 +92,19 @@ class VisionLanguageModel(
         prompt: What is asked of images that come without a question, in prediction.
         cut: Cut samples that are longer than ``context_length`` and count them. False: refuse them.
         packed: Pack several samples into a row of ``context_length`` tokens in training, first fit.
-        vision_lr: Learning rate of the vision tower. 0: it is frozen, as in all three parts.
+        vision_lr: Learning rate of the vision tower. 0: it is frozen; None: ``lr``; as of all three parts.
         connector_lr: Learning rate of the connector.
         language_lr: Learning rate of the language model.
         adapters: Adapters of low rank by part, "backbone", "connector" or "language_model": arguments of peft's
             ``LoraConfig``. They learn in the place of that part's weights.
         grad_checkpointing: Recompute activations of tower and language model in the backward pass.
         optimizer: Name of an optimizer of timm.
+        lr: Learning rate, as it is used, of those parts that have none of their own.
         weight_decay: Not applied to norms, biases, position embeddings and tokens.
         betas: Betas of the optimizer. None: its own.
         eps: Epsilon of the optimizer. None: its own.
         warmup_epochs: Linear warm-up, in epochs; a half-cosine follows.
+        min_lr: Learning rate that the half-cosine of the fastest part ends at; others end proportionally lower.
         compile: Compile language model, tower and connector in place, as ``model.compile()`` does.
 
     Raises:
@@ -149,16 +151,18 @@ class VisionLanguageModel(
         prompt: str = f"{IMAGE_PLACE} describe the image.",
         cut: bool = False,
         packed: bool = False,
-        vision_lr: float = 0.0,
-        connector_lr: float = 1e-3,
-        language_lr: float = 0.0,
+        vision_lr: float | None = 0.0,
+        connector_lr: float | None = None,
+        language_lr: float | None = 0.0,
         adapters: Mapping[str, Mapping[str, Any]] | None = None,
         grad_checkpointing: bool = False,
         optimizer: str = "adamw",
+        lr: float = 1e-3,
         weight_decay: float = 0.0,
         betas: tuple[float, float] | None = None,
         eps: float | None = None,
         warmup_epochs: float = 0.0,
+        min_lr: float = 0.0,
         compile: bool = False,
     ) -> None:
         super().__init__()
@@ -283,4 +287,4 @@ class VisionLanguageModel(
             eps=hp.eps,
             lr_scale=self.lr_scales(),
         )
-        return optim.lightning_schedule(self, optimizer, hp.warmup_epochs)
+        return optim.lightning_schedule(self, optimizer, hp.warmup_epochs, hp.min_lr)

@@ -1,9 +1,10 @@
 """Stages of training: which parts learn, at which rate, and what is left as it was, bit for bit.
 
 A stage is a row of a table: a learning rate for the vision tower, the connector and the language model each, 0 for one
-that does not learn. What does not learn is frozen and in evaluation mode, so that statistics of BatchNorm stay, too; a
-tower that does not learn keeps nothing for a backward pass. Adapters of low rank (Hu et al. 2022, "LoRA", arXiv
-2106.09685), by the package peft, learn in the place of the part that they are put into, and are put nowhere else.
+that does not learn, None for ``lr``. What does not learn is frozen and in evaluation mode, so that statistics of
+BatchNorm stay, too; a tower that does not learn keeps nothing for a backward pass. Adapters of low rank (Hu et al.
+2022, "LoRA", arXiv 2106.09685), by the package peft, learn in the place of the part that they are put into, and are put
+nowhere else.
 """
 
 from collections.abc import Mapping
@@ -31,7 +32,8 @@ class TrainsParts(nn.Module):
     @property
     def rates(self) -> dict[str, float]:
         """Learning rate of each part, 0 for one that does not learn."""
-        return {part: float(self.hparams[argument]) for part, argument in PARTS.items()}
+        hp = self.hparams
+        return {part: float(hp.lr if hp[name] is None else hp[name]) for part, name in PARTS.items()}
 
     def trains(self, part: str) -> bool:
         """Tells whether a part learns."""
@@ -45,7 +47,7 @@ class TrainsParts(nn.Module):
         """
         check_ranges(**{PARTS[part]: (rate, 0, None) for part, rate in self.rates.items()})
         if not any(self.rates.values()):
-            raise ValueError(f"{', '.join(PARTS.values())} are all 0, an empty stage: set one of them above 0")
+            raise ValueError(f"{', '.join(PARTS.values())} are all 0, an empty stage: set one above 0")
         for part in PARTS:
             if not self.trains(part):
                 getattr(self, part).requires_grad_(False)

@@ -120,7 +120,7 @@ class ConversationSizing:
     def _grids(
         self, samples: Any, epoch: int, copies: np.ndarray, indices: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Place among the samples (M,) of each of their images, and its rows and columns of patches (M, 2)."""
+        """Places among the samples (M,) of each of their images, and its rows and columns of patches (M, 2)."""
         owned = [samples.told.images_of(index) for index in indices.tolist()]
         counts = np.array([len(each) for each in owned], dtype=np.int64)
         rows, places = np.repeat(np.arange(len(owned)), counts), np.concatenate([np.arange(n) for n in counts.tolist()])

@@ -309,6 +309,22 @@ def test_what_sees_nothing_is_told_by_kind_and_by_text(usual):
     assert usual.priors(1)["color"]["text"] == 0
 
 
+def test_of_a_text_in_training_no_answer_is_much_likelier_than_others():
+    module = data(train_size=1200, held_out="none", val_size=0, test_size=0)
+    (asker,) = module._asked("train")
+    answers: dict[tuple[str, str], Counter[str]] = {}
+    for index, row in enumerate(asker.chances.tolist()):
+        for (kind, cell), chance in zip(asker.sorts, row, strict=True):
+            some = asker.cells_of(index, kind)[cell] if chance else []
+            for question in some:
+                answers.setdefault((kind, question.prompt), Counter())[question.answer] += chance / len(some)
+    expected = {"color": 1 / 6, "shape": 1 / 6, "count": 1 / 5, "relation": 0.5, "comparison": 0.5, "existence": 0.5}
+    for kind, chance in expected.items():
+        of_kind = [each for (other, _), each in answers.items() if other == kind]
+        best = sum(max(each.values()) for each in of_kind) / sum(sum(each.values()) for each in of_kind)
+        assert chance <= best < chance + 0.08, kind
+
+
 def test_a_text_says_as_much_as_is_told_of_it():
     """One scene in which no answer is open: what a text says in training is all that there is to know."""
     module = data(kinds=["count"], objects=(4, 4), held_out="none", test_size=90)
@@ -596,6 +612,13 @@ def test_images_of_ones_own_come_for_prediction(tmp_path):
 def test_options_that_cannot_be_are_named(options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         data(**options)
+
+
+def test_two_images_that_cannot_differ_are_said():
+    with pytest.raises(
+        ValueError, match="^kinds are images, and of 1 images there is one of which none can be asked: "
+    ):
+        data(images_per_sample=2, kinds=["images"], train_size=1).samples("train")
 
 
 def test_questions_that_do_not_say_left_and_right_may_be_flipped():

@@ -51,6 +51,11 @@ class Asker:
         allowed = allowed.reshape(len(scenes), len(self.sorts))
         self.chances = chances(allowed, fit_weights(allowed, targets, self.groups))
         """Probability (N, sorts) of each kind and cell for each scene."""
+        if len(scenes) and not self.chances.any(1).all():
+            raise ValueError(
+                f"kinds are {', '.join(self.kinds)}, and of {len(scenes)} images there is one of which none can be "
+                "asked: take more images, or more kinds"
+            )
 
     def drawn(self) -> dict[str, float]:
         """Share in which each kind is drawn."""

@@ -68,7 +68,7 @@ class Conversations:
         return len(self.names)
 
     def of(self, index: int) -> dict[str, Any]:
-        """What is said: ``{"turns": [[prompt, answer], ...], "name": ...}``, and what else its object has."""
+        """Content of one: ``{"turns": [[prompt, answer], ...], "name": ...}``, and what else its object has."""
         said: dict[str, Any] = json.loads(self.texts[int(self.order[index])])
         return said | {"name": str(self.names[index])}
 
@@ -147,7 +147,7 @@ def _entries(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def told(entry: Any, answered: bool = True) -> tuple[dict[str, Any], list[str]]:
-    """What an object says, with its ``turns``, and the names of its images.
+    """Content of an object, with its ``turns``, and the names of its images.
 
     Raises:
         FaultyEntryError: If it is no conversation.

@@ -64,11 +64,10 @@ class PackedViT(nn.Module):
         class_token: Whether there is a class token. None: as the backbone has it.
         reg_tokens: Register tokens. None: the backbone's own.
         qk_norm: Whether queries and keys are normalised. None: as the backbone has it.
+        qkv_bias: Whether queries, keys and values have biases. None: as the backbone has it.
         layer_scale: Initial LayerScale value. None: the backbone's own.
-        merge: Tokens of an image merged in each block, or, as a float below 1, their share of its patches; 0 and None
-            merge none. See :mod:`zoo.packed_vit.merging`.
-        patch_drop: Share of an image's patches left out in training, see :mod:`zoo.packed_vit.dropping`. None: the
-            backbone's own.
+        merge: Tokens merged in each block, or below 1 their share of an image's: see :mod:`zoo.packed_vit.merging`.
+        patch_drop: Share of patches left out in training: see :mod:`zoo.packed_vit.dropping`. None: the backbone's own.
         drop_path: Stochastic depth, the largest probability to drop a residual branch of an image.
         grad_checkpointing: Recompute blocks in the backward pass.
 
@@ -106,6 +105,7 @@ class PackedViT(nn.Module):
         class_token: bool | None = None,
         reg_tokens: int | None = None,
         qk_norm: bool | None = None,
+        qkv_bias: bool | None = None,
         layer_scale: float | None = None,
         merge: int | float | None = None,
         patch_drop: float | None = None,
@@ -139,6 +139,7 @@ class PackedViT(nn.Module):
             class_token=class_token,
             reg_tokens=reg_tokens,
             qk_norm=qk_norm,
+            qkv_bias=qkv_bias,
             init_values=layer_scale,
             drop_path_rate=drop_path,
         )

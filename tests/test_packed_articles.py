@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from datamodules.loading.budget import BudgetOrder, first_fit
 from zoo.common.packed.attention import packed_attention
 from zoo.common.tokenizers import create_tokenizer
-from zoo.packed_vit import PackedViT, Packing, PatchMerger, VisionTokenizer, patchify
+from zoo.packed_vit import PackedViT, Packing, PatchMerger, Resampler, VisionTokenizer, patchify
 from zoo.vision_language.sequences import PLACE, Format, sequence
 
 TOKENS = [2, 3, 4, 5, 6]
@@ -48,6 +48,22 @@ def test_five_packed_images_are_what_each_is_alone():
         alone = torch.cat([network.eval()([image]) for image in images])
         packed = torch.cat([network([images[index] for index in pack]) for pack in PACKS])
     torch.testing.assert_close(packed, alone, atol=1e-5, rtol=0)
+
+
+def test_448_pixels_at_patch_14_are_1024_tokens_by_the_convolution_and_256_behind_a_resampler():
+    network = PackedViT("vit_tiny_patch16_224", image_size=448, patch_size=14, width=24, depth=1, heads=2, pool="avg",
+                        class_token=False)  # fmt: skip
+    image = torch.randn(1, 3, 448, 448)
+    patches = patchify(image, 14)
+    assert patches.grids == ((32, 32),)
+    with torch.no_grad():
+        tokens = network.embed(patches, Packing.of(patches.grids))
+        convolved = network.patch_embed.proj(image)
+        assert convolved.shape == (1, 24, 32, 32)
+        expected = convolved.flatten(2)[0].T + network.pos_embed[0]
+        torch.testing.assert_close(tokens, expected, atol=1e-5, rtol=0)
+        resampled, packing = Resampler(24, tokens=256, depth=1, heads=2, key_heads=2)(tokens, Packing.of(patches.grids))
+    assert (resampled.shape, packing.lengths) == ((256, 24), (256,))
 
 
 def test_an_image_of_224_pixels_is_256_tokens_merged_64_and_66_with_its_two_marks():

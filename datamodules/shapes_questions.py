@@ -75,7 +75,8 @@ class ShapesQuestionsDataModule(Conversed, ImageDataModule):
             come without conversations. Images of any size keep theirs, to whole patches.
         sizes: Least and greatest side of images of mixed sizes, in pixels: that of a square of their area. It is drawn
             uniformly from these, by a scene's key in training, anew in each epoch, and by ``images_seed`` and its
-            number in evaluation, the same in every run. Scenes are drawn to these sizes, not resized, and batches are
+            number in evaluation, the same in every run. Scenes are drawn to these sizes, not resized, when they are
+            asked for, 1 to 2 ms each on a core, which ``num_workers`` share; batches are
             ``(list of images (3, h, w), conversations)``. None: all images have ``image_size``.
         aspects: Least and greatest width by height of these, drawn likewise, on a logarithmic scale. Places are
             stretched, so that a corner is the image's own; shapes are not, so that a circle is round. All answers stay

@@ -27,6 +27,7 @@ SMALL_VAE = ["--model.hidden=[8]", "--model.width=4", "--model.blocks=1", "--mod
 SMALL_VAE += ["--model.compile=false"]
 SMALL_ALIGNER = ["--model.tokenizer=words", "--model.text_width=16", "--model.text_depth=1", "--model.text_heads=2"]
 SMALL_ALIGNER += ["--model.compile=false"]
+SMALL_READER = ["--model.width=16", "--model.depth=1", "--model.heads=2", "--model.compile=false"]
 FEW_REGIONS = ["--model.region_samples", "8", "--model.post_nms_top_k", "[30,10]"]
 SMALL_MODEL = {
     "zoo.ViTClassifier": SMALL_VIT,
@@ -37,6 +38,7 @@ SMALL_MODEL = {
     "zoo.ImageTextAligner": SMALL_ALIGNER,
     "zoo.PackedViTClassifier": ["--model.width=24", "--model.depth=1", "--model.heads=2"],
     "zoo.ImageTextFusion": SMALL_ALIGNER,
+    "zoo.VisionLanguageModel": SMALL_READER,
     "zoo.FPNDetector": ["--model.image_size", "64", "--model.channels", "8", "--model.head_depth", "1"],
     "zoo.FasterRCNN": ["--model.image_size", "64", "--model.channels", "8", "--model.head_width", "8", *FEW_REGIONS],
 }

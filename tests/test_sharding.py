@@ -48,6 +48,9 @@ MODULES = {
     "aligner": lambda: zoo.ImageTextAligner(
         "test_vit", 32, "sigmoid", 32, text_width=64, text_depth=2, text_heads=4, bias_init="auto", max_scale=10.0
     ),
+    "language": lambda: zoo.VisionLanguageModel(
+        "test_vit", image_size=32, width=64, depth=2, heads=4, context_length=96, vision_lr=None, language_lr=None
+    ),
 }
 
 

@@ -62,12 +62,14 @@ def outputs(module: nn.Module) -> tuple[float, float]:
     """
     side = 8 if "VAE" in type(module).__name__ else 32
     generator = torch.Generator().manual_seed(0)
-    pairs = isinstance(module, ImageTextAligner)
+    pairs = isinstance(module, ImageTextAligner | VisionLanguageModel)
     images = torch.rand(1 + pairs, 1 if side == 8 else 3, side, side, generator=generator).round()
     module.eval()
     with torch.compiler.set_stance("force_eager"), torch.no_grad():
         torch.manual_seed(0)
         beside = [BOXES] if isinstance(module, FPNDetector | FasterRCNN) else ["a", "b"] if pairs else BOXES["labels"]
+        if isinstance(module, VisionLanguageModel):
+            beside = module.random_targets(images, generator)
         found = module(images, beside) if pairs else module(images)
         loss = module.training_step((images, beside), 0)
     parts = [found] if isinstance(found, Tensor) else found[:2]

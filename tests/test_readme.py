@@ -40,8 +40,10 @@ def shortened(command: list[str]) -> list[str]:
     if command[0] == "benchmark":
         return [*command, "--repeats", "1", "--steps", "5", "--seconds", "0"]
     # One more epoch for a run that continues the one before.
+    # A question is looked for in scene after scene.
+    few = ["--data.train_size=128", "--data.val_size=16", "--data.test_size=16"] if "vlm/shapes" in str(command) else []
     epochs = [f"--trainer.max_epochs={2 if '--ckpt_path' in command else 1}", "--model.warmup_epochs=0"]
-    return [*command, *SHORT, *(epochs if command[0] == "fit" else [])]
+    return [*command, *SHORT, *few, *(epochs if command[0] == "fit" else [])]
 
 
 def run_python(program: str) -> None:
@@ -108,7 +110,9 @@ def test_the_pages_commands_run_and_what_they_name_exists(page):
             assert (ROOT / script).is_file(), script
     for name in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
         assert (ROOT / "docs" / name).exists(), name
-    for name in re.findall(r"`((?:vit|mae|efficientnet|detection|gumbel_vae|gaussian_vae|alignment)/\w+)`", text):
+    for name in re.findall(
+        r"`((?:vit|mae|efficientnet|detection|gumbel_vae|gaussian_vae|alignment|packed_vit|vlm)/\w+)`", text
+    ):
         assert name in recipes.recipes(), name
 
 

@@ -17,9 +17,9 @@ WORDS = ["what", "color", "is", "it", "?", "red", "blue", "circle", "square", "a
 SMALL = {
     "backbone": "test_resnet",
     "image_size": 64,
-    "width": 32,
-    "depth": 2,
-    "heads": 2,
+    "language_width": 32,
+    "language_depth": 2,
+    "language_heads": 2,
     "context_length": 48,
     "language_lr": 1e-2,
     "connector_lr": 1e-2,
@@ -109,7 +109,7 @@ def test_a_captions_loss_worked_by_hand():
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_exactly_the_tensors_of_a_stage_change_in_a_step(stage):
-    module = model(**stage_options(STAGES[stage]), dropout=0.1, weight_decay=0.1)
+    module = model(**stage_options(STAGES[stage]), language_dropout=0.1, weight_decay=0.1)
     with torch.no_grad():
         for parameter in module.parameters():  # timm's residual branches begin at 0, where they learn nothing
             parameter.add_(0.01 * torch.randn_like(parameter))

@@ -43,7 +43,8 @@ def samples(rank):
 def stepped(strategy, rates, out):
     seed_everything(1, verbose=False)
     module = zoo.VisionLanguageModel(
-        "test_resnet", image_size=64, width=128, depth=2, heads=2, context_length=64, weight_decay=0.1, **rates
+        "test_resnet", image_size=64, language_width=128, language_depth=2, language_heads=2,
+        context_length=64, weight_decay=0.1, **rates
     )
     with torch.no_grad():
         for parameter in module.parameters():

@@ -29,12 +29,12 @@ WORDS |= {"choice_acc": "accuracy among choices"}
 
 
 def metric_text(metric: str, value: float) -> str:
-    """A metric in words, and nothing of kinds: there are too many."""
-    known = metric in WORDS or metric in ("acc", "loss")
-    if not known:
-        return f"accuracy {100 * value:.2f} % ({metric.removeprefix('acc_')})" if metric.startswith("acc_") else ""
+    """A metric in words; "" for kinds within parts of the data and for those of controls: there are too many."""
     if metric in WORDS:
         return f"{WORDS[metric]} {100 * value:.2f} %"
+    name, group = metric.partition("acc_")[::2]
+    if group:
+        return "" if name or "_" in group else f"accuracy {100 * value:.2f} % ({group})"
     return in_words(metric, value)
 
 

@@ -23,13 +23,13 @@ def create_language_model(given: str | nn.Module | None, tokenizer: Tokenizer, h
     if given is None:
         return CausalTransformer(
             tokenizer.vocab_size,
-            width=hparams.width,
-            depth=hparams.depth,
-            heads=hparams.heads,
-            key_heads=hparams.key_heads,
-            mlp_width=hparams.mlp_width,
+            width=hparams.language_width,
+            depth=hparams.language_depth,
+            heads=hparams.language_heads,
+            key_heads=hparams.language_key_heads,
+            mlp_width=hparams.language_mlp_width,
             context_length=hparams.context_length,
-            dropout=hparams.dropout,
+            dropout=hparams.language_dropout,
         )
     model: Any = HuggingFaceLanguageModel(given) if isinstance(given, str) else given
     if tokenizer.vocab_size > model.vocab_size:

@@ -86,12 +86,12 @@ class VisionLanguageModel(
             files, or a tokeniser: see :func:`zoo.common.tokenizers.create_tokenizer`.
         context_length: Most tokens of a sample, those of its images among them.
         vocab_size: Number of words for "words". None: the tokeniser's own.
-        width: Width of the small language model.
-        depth: Number of its blocks.
-        heads: Attention heads of a block.
-        key_heads: Heads of keys and values, each shared by several heads. None: as many as ``heads``.
-        mlp_width: Hidden width of its MLPs. None: 8/3 of ``width``.
-        dropout: Dropout of the small language model.
+        language_width: Width of the small language model.
+        language_depth: Number of its blocks.
+        language_heads: Attention heads of a block.
+        language_key_heads: Heads of keys and values, each shared by several heads. None: as many as those.
+        language_mlp_width: Hidden width of its MLPs. None: 8/3 of its width.
+        language_dropout: Dropout of the small language model.
         turn: Text of a turn before its answer, with a place {} for the prompt.
         system: Text before the first turn.
         before_image: Text before each image, a token that the tokeniser has.
@@ -145,12 +145,12 @@ class VisionLanguageModel(
         tokenizer: str | Tokenizer | Mapping[str, Any] = "bytes",
         context_length: int = 1024,
         vocab_size: int | None = None,
-        width: int = 256,
-        depth: int = 4,
-        heads: int = 4,
-        key_heads: int | None = None,
-        mlp_width: int | None = None,
-        dropout: float = 0.0,
+        language_width: int = 256,
+        language_depth: int = 4,
+        language_heads: int = 4,
+        language_key_heads: int | None = None,
+        language_mlp_width: int | None = None,
+        language_dropout: float = 0.0,
         turn: str = "{} ",
         system: str = "",
         before_image: str = "",

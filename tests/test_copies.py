@@ -25,7 +25,8 @@ VIT = {"backbone": "vit_tiny_patch16_224", "width": 12, "depth": 1, "heads": 2, 
 VAE = {"latents": 2, "image_size": 8, "hidden": (8,)}
 ALIGNER = {"image_backbone": "test_resnet", "image_size": 32, "embed_dim": 8, "context_length": 8}
 ALIGNER |= {"text_width": 8, "text_depth": 1, "text_heads": 1}
-READER = {"backbone": "test_resnet", "image_size": 32, "context_length": 48, "width": 8, "depth": 1, "heads": 1}
+READER = {"backbone": "test_resnet", "image_size": 32, "context_length": 48}
+READER |= {"language_width": 8, "language_depth": 1, "language_heads": 1}
 MODULES = {
     "ViTClassifier": lambda **o: ViTClassifier(num_classes=3, **VIT, **o),
     "EfficientNetClassifier": lambda **o: EfficientNetClassifier(phi=-6, num_classes=3, image_size=32, **o),

@@ -42,7 +42,7 @@ TECHNIQUES: dict[type, dict[str, Any]] = {
     ImageTextFusion: {"image_backbone": "test_vit", "embed_dim": 8, "in_channels": 1, "image_size": 32}
     | {"context_length": 8, "text_width": 8, "text_depth": 1, "text_heads": 1, "fusion_depth": 1},
     VisionLanguageModel: {"backbone": "test_vit", "connector": "linear", "in_channels": 1, "image_size": 32}
-    | {"context_length": 128, "width": 8, "depth": 1, "heads": 2},
+    | {"context_length": 128, "language_width": 8, "language_depth": 1, "language_heads": 2},
 }
 # What an option goes with, where another choice would leave it unread or refuse it.
 WITH = {"predict_ratio": {"decoder": "cross"}, "prior_temperature": {"kl": "relaxed"}, "betas": {"optimizer": "adamw"}}

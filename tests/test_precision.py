@@ -59,7 +59,13 @@ TECHNIQUES = {
         "test_vit", 16, "sigmoid", 32, 1, context_length=12, text_width=16, text_depth=1, text_heads=2, chunk=7
     ),
     "vision-language": lambda: VisionLanguageModel(
-        "test_vit", in_channels=1, image_size=(32, 96), width=16, depth=1, heads=2, context_length=128
+        "test_vit",
+        in_channels=1,
+        image_size=(32, 96),
+        language_width=16,
+        language_depth=1,
+        language_heads=2,
+        context_length=128,
     ),
 }
 # Those of the Trainer; and the default dtype, in which a module is then made, beside a Trainer of 32-true.

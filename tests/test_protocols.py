@@ -136,7 +136,7 @@ MODULES = {
         "TrainsOtherwise Watched WordsMetrics",
     ),
     VisionLanguageModel: (
-        lambda: VisionLanguageModel("test_resnet", width=8, depth=1, heads=2, image_size=32),
+        lambda: VisionLanguageModel("test_resnet", language_width=8, language_depth=1, language_heads=2, image_size=32),
         "Changeable DrawsTargets PredictsOtherwise PredictsRows TrainsOtherwise Watched WordsMetrics",
     ),
     GumbelVAE: (

@@ -24,6 +24,7 @@ from zoo import (
     GaussianVAE,
     GumbelVAE,
     MAEPretrainer,
+    VisionLanguageModel,
     ViTClassifier,
 )
 from zoo._lightning import Callback, Trainer
@@ -86,8 +87,10 @@ DETECTORS = {
         "test_resnet", num_classes=3, channels=8, head_width=8, levels=(3, 4), score_threshold=0.0
     ),
 }
-TECHNIQUES = CLASSIFIERS | UNLABELLED | DETECTORS
-EACH = ("vit", "vit_several", "efficientnet", "mae", "gumbel", "gaussian", "fcos")  # one of each kind
+READER: dict[str, Any] = {"language_width": 8, "language_depth": 1, "language_heads": 1, "context_length": 64}
+READERS = {"reader": lambda: VisionLanguageModel("test_vit", image_size=16, image_options={"patch_size": 8}, **READER)}
+TECHNIQUES = CLASSIFIERS | UNLABELLED | DETECTORS | READERS
+EACH = ("vit", "vit_several", "efficientnet", "mae", "gumbel", "gaussian", "fcos", "reader")  # one of each kind
 
 
 def trainer(**options: Any) -> Trainer:
@@ -96,6 +99,8 @@ def trainer(**options: Any) -> Trainer:
 
 def labels_for(name: str, count: int) -> Any:
     """Labels, or targets, of so many images, as the technique learns from them."""
+    if name in READERS:
+        return [{"turns": [["<image> what is it?", f"a {'ab'[i % 2]}"]], "images": 1} for i in range(count)]
     if name in DETECTORS:
         boxes = torch.tensor([[1.0, 2.0, 13.0, 14.0], [3.0, 3.0, 9.0, 12.0]])
         return [
@@ -112,6 +117,11 @@ def labels_for(name: str, count: int) -> Any:
         ]
     labels = torch.arange(count) % 3
     return torch.eye(3)[labels].long() if name == "vit_several" else labels
+
+
+def key_of(name: str) -> str:
+    """What stands beside the images, as a key of a batch calls it."""
+    return "target" if name in DETECTORS else "conversation" if name in READERS else "label"
 
 
 class Views:
@@ -167,10 +177,7 @@ def test_steps_leave_images_of_any_memory_layout_as_they_were(name, layout):
         "expanded": storage[:1, :, :, :16].expand(4, -1, -1, -1),  # writing into it would fail, or write four times
         "strided": storage[::2, :, :, ::2],
     }[layout]
-    batch = {
-        "images": images,
-        **({"targets": labels_for(name, 4)} if name in DETECTORS else {"labels": labels_for(name, 4)}),
-    }
+    batch = {"images": images, f"{key_of(name)}s": labels_for(name, 4)}
     before, stored = copy.deepcopy(batch), storage.clone()
     module = TECHNIQUES[name]()
     for seed in range(3):  # of those that mix, sometimes this way and sometimes that
@@ -370,7 +377,7 @@ def test_neighbours_are_those_of_known_class_and_their_numbers_do_not_matter():
 @pytest.mark.parametrize("name", EACH)
 def test_every_form_of_a_batch_gives_one_loss(name):
     module, images, rest = TECHNIQUES[name](), torch.rand(4, 3, 16, 16), labels_for(name, 4)
-    key = "target" if name in DETECTORS else "label"
+    key = key_of(name)
     forms: list[Any] = [
         (images, rest),
         [images, rest],
@@ -398,11 +405,11 @@ def test_every_form_of_a_batch_gives_one_loss(name):
 @pytest.mark.parametrize("name", EACH)
 def test_named_tuples_of_a_loader_are_trained_on_evaluated_and_drawn(name):
     """All the way: collated and moved by torch and Lightning, cut by the callback that draws."""
-    key = "target" if name in DETECTORS else "label"
-    sample, samples = namedtuple("Sample", ["image", key]), []
+    sample, samples = namedtuple("Sample", ["image", key_of(name)]), []
     for image, rest in zip(torch.rand(4, 3, 16, 16), labels_for(name, 4), strict=True):
         samples.append(sample(image, rest))
-    collate = (lambda found: sample(*map(list, zip(*found, strict=True)))) if name in DETECTORS else None
+    lists = name in DETECTORS | READERS
+    collate = (lambda found: sample(*map(list, zip(*found, strict=True)))) if lists else None
     loader, drawing = DataLoader(samples, 2, collate_fn=collate), SavePictures(max_images=1)
     runs, module = trainer(callbacks=[drawing]), TECHNIQUES[name]()
     runs.fit(module, loader, loader)

@@ -17,6 +17,7 @@ from zoo import (
     ImageTextAligner,
     ImageTextFusion,
     MAEPretrainer,
+    VisionLanguageModel,
     ViTClassifier,
 )
 
@@ -24,6 +25,8 @@ VIT = {"backbone": "vit_tiny_patch16_224", "width": 12, "depth": 1, "heads": 2, 
 VAE = {"latents": 2, "image_size": 8, "hidden": (8,)}
 ALIGNER = {"image_backbone": "test_resnet", "image_size": 32, "embed_dim": 8, "context_length": 8}
 ALIGNER |= {"text_width": 8, "text_depth": 1, "text_heads": 1}
+READER = {"backbone": "test_resnet", "image_size": 32, "context_length": 48}
+READER |= {"language_width": 8, "language_depth": 1, "language_heads": 1}
 MODULES = {
     "ViTClassifier": lambda **o: ViTClassifier(num_classes=3, **VIT, **o),
     "EfficientNetClassifier": lambda **o: EfficientNetClassifier(phi=-6, num_classes=3, image_size=32, **o),
@@ -34,6 +37,7 @@ MODULES = {
     "GaussianVAE": lambda **o: GaussianVAE(**VAE, **o),
     "ImageTextAligner": lambda **o: ImageTextAligner(**ALIGNER, **o),
     "ImageTextFusion": lambda **o: ImageTextFusion(**ALIGNER, fusion_depth=1, momentum=0.9, **o),
+    "VisionLanguageModel": lambda **o: VisionLanguageModel(**READER, **o),
 }
 
 
@@ -59,12 +63,14 @@ def outputs(module: nn.Module) -> tuple[float, float]:
     """
     side = 8 if "VAE" in type(module).__name__ else 32
     generator = torch.Generator().manual_seed(0)
-    pairs = isinstance(module, ImageTextAligner)
+    pairs = isinstance(module, ImageTextAligner | VisionLanguageModel)
     images = torch.rand(1 + pairs, 1 if side == 8 else 3, side, side, generator=generator).round()
     module.eval()
     with torch.compiler.set_stance("force_eager"), torch.no_grad():
         torch.manual_seed(0)
         beside = [BOXES] if isinstance(module, FPNDetector | FasterRCNN) else ["a", "b"] if pairs else BOXES["labels"]
+        if isinstance(module, VisionLanguageModel):
+            beside = module.random_targets(images, generator)
         found = module(images, beside) if pairs else module(images)
         loss = module.training_step((images, beside), 0)
     parts = [found] if isinstance(found, Tensor) else found[:2]

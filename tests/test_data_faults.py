@@ -16,9 +16,15 @@ from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric, SumMetric
 
-from datamodules import BatchOrder, ImageFolderDataModule, SeededBatches, ShapesDetectionDataModule
+from datamodules import (
+    BatchOrder,
+    ImageFolderDataModule,
+    SeededBatches,
+    ShapesDetectionDataModule,
+    ShapesQuestionsDataModule,
+)
 from datamodules.base import ImageDataModule
-from zoo import EfficientNetClassifier, FPNDetector, GumbelVAE, MAEPretrainer, ViTClassifier
+from zoo import EfficientNetClassifier, FPNDetector, GumbelVAE, MAEPretrainer, VisionLanguageModel, ViTClassifier
 from zoo.callbacks import WritePredictions
 from zoo.checkpoints import AtomicCheckpointIO
 from zoo.cli import mistakes
@@ -324,6 +330,15 @@ def shapes() -> LightningDataModule:
     return ShapesDetectionDataModule(image_size=64, shapes=3, val_size=9, batch_size=2, num_workers=0)
 
 
+def reader() -> LightningModule:
+    sizes = {"language_width": 8, "language_depth": 1, "language_heads": 1, "context_length": 128}
+    return VisionLanguageModel("test_vit", image_size=32, **sizes)
+
+
+def questions(size: int = 33) -> LightningDataModule:
+    return ShapesQuestionsDataModule(val_size=size, batch_size=4, num_workers=0)
+
+
 def images(size: int = 33) -> LightningDataModule:
     return Numbers(size, side=8)
 
@@ -339,7 +354,7 @@ def binary(size: int = 33) -> LightningDataModule:
 
 
 TECHNIQUES = {"vit": (vit, images), "efficientnet": (efficientnet, larger), "mae": (mae, images)}
-TECHNIQUES |= {"detector": (detector, shapes), "vae": (vae, binary)}
+TECHNIQUES |= {"detector": (detector, shapes), "vae": (vae, binary), "reader": (reader, questions)}
 DRAWN = ("val/elbo", "val/loss", "val/bits_per_dim")  # by the VAE: they agree within their noise
 
 

@@ -25,6 +25,8 @@ from zoo import (
     GumbelVAE,
     ImageTextAligner,
     MAEPretrainer,
+    PackedViTClassifier,
+    VisionLanguageModel,
     ViTClassifier,
 )
 from zoo.common.exporting import Variant
@@ -357,5 +359,8 @@ def test_exports_are_what_the_modules_predict():
 def test_what_exports_nothing_and_variants_that_do_not_exist_are_refused():
     with pytest.raises(ValueError, match=r"^Linear cannot be exported: it does not say what, in exports$"):
         Variant(nn.Linear(1, 1))
+    for module in (PackedViTClassifier(**VIT | {"image_size": 32}), VisionLanguageModel("test_vit", image_size=32)):
+        with pytest.raises(ValueError, match=f"^{type(module).__name__} cannot be exported: it does not say what"):
+            Variant(module)
     with pytest.raises(ValueError, match=r"^FPNDetector has no variant 'logits': expected one of detections, maps$"):
         Variant(network("detections").module, "logits")

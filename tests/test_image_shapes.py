@@ -16,6 +16,7 @@ from zoo import (
     GaussianVAE,
     GumbelVAE,
     MAEPretrainer,
+    VisionLanguageModel,
     ViTClassifier,
 )
 from zoo.cli import main
@@ -38,6 +39,11 @@ TECHNIQUES: dict[type, tuple[dict[str, Any], bool]] = {  # and whether it takes 
     ),
     GumbelVAE: ({"latents": 2, "categories": 3, "image_size": 8, "hidden": (8,), "in_channels": 1}, False),
     GaussianVAE: ({"latents": 2, "image_size": 8, "hidden": (8,), "in_channels": 1}, False),
+    VisionLanguageModel: (
+        {"backbone": "test_vit", "image_size": 32, "in_channels": 1, "context_length": 64}
+        | {"language_width": 8, "language_depth": 1, "language_heads": 1},
+        False,
+    ),
 }
 QUIET = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False, "logger": False}
 QUIET |= {"enable_checkpointing": False, "max_epochs": 1}
@@ -60,6 +66,8 @@ def loader(module: Any, shape: tuple[int, int, int]) -> DataLoader:
     about: Any = torch.tensor([0, 1])
     if isinstance(module, FPNDetector | FasterRCNN):
         about = [{"boxes": torch.tensor([[1.0, 1, 5, 5]]), "labels": torch.tensor([0])}] * 2
+    if isinstance(module, VisionLanguageModel):
+        about = module.random_targets(images, torch.Generator())
     return DataLoader(SameBatch((images, about)), batch_size=None)
 
 

@@ -18,7 +18,15 @@ from torch.utils.data import DataLoader
 
 import zoo
 from datamodules import CocoDetectionDataModule, DigitsDataModule, ImageFolderDataModule, ShapesDetectionDataModule
-from zoo import EfficientNetClassifier, FPNDetector, GaussianVAE, GumbelVAE, MAEPretrainer, ViTClassifier
+from zoo import (
+    EfficientNetClassifier,
+    FPNDetector,
+    GaussianVAE,
+    GumbelVAE,
+    MAEPretrainer,
+    VisionLanguageModel,
+    ViTClassifier,
+)
 from zoo.callbacks import EMA
 from zoo.common.classification import Classifier
 from zoo.guards import guard
@@ -26,6 +34,7 @@ from zoo.serving.loading import restored
 
 VIT = {"backbone": "vit_tiny_patch16_224", "width": 12, "depth": 1, "heads": 2, "image_size": 32}
 VAE = {"latents": 2, "image_size": 8, "hidden": (8,)}
+READER: dict[str, Any] = {"language_width": 8, "language_depth": 1, "language_heads": 1, "context_length": 64}
 MODULES: dict[str, Any] = {
     "ViTClassifier": lambda: ViTClassifier(num_classes=3, compile=True, **VIT),
     "EfficientNetClassifier": lambda: EfficientNetClassifier(phi=-6, num_classes=3, image_size=32),
@@ -33,6 +42,7 @@ MODULES: dict[str, Any] = {
     "FPNDetector": lambda: FPNDetector("test_resnet", num_classes=3, channels=8, head_depth=1),
     "GumbelVAE": lambda: GumbelVAE(categories=2, **VAE),
     "GaussianVAE": lambda: GaussianVAE(**VAE),
+    "VisionLanguageModel": lambda: VisionLanguageModel("test_vit", image_size=32, **READER),
 }
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",

@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from test_any_batch import DETECTORS, EACH, TECHNIQUES, as_they_are, detector, labels_for, trainer
+from test_any_batch import DETECTORS, EACH, READERS, TECHNIQUES, as_they_are, detector, labels_for, trainer
 from torch.utils.data import DataLoader
 
 from zoo._lightning import LightningModule
@@ -21,7 +21,7 @@ from zoo.callbacks import WritePredictions
 def loader(name: str, seed: int, count: int) -> DataLoader[Any]:
     torch.manual_seed(seed)
     samples = list(zip(torch.rand(count, 3, 16, 16), labels_for(name, count), strict=True))
-    return DataLoader(samples, 4, collate_fn=as_they_are if name in DETECTORS else None)  # type: ignore[arg-type]
+    return DataLoader(samples, 4, collate_fn=as_they_are if name in DETECTORS | READERS else None)  # type: ignore[arg-type]
 
 
 def settled(found: dict[str, Any]) -> dict[str, float]:

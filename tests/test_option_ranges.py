@@ -19,6 +19,7 @@ from zoo import (
     ImageTextAligner,
     ImageTextFusion,
     MAEPretrainer,
+    VisionLanguageModel,
     ViTClassifier,
 )
 from zoo.common.ranges import TRAINING, check_above, check_ranges, check_training
@@ -40,13 +41,16 @@ TECHNIQUES: dict[type, dict[str, Any]] = {
     | {"context_length": 8, "text_width": 8, "text_depth": 1, "text_heads": 1},
     ImageTextFusion: {"image_backbone": "test_vit", "embed_dim": 8, "in_channels": 1, "image_size": 32}
     | {"context_length": 8, "text_width": 8, "text_depth": 1, "text_heads": 1, "fusion_depth": 1},
+    VisionLanguageModel: {"backbone": "test_vit", "connector": "linear", "in_channels": 1, "image_size": 32}
+    | {"context_length": 128, "language_width": 8, "language_depth": 1, "language_heads": 2},
 }
 # What an option goes with, where another choice would leave it unread or refuse it.
 WITH = {"predict_ratio": {"decoder": "cross"}, "prior_temperature": {"kl": "relaxed"}, "betas": {"optimizer": "adamw"}}
 WITH |= {"milestones": {"schedule": "steps"}, "bias_init": {"loss": "sigmoid"}, "vocab_size": {"tokenizer": "words"}}
 WITH |= {"unlock_groups": {"lock_image": True}, "unlock_every": {"lock_image": True}}
-# Options of which these are in range, besides what is at least 0: of a network by the rule phi may be any number.
-SIGNED = {"head_bias": (-1.0,), "phi": (-1.0,), "bias_init": (-1.0,)}
+# Options of which these are in range, besides what is at least 0: of a network by the rule phi may be any number; -1
+# is the last layer.
+SIGNED = {"head_bias": (-1.0,), "phi": (-1.0,), "bias_init": (-1.0,), "vision_layer": (-1,)}
 # Read when training begins, since it may then be another that they have to fit; tested with the schedules.
 LATER = {"milestones"}
 OF_OPTIMIZERS = {*TRAINING, "layer_decay", "decay_rate", "decay_epochs"}  # no step reads them
@@ -97,7 +101,7 @@ def batch_for(module: Any, options: dict[str, Any]) -> Any:
     ] * 2).round()  # fmt: skip
     if isinstance(module, Detector):
         return images, [{"boxes": torch.tensor([[4.0, 4, 20, 20]]), "labels": torch.tensor([0])}] * 2
-    if isinstance(module, ImageTextAligner):
+    if isinstance(module, ImageTextAligner | VisionLanguageModel):
         captions = module.random_targets(images, torch.Generator())
         return images, captions
     return images, torch.tensor([0, 1])

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import Metric
 
-from datamodules import DigitsDataModule, ShapesDetectionDataModule
+from datamodules import DigitRowsDataModule, DigitsDataModule, ShapesDetectionDataModule
 from datamodules.detection import DetectionDataModule
 from zoo import (
     EfficientNetClassifier,
@@ -18,6 +18,7 @@ from zoo import (
     GumbelVAE,
     ImageTextAligner,
     MAEPretrainer,
+    VisionLanguageModel,
     ViTClassifier,
 )
 from zoo._lightning import Callback, LightningModule, Trainer
@@ -57,6 +58,15 @@ TECHNIQUES = {
     "aligner": lambda: ImageTextAligner(
         "test_vit", 16, "sigmoid", 32, 1, context_length=12, text_width=16, text_depth=1, text_heads=2, chunk=7
     ),
+    "vision-language": lambda: VisionLanguageModel(
+        "test_vit",
+        in_channels=1,
+        image_size=(32, 96),
+        language_width=16,
+        language_depth=1,
+        language_heads=2,
+        context_length=128,
+    ),
 }
 # Those of the Trainer; and the default dtype, in which a module is then made, beside a Trainer of 32-true.
 PRECISIONS = ["bf16-true", "16-true", "64-true", "bf16-mixed", "float64", "bfloat16"]
@@ -69,6 +79,10 @@ def data(name: str):
         )
     if name == "aligner":
         return DigitsDataModule(image_size=32, batch_size=30, num_workers=0, labels="captions")
+    if name == "vision-language":
+        return DigitRowsDataModule(
+            digit_size=32, lengths=(1, 3), train_size=30, val_size=30, test_size=30, batch_size=10, num_workers=0
+        )
     if name in ("gumbel", "gaussian"):
         binarize = "threshold" if name == "gaussian" else None
         return DigitsDataModule(image_size=8, batch_size=90, num_workers=0, mean=[0.0], std=[1.0], binarize=binarize)

@@ -16,6 +16,7 @@ from zoo import (
     GumbelVAE,
     ImageTextAligner,
     MAEPretrainer,
+    VisionLanguageModel,
     ViTClassifier,
 )
 from zoo.common import data_protocols, protocols
@@ -133,6 +134,10 @@ MODULES = {
         lambda: ImageTextAligner("test_resnet", embed_dim=6, text_width=8, text_depth=1, text_heads=2, image_size=32),
         "Changeable DrawsTargets FollowsWeights ForeignWeights HasClasses PredictsOtherwise PredictsRows "
         "TrainsOtherwise Watched WordsMetrics",
+    ),
+    VisionLanguageModel: (
+        lambda: VisionLanguageModel("test_resnet", language_width=8, language_depth=1, language_heads=2, image_size=32),
+        "Changeable DrawsTargets PredictsOtherwise PredictsRows TrainsOtherwise Watched WordsMetrics",
     ),
     GumbelVAE: (
         lambda: GumbelVAE(categories=2, **VAE),

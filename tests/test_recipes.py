@@ -27,6 +27,8 @@ SMALL_VAE = ["--model.hidden=[8]", "--model.width=4", "--model.blocks=1", "--mod
 SMALL_VAE += ["--model.compile=false"]
 SMALL_ALIGNER = ["--model.tokenizer=words", "--model.text_width=16", "--model.text_depth=1", "--model.text_heads=2"]
 SMALL_ALIGNER += ["--model.compile=false"]
+SMALL_READER = ["--model.language_width=16", "--model.language_depth=1", "--model.language_heads=2"]
+SMALL_READER += ["--model.compile=false"]
 FEW_REGIONS = ["--model.region_samples", "8", "--model.post_nms_top_k", "[30,10]"]
 SMALL_MODEL = {
     "zoo.ViTClassifier": SMALL_VIT,
@@ -37,6 +39,7 @@ SMALL_MODEL = {
     "zoo.ImageTextAligner": SMALL_ALIGNER,
     "zoo.PackedViTClassifier": ["--model.width=24", "--model.depth=1", "--model.heads=2"],
     "zoo.ImageTextFusion": SMALL_ALIGNER,
+    "zoo.VisionLanguageModel": SMALL_READER,
     "zoo.FPNDetector": ["--model.image_size", "64", "--model.channels", "8", "--model.head_depth", "1"],
     "zoo.FasterRCNN": ["--model.image_size", "64", "--model.channels", "8", "--model.head_width", "8", *FEW_REGIONS],
 }
@@ -73,7 +76,10 @@ def write_data(settings: dict, root: Path, monkeypatch) -> list[str]:
     elif kind == "CaptionsDataModule":
         for split, count in (("train", 8), ("val", 4)):
             write_captions(root / options[split], root / f"{split}2017", count)
-    elif kind == "ShapesCaptionsDataModule":
+    elif kind == "ConversationsDataModule":
+        write_conversations(root / "train.json", 12)
+        return ["--data.root", str(root), "--data.train", str(root / "train.json")]
+    elif kind in ("ShapesCaptionsDataModule", "ShapesQuestionsDataModule", "DigitRowsDataModule"):
         return ["--data.train_size=16", "--data.val_size=4", "--data.test_size=4"]
     else:
         return []
@@ -93,6 +99,18 @@ def write_captions(file: Path, folder: Path, count: int) -> None:
         file.write_text(json.dumps({"images": images, "annotations": annotations}))
     else:
         file.write_text("\n".join(["filepath,title", *(f"{folder.name}/{i}.jpg,{text}" for i, text in said)]) + "\n")
+
+
+def write_conversations(file: Path, count: int) -> None:
+    """Images, and LLaVA's json of two turns on each."""
+    file.parent.mkdir(parents=True)
+    said = ["<image>\nwhat is it?", "a thing", "what else?", "nothing"]
+    entries = []
+    for index in range(count):
+        (file.parent / f"{index}.jpg").write_bytes(jpeg(0))
+        turns = [{"from": ("human", "gpt")[number % 2], "value": text} for number, text in enumerate(said)]
+        entries.append({"id": str(index), "image": f"{index}.jpg", "conversations": turns})
+    file.write_text(json.dumps(entries))
 
 
 def write_coco(file: Path, folder: Path, count: int, categories: dict[int, str]) -> None:
@@ -127,6 +145,13 @@ def small_aligner(recipe: dict) -> list[str]:
     return ["--model.image_backbone=test_vit", "--model.embed_dim=64", "--model.image_size=32", "--data.image_size=32"]
 
 
+def small_reader(recipe: dict) -> list[str]:
+    """A small vision tower in the place of a large one."""
+    if recipe["model"]["init_args"].get("image_size"):
+        return []
+    return ["--model.backbone=test_vit", "--model.image_size=32", "--data.image_size=32"]
+
+
 def small(name: str, root: Path, monkeypatch) -> list[str]:
     """The recipe and the options that make a tiny run of it, on data that are made for it."""
     recipe = yaml.safe_load(recipes()[name].read_text())
@@ -141,6 +166,8 @@ def small(name: str, root: Path, monkeypatch) -> list[str]:
         model += small_detector(recipe)
     if name.startswith("alignment/"):
         model += small_aligner(recipe)
+    if name.startswith("vlm/"):
+        model += small_reader(recipe)
     if "tokens" in recipe["data"]["init_args"]:
         data += ["--data.token_budget=64", "--data.tokens=[4,16]"]
     if recipe["model"]["init_args"].get("iw_samples"):
@@ -174,6 +201,7 @@ QUICK = (
     "gumbel_vae/digits",
     "gaussian_vae/digits",
     "packed_vit/digits_sizes",
+    "vlm/digit_rows",
 )
 SIZES = re.compile("efficientnet/b[1-7]_imagenet|mae/(large|huge)_imagenet")
 

@@ -48,6 +48,10 @@ MODULES = {
     "aligner": lambda: zoo.ImageTextAligner(
         "test_vit", 32, "sigmoid", 32, text_width=64, text_depth=2, text_heads=4, bias_init="auto", max_scale=10.0
     ),
+    "language": lambda: zoo.VisionLanguageModel(
+        "test_vit", image_size=32, language_width=64, language_depth=2, language_heads=4, context_length=96,
+        vision_lr=None, language_lr=None
+    ),
 }
 
 

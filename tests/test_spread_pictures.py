@@ -18,8 +18,21 @@ from torch.utils.data import (
     default_collate,
 )
 
-from datamodules import DigitsDataModule, ImageFolderDataModule, ShapesDetectionDataModule
-from zoo import EfficientNetClassifier, FPNDetector, GaussianVAE, GumbelVAE, MAEPretrainer, ViTClassifier
+from datamodules import (
+    DigitsDataModule,
+    ImageFolderDataModule,
+    ShapesDetectionDataModule,
+    ShapesQuestionsDataModule,
+)
+from zoo import (
+    EfficientNetClassifier,
+    FPNDetector,
+    GaussianVAE,
+    GumbelVAE,
+    MAEPretrainer,
+    VisionLanguageModel,
+    ViTClassifier,
+)
 from zoo.callbacks import SavePictures
 from zoo.callbacks.spread import evenly, spread_batch
 
@@ -104,6 +117,11 @@ TECHNIQUES = {
         FPNDetector,
         {"backbone": "test_resnet", "num_classes": 6, "channels": 16, "head_depth": 1, "levels": (3, 5)},
     ),
+    "reader": (
+        VisionLanguageModel,
+        {"backbone": "test_vit", "image_size": 32, "language_width": 8, "language_depth": 1, "language_heads": 1}
+        | {"context_length": 128},
+    ),
 }
 
 
@@ -113,6 +131,8 @@ def test_every_technique_draws_samples_from_all_over_the_split(tmp_path, kind):
     module = type("Remembering" + technique.__name__, (Remembers, technique), {})(**options)
     if kind == "detector":
         data = ShapesDetectionDataModule(image_size=64, batch_size=4, num_workers=0, train_size=8, val_size=32)
+    elif kind == "reader":
+        data = ShapesQuestionsDataModule(batch_size=4, num_workers=0, train_size=8, val_size=32)
     else:
         size = 32 if kind == "efficientnet" else 8
         binarize = {"binarize": "threshold", "mean": (0.0,), "std": (1.0,)} if kind in ("gumbel", "gaussian") else {}

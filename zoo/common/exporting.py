@@ -25,7 +25,7 @@ class Variant(nn.Module):
 
     def __init__(self, module: nn.Module, name: str | None = None) -> None:
         super().__init__()
-        if not isinstance(module, Exports):
+        if not isinstance(module, Exports) or not module.exports:
             raise ValueError(f"{type(module).__name__} cannot be exported: it does not say what, in exports")
         self.name = next(iter(module.exports)) if name is None else name
         if self.name not in module.exports:

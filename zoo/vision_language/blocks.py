@@ -75,7 +75,8 @@ class CausalAttention(nn.Module):
             value,
             attn_mask=mask,
             dropout_p=self.attn_drop.p if self.training else 0.0,
-            is_causal=mask is None and query.shape[2] > 1,
+            # Without a cache whatever the length, which compiled code takes for a symbol.
+            is_causal=mask is None and (cache is None or query.shape[2] > 1),
             enable_gqa=key.shape[1] != self.heads,
         )
         projected: Tensor = self.proj_drop(self.proj(found.transpose(1, 2).flatten(2)))

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import nn
 
+from zoo.common.ranges import check_ranges
 from zoo.common.tokenizers import Tokenizer
 from zoo.vision_language.hugging_face import HuggingFaceLanguageModel
 from zoo.vision_language.language_model import CausalTransformer
@@ -18,9 +19,13 @@ def create_language_model(given: str | nn.Module | None, tokenizer: Tokenizer, h
         hparams: Arguments of the whole.
 
     Raises:
-        ValueError: For fewer tokens than the tokeniser's, and fewer positions than ``context_length``.
+        ValueError: For sizes out of range; for fewer tokens than the tokeniser's; for fewer positions than
+            ``context_length``.
     """
     if given is None:
+        names = ("width", "depth", "heads", "key_heads", "mlp_width")
+        check_ranges(**{f"language_{name}": (hparams[f"language_{name}"], 1, None) for name in names})
+        check_ranges(language_dropout=(hparams.language_dropout, 0, 1))
         return CausalTransformer(
             tokenizer.vocab_size,
             width=hparams.language_width,

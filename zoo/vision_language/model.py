@@ -32,7 +32,14 @@ from zoo.vision_language.parts import take_weights
 from zoo.vision_language.reading import ReadsConversations
 from zoo.vision_language.sequences import Format, Rows
 from zoo.vision_language.stages import TrainsParts
-from zoo.vision_language.vision import dry_run, image_tokens, unread_parameters
+from zoo.vision_language.vision import (
+    PackedTower,
+    as_tokens,
+    dry_run,
+    image_features,
+    image_tokens,
+    unread_parameters,
+)
 from zoo.vision_language.writing import WritesAnswers
 
 
@@ -106,7 +113,7 @@ class VisionLanguageModel(
         eps: Epsilon of the optimizer. None: its own.
         warmup_epochs: Linear warm-up, in epochs; a half-cosine follows.
         min_lr: Learning rate that the half-cosine of the fastest part ends at; others end proportionally lower.
-        compile: Compile language model, tower and connector in place, as ``model.compile()`` does.
+        compile: Compile language model and tower in place, as ``model.compile()`` does, but for a tower that packs.
 
     Raises:
         ValueError: For an unknown name or choice; numbers out of range; a stage in which nothing learns; tokens that
@@ -118,7 +125,7 @@ class VisionLanguageModel(
     language_model: Any
     hparams: Any
     changeable: ClassVar = ("prompt",)
-    compiled: ClassVar[tuple[str, ...]] = ("see", "read_rows")
+    compiled: ClassVar[tuple[str, ...]] = ("look", "read_rows")
     exports: ClassVar[Mapping[str, str]] = {}  # answers are written token by token: no graph of an image alone
 
     def __init__(
@@ -234,8 +241,16 @@ class VisionLanguageModel(
         """Tokens (T, W) of images for the language model, and their packing."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains("backbone")):
             read = images if self.image_tokenizer is None else self.image_tokenizer(images)
-            tokens, packing = image_tokens(self.backbone, read, self.hparams.vision_layer)
+            packs = isinstance(self.backbone, PackedTower)
+            if packs:
+                tokens, packing = image_tokens(self.backbone, read, self.hparams.vision_layer)
+            else:
+                tokens, packing = as_tokens(self.backbone, self.look(read), read)
         return self.connector(tokens, packing)
+
+    def look(self, images: Any) -> Any:
+        """Features of images (B, C, H, W), as a timm network gives them."""
+        return image_features(self.backbone, images, self.hparams.vision_layer)
 
     def _of_no_image(self) -> Tensor:
         """Tokens (0, W), which in training come of a blank image: processes agree on what has gradients."""

@@ -69,8 +69,9 @@ class ReadsConversations(ReadsTexts):
             made.append(self._fitting(whole, names[number] if names else f"sample {number}", of_images))
             kept += range(done, done + made[-1].ids.count(PLACE))
             first, done = first + count, done + sum(of_images)
-        packed = self.training and self.hparams.packed
-        rows = lay_out(made, self.tokenizer.pad_id or 0, self.hparams.context_length if packed else None)
+        most = self.hparams.context_length
+        packed = most if self.training and self.hparams.packed else None
+        rows = lay_out(made, self.tokenizer.pad_id or 0, packed, most)
         if len(kept) < done:
             rows = rows._replace(kept=torch.tensor(kept, dtype=torch.int64))
         return rows.to(self.device)

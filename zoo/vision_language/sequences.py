@@ -169,13 +169,14 @@ def cut(made: Tokens, length: int) -> Tokens:
     return Tokens(made.ids[:length], made.learned[:length])
 
 
-def lay_out(made: Sequence[Tokens], pad_id: int, row_length: int | None = None) -> Rows:
+def lay_out(made: Sequence[Tokens], pad_id: int, row_length: int | None = None, most: int | None = None) -> Rows:
     """Rows of sequences: one each, filled up on the right; or packed, first fit, into rows of at most ``row_length``.
 
     Args:
         made: Sequences, in the order of the samples; those of images that were cut have fewer places than tokens.
         pad_id: Token that rows are filled up with.
         row_length: Most tokens of a row of several sequences. None: each has a row of its own.
+        most: How far such rows are filled up at most, where they are not longer themselves. None: any.
 
     Returns:
         On the CPU.
@@ -183,8 +184,9 @@ def lay_out(made: Sequence[Tokens], pad_id: int, row_length: int | None = None) 
     rows = [[index] for index in range(len(made))] if row_length is None else first_fit(made, row_length)
     lengths = [sum(len(made[index].ids) for index in row) for row in rows]
     length = -(-max(lengths) // MULTIPLE) * MULTIPLE
-    if row_length is not None:
-        length = min(length, max(row_length, *lengths))
+    limit = most if row_length is None else row_length
+    if limit is not None:
+        length = min(length, max(limit, *lengths))
     tokens, positions, segments = [], [], []
     starts = [0] * len(made)
     for number, row in enumerate(rows):

@@ -18,7 +18,7 @@ from zoo.common.ranges import check_ranges
 
 PARTS = {"backbone": "vision_lr", "connector": "connector_lr", "language_model": "language_lr"}
 """Parts of a vision-language model, and the arguments that are their learning rates."""
-EXTRA = "pip install 'zoo[adapters]'"
+EXTRA = "pip install 'vision-zoo[adapters]'"
 
 
 class TrainsParts(nn.Module):

@@ -92,6 +92,17 @@ def image_tokens(
         return backbone.forward_features(
             images if isinstance(images, Patches) else patchify(images, backbone.patch_size)
         )
+    return as_tokens(backbone, image_features(backbone, images, layer), images)
+
+
+def image_features(backbone: nn.Module, images: Any, layer: int | None = None) -> Any:
+    """Features of images (B, C, H, W) as a timm network gives them, for :func:`as_tokens`.
+
+    Apart from it, since numbers of images are on the host there, and would be compiled anew one by one.
+
+    Args:
+        backbone, images, layer: As of :func:`image_tokens`, which also says what is refused.
+    """
     name = type(backbone).__name__
     if not isinstance(images, Tensor) or images.ndim != 4:
         got = f"{tuple(images.shape)}" if isinstance(images, Tensor) else f"a {type(images).__name__}"
@@ -104,10 +115,13 @@ def image_tokens(
         raise ValueError(
             f"{name} has no forward_features and num_features, so it gives no image tokens: choose another backbone"
         )
-    return _packed(backbone, backbone.forward_features(images), images)
+    return backbone.forward_features(images)
 
 
-def _packed(backbone: TimmTower, features: Any, images: Tensor) -> tuple[Tensor, Packing]:
+def as_tokens(backbone: Any, features: Any, images: Any) -> tuple[Tensor, Packing]:
+    """Tokens (T, D) of :func:`image_features` of images, and which image they belong to."""
+    if isinstance(features, tuple) and features and all(isinstance(each, Tensor) for each in features):
+        return _of_map(*features)  # of a layer
     width = backbone.num_features
     if isinstance(features, Tensor) and features.ndim == 4:
         sides = [side for side in (1, 3) if features.shape[side] == width]
@@ -157,7 +171,8 @@ def _grid(backbone: TimmTower, tokens: int, size: tuple[int, int]) -> tuple[Grid
     return next(fitting, None)
 
 
-def _intermediate(backbone: nn.Module, images: Tensor, layer: int) -> tuple[Tensor, Packing]:
+def _intermediate(backbone: nn.Module, images: Tensor, layer: int) -> tuple[Tensor, ...]:
+    """The map of a layer, and maybe the tokens before it."""
     name = type(backbone).__name__
     if not isinstance(backbone, GivesIntermediates):
         raise ValueError(f"layer is {layer}: {name} gives its last tokens alone; leave it out")
@@ -170,7 +185,7 @@ def _intermediate(backbone: nn.Module, images: Tensor, layer: int) -> tuple[Tens
     except AssertionError as error:  # timm's, for layers out of range and for sizes
         shape = tuple(images.shape)
         raise ValueError(f"layer is {layer}: {name} does not give it of images {shape}: {error}") from error
-    return _of_map(found) if isinstance(found, Tensor) else _of_map(*found)
+    return (found,) if isinstance(found, Tensor) else tuple(found)
 
 
 def dry_run(backbone: nn.Module, image_size: int | tuple[int, int], layer: int | None = None) -> tuple[Packing, int]:

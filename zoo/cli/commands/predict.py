@@ -136,9 +136,12 @@ def _said(result: "Mapping[str, Any]") -> str:
     if "top" in result:
         ranked = ", ".join(f"{each['label']} {100 * each['probability']:.1f}%" for each in result["top"])
         return f"{', '.join(result['labels']) or 'no label'} ({ranked})" if "labels" in result else ranked
-    return ", ".join(
-        f"{name} {' '.join(f'{x:.6g}' for x in value.flatten().tolist())}" for name, value in result.items()
-    )
+    return ", ".join(f"{name} {_shown(value)}" for name, value in result.items())
+
+
+def _shown(value: Any) -> str:
+    """A text as it is, the numbers of a tensor one after another."""
+    return value if isinstance(value, str) else " ".join(f"{x:.6g}" for x in value.flatten().tolist())
 
 
 COMMAND = Command("predict", train.SUMMARIES["predict"], _arguments, _run, train.OPTIONS)

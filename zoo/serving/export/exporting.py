@@ -150,7 +150,7 @@ class Subject:
     @cached_property
     def graph(self) -> Graph:
         stated, module = self.preprocessing if self.inside else None, self.module
-        predicts = isinstance(module, Exports) and self.variant in (None, next(iter(module.exports)))
+        predicts = isinstance(module, Exports) and self.variant in (None, next(iter(module.exports), None))
         if predicts and isinstance(module, Unpredicted):
             module = deepcopy(module)
             for name in module.unpredicted:  # a program would carry it along

@@ -62,6 +62,8 @@ class ShapesQuestionsDataModule(Conversed, ImageDataModule):
             "text".
         in_words: Tell each scene in words in the place of its image, in all splits: text alone, for a language model to
             learn what is asked before it sees anything.
+        turns: Questions about each training image, one after another, as far as different ones are drawn: the image is
+            looked at once for all of them.
         objects: Fewest and most objects of a scene, of 1 to 4.
         held_out: Pairs of shape and colour that training images have none of: "hard", two colours for each shape, 12
             of the 36 pairs; "easy", one colour, 6 pairs; "none". An unseen image has at least one such pair, and its
@@ -109,6 +111,7 @@ class ShapesQuestionsDataModule(Conversed, ImageDataModule):
         shares: dict[str, float] | None = None,
         text_share: float = 0.0,
         in_words: bool = False,
+        turns: int = 1,
         objects: tuple[int, int] = (1, 4),
         held_out: HeldOut = "hard",
         images_per_sample: int = 1,
@@ -154,7 +157,9 @@ class ShapesQuestionsDataModule(Conversed, ImageDataModule):
         if self.hflip and (turned := {"relation", "caption"} & {*self.kinds}):
             raise ValueError(f"hflip is {self.hflip}: expected 0, since {min(turned)} says left and right")
         self.image_size, self.held_out, self.shuffled, self.text_share = image_size, held_out, shuffled, text_share
-        self.in_words = in_words
+        if turns < 1:
+            raise ValueError(f"turns is {turns}: expected at least 1")
+        self.in_words, self.turns = in_words, turns
         self.objects, self.images_seed, self.predict_root = (objects[0], objects[1]), images_seed, predict_root
         check_any_size({**options, "token_budget": token_budget, "patch_size": patch_size})
         check_mixed_sizes(sizes, aspects, eval_sizes, eval_aspects)
@@ -191,7 +196,7 @@ class ShapesQuestionsDataModule(Conversed, ImageDataModule):
             seeds = [[mix(self.images_seed, number, 2) for number in part.tolist()] for part in parts]
             questions = [asker.deal(some) for asker, some in zip(askers, seeds, strict=True)]
         text_share = self.text_share if split == "train" else 0.0
-        asking: Any = askers, questions, f"shapes/{split}", text_share, self.in_words
+        asking: Any = askers, questions, f"shapes/{split}", text_share, self.in_words, self.turns
         if self.any_size:
             return SizedScenes(scenes, numbers, self.images_seed, self._sizing(split, numbers), self.seed, *asking)
         return QuestionedScenes(render_each(scenes, self.images_seed, numbers, self.image_size), *asking)

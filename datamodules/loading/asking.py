@@ -16,12 +16,16 @@ OF_IMAGES = {"first": 1 / 2, "second": 1 / 2}
 
 
 class Asked(NamedTuple):
-    """A question, its answer, and the scenes that it is about, by index and in their order."""
+    """A question, its answer, and the scenes that it is about, by index and in their order; further questions of them.
+
+    These are pairs of a prompt and an answer.
+    """
 
     kind: str
     prompt: str
     answer: str
     of: list[int]
+    more: tuple[tuple[str, str], ...] = ()
 
 
 class Asker:
@@ -114,6 +118,7 @@ class QuestionedScenes:
         name: What samples are called, before their index.
         text_share: Share of samples that are text alone.
         in_words: Tell scenes in words, in the place of images.
+        turns: Questions about a training image, one after another, as far as different ones are drawn.
     """
 
     def __init__(
@@ -124,9 +129,10 @@ class QuestionedScenes:
         name: str,
         text_share: float = 0.0,
         in_words: bool = False,
+        turns: int = 1,
     ) -> None:
         self.images, self.askers, self.questions, self.text_share = images, askers, questions, text_share
-        self.in_words = in_words
+        self.in_words, self.turns = in_words, turns
         self.random = questions is None
         self.starts = np.cumsum([0, *(len(asker.scenes) for asker in askers)]).tolist()
         self.names = [f"{name}/{index}" for index in range(self.starts[-1])]
@@ -150,6 +156,9 @@ class QuestionedScenes:
             asked = Asked("text", prompt, answer, [])
         else:
             asked = asker.ask(index, rng)
+            others = [asker.ask(index, rng) for _ in range(self.turns - 1)]
+            told = {each.prompt: each.answer for each in others if each.of == asked.of and each.prompt != asked.prompt}
+            asked = asked._replace(more=tuple(told.items()))
         return asked._replace(of=[start + each for each in asked.of])
 
     def said(self, index: int, asked: Asked) -> Said:
@@ -158,7 +167,7 @@ class QuestionedScenes:
         scenes, start = self.askers[subset].scenes, self.starts[subset]
         stand_for = (self._told(scenes[each - start]) if self.in_words else IMAGE_PLACE for each in asked.of)
         said: Said = {
-            "turns": [[" ".join([*stand_for, asked.prompt]), asked.answer]],
+            "turns": [[" ".join([*stand_for, asked.prompt]), asked.answer], *map(list, asked.more)],
             "kind": asked.kind,
             "name": self.names[index],
         }

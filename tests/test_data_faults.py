@@ -331,7 +331,7 @@ def shapes() -> LightningDataModule:
 
 
 def reader() -> LightningModule:
-    sizes = {"language_width": 8, "language_depth": 1, "language_heads": 1, "context_length": 128}
+    sizes = {"language_width": 8, "language_depth": 1, "language_heads": 1, "context_length": 320}
     return VisionLanguageModel("test_vit", image_size=32, **sizes)
 
 

@@ -40,7 +40,8 @@ TECHNIQUES: dict[type, tuple[dict[str, Any], bool]] = {  # and whether it takes 
     GumbelVAE: ({"latents": 2, "categories": 3, "image_size": 8, "hidden": (8,), "in_channels": 1}, False),
     GaussianVAE: ({"latents": 2, "image_size": 8, "hidden": (8,), "in_channels": 1}, False),
     VisionLanguageModel: (
-        {"backbone": "test_vit", "image_size": 32, "in_channels": 1, "context_length": 64}
+        {"backbone": "vit_tiny_patch16_224", "image_size": 32, "in_channels": 1, "context_length": 64}
+        | {"image_options": {"embed_dim": 16, "depth": 1, "num_heads": 2}}
         | {"language_width": 8, "language_depth": 1, "language_heads": 1},
         False,
     ),

@@ -22,9 +22,11 @@ import zoo
 from datamodules import (
     CaptionsDataModule,
     CocoDetectionDataModule,
+    ConversationsDataModule,
     DigitsDataModule,
     ImageFolderDataModule,
     ShapesDetectionDataModule,
+    ShapesQuestionsDataModule,
     TorchvisionDataModule,
 )
 from datamodules.base import ImageDataModule
@@ -127,6 +129,8 @@ PREDICTS: dict[str, Callable[[str], ImageDataModule]] = {
     "digits, drawn once": lambda root: DigitsDataModule(predict_root=root, binarize="draw_once", **DRAWN),
     "digits, with captions": lambda root: DigitsDataModule(predict_root=root, labels="captions"),
     "captions": lambda root: CaptionsDataModule("none", image_size=(20, 36), predict_root=root),
+    "questions": lambda root: ShapesQuestionsDataModule(predict_root=root),
+    "conversations": lambda root: ConversationsDataModule(predict_root=root, image_size=(20, 36)),
     "COCO": lambda root: CocoDetectionDataModule(predict_root=root, image_size=24, max_size=40),
     "COCO, as they are": lambda root: CocoDetectionDataModule(
         predict_root=root, image_size=None, max_size=None, pad_multiple=1

@@ -120,7 +120,7 @@ TECHNIQUES = {
     "reader": (
         VisionLanguageModel,
         {"backbone": "test_vit", "image_size": 32, "language_width": 8, "language_depth": 1, "language_heads": 1}
-        | {"context_length": 128},
+        | {"context_length": 320},
     ),
 }
 

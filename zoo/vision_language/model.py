@@ -245,8 +245,17 @@ class VisionLanguageModel(
             if packs:
                 tokens, packing = image_tokens(self.backbone, read, self.hparams.vision_layer)
             else:
-                tokens, packing = as_tokens(self.backbone, self.look(read), read)
+                whole = self._checked(read)
+                tokens, packing = as_tokens(self.backbone, self.look(whole), whole)
         return self.connector(tokens, packing)
+
+    def _checked(self, images: Any) -> Any:
+        """Images as (B, C, H, W), if they are a list of one size. Raises ValueError for those of another shape."""
+        listed = isinstance(images, list | tuple) and all(isinstance(each, Tensor) for each in images)
+        shapes = {each.shape for each in images} if listed else {images.shape[1:]} if isinstance(images, Tensor) else ()
+        for shape in shapes:
+            self.check_images(shape)
+        return torch.stack(list(images)) if listed and len(shapes) == 1 else images
 
     def look(self, images: Any) -> Any:
         """Features of images (B, C, H, W), as a timm network gives them."""

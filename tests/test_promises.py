@@ -89,6 +89,16 @@ PROMISES = [
         ),
     ),
     Promise(
+        ("any timm network with tokens or maps", "of any timm network, or of one that packs", "images of any grids"),
+        "a network of every module file of timm: the grid of its image, or refused by name; all connectors, ragged grids",
+        (
+            "vision_tokens::test_the_tables_have_every_family_of_timm",
+            "vision_tokens::test_tokens_of_every_family_have_the_grid_of_their_image",
+            "vision_tokens::test_networks_that_give_neither_tokens_nor_maps_are_refused_but_for_a_layer",
+            "connectors::test_packed_images_are_as_one_by_one_and_what_stands_for_no_patch_is_left_out",
+        ),
+    ),
+    Promise(
         (
             "any module trains on your data",
             "works under any LightningModule",

@@ -171,7 +171,8 @@ class QuestionedScenes:
             "kind": asked.kind,
             "name": self.names[index],
         }
-        if (possible := choices(asked.kind, self.askers[subset].most)) is not None:
+        # They are the last question's.
+        if not asked.more and (possible := choices(asked.kind, self.askers[subset].most)) is not None:
             said["choices"] = possible
         if self.questions is not None:
             said["subset"] = subset

@@ -62,7 +62,7 @@ def _listed(images: Any) -> list[Tensor]:
 class Conversed(LightningDataModule):
     """Mixin of data modules with conversations, in front of :class:`datamodules.base.ImageDataModule`.
 
-    A subclass says its ``image_shape``, (C, H, W) or None, which a batch without any image has, too.
+    A subclass says its ``image_shape``, (C, H, W) or None, which a batch without images has, too.
     The hop takes the images alone. Of thousands of dicts, Lightning would look through every text for tensors to copy,
     which takes longer than a step's other work on the host.
     """

@@ -56,7 +56,7 @@ def drawn_shares(allowed: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def dealt(probabilities: np.ndarray) -> list[int]:
-    """A sort for each sample, so that at any time sorts have come as often as draws would have them, but for a few.
+    """A sort for each sample, so that at all times sorts have come as often as draws would have them, but for a few.
 
     Args:
         probabilities: (N, C) of each sort for each sample, 0 for those it does not allow.

@@ -60,7 +60,7 @@ def shape(scene: Scene, unseen: Pairs) -> list[Question]:
 
 
 def count(scene: Scene, unseen: Pairs) -> list[Question]:
-    """Numbers of all objects, of those of a shape and of those of a colour, also of shapes and colours without any."""
+    """Numbers of all objects, of those of a shape and of those of a colour, also of shapes and colours without one."""
     found = [("objects", "objects", len(scene))]
     of_interest = [scene[k] for k in _of_interest(scene, unseen)]
     for part, plurals in enumerate((PLURALS, [f"{tint} objects" for tint in TINTS])):
@@ -214,7 +214,7 @@ def draw_scene(
         rng: Where all chance comes from.
         objects: Fewest and most.
         seen: Pairs (shape, colour) that there may be.
-        unseen: If there are any, one object is of these pairs, and the others are of these or of ``seen``.
+        unseen: Where it is not empty, one object is of these pairs, and the others are of these or of ``seen``.
     """
     number, part, value = rng.randint(*objects), rng.randrange(2), rng.randrange(len(NAMES))
     alike_count = rng.randint(1, number)

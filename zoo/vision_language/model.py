@@ -60,7 +60,7 @@ class VisionLanguageModel(
     any size for a backbone that takes such; each sample has as many of them as ``<image>`` stands in its prompts, and
     may have none. Answers are learned, prompts are not. Logs ``train/loss``, ``val/loss``, ``val/acc`` and, where the
     data names kinds and subsets, ``val/acc_KIND``, ``val/acc_SUBSET`` and ``val/acc_SUBSET_KIND``; ``test`` also what
-    is answered by another sample's images and without any, ``test/shuffled_acc`` and ``test/text_acc``, and which of
+    is answered by another sample's images and without images, ``test/shuffled_acc`` and ``test/text_acc``, and which of
     given choices is likeliest, ``test/choice_acc``. Predicts answers.
 
     Args:

@@ -20,7 +20,7 @@ def take_weights(
     Args:
         module: A :class:`zoo.VisionLanguageModel`.
         weights: Of a whole model.
-        image: Of the vision tower: of any module with a ``backbone``, or what else :func:`zoo.weights.load` reads.
+        image: Of the vision tower: of a module with a ``backbone``, or what else :func:`zoo.weights.load` reads.
         connector: Of a connector: a checkpoint of a model, or the connector's own tensors.
         language: Of a language model: a checkpoint of a model, whose tokeniser is taken as well; the language model's
             own tensors; or those of Hugging Face's Llama, for the small language model.

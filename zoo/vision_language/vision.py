@@ -76,7 +76,7 @@ def image_tokens(
 
     Args:
         backbone: A timm network, or a :class:`PackedTower`.
-        images: Normalised floats (B, C, H, W). A packed tower takes B images (C, H, W) of any sizes, or their patches,
+        images: Normalised floats (B, C, H, W). A packed tower takes B images (C, H, W) of their own sizes, or their patches,
             too.
         layer: Block whose tokens are read, before the final norm; of a network in stages, the stage whose map is. -1 is
             the last, -2 the one before it, which LLaVA reads (Liu et al. 2023, arXiv 2304.08485, section 4.1). What
@@ -192,7 +192,7 @@ def dry_run(backbone: nn.Module, image_size: int | tuple[int, int], layer: int |
     """The packing of one image's tokens, and their width, found by running a black image in evaluation mode.
 
     Args:
-        backbone: See :func:`image_tokens`; on any device, the meta device too, on which it costs nothing.
+        backbone: See :func:`image_tokens`; on its own device, the meta device too, on which it costs nothing.
         image_size: Side in pixels, or (height, width).
         layer: See :func:`image_tokens`.
 

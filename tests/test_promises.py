@@ -90,7 +90,7 @@ PROMISES = [
     ),
     Promise(
         ("any timm network with tokens or maps", "of any timm network, or of one that packs", "images of any grids"),
-        "a network of every module file of timm: the grid of its image, or refused by name; all connectors, ragged grids",
+        "a network of every module file of timm: its image's grid, or refused by name; all connectors, ragged grids",
         (
             "vision_tokens::test_the_tables_have_every_family_of_timm",
             "vision_tokens::test_tokens_of_every_family_have_the_grid_of_their_image",

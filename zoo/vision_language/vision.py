@@ -76,8 +76,8 @@ def image_tokens(
 
     Args:
         backbone: A timm network, or a :class:`PackedTower`.
-        images: Normalised floats (B, C, H, W). A packed tower takes B images (C, H, W) of their own sizes, or their patches,
-            too.
+        images: Normalised floats (B, C, H, W). A packed tower takes B images (C, H, W) of their own sizes, or their
+            patches, too.
         layer: Block whose tokens are read, before the final norm; of a network in stages, the stage whose map is. -1 is
             the last, -2 the one before it, which LLaVA reads (Liu et al. 2023, arXiv 2304.08485, section 4.1). What
             comes behind it takes no part, and gets no gradient. None: what the network gives, after its final norm.

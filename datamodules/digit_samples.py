@@ -14,8 +14,9 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.nn.functional import pad
 
-from datamodules.loading.any_size import by_column, natural, uniform
+from datamodules.loading.any_size import by_column
 from datamodules.loading.captions import About, about
+from datamodules.loading.mixed_sizes import MixedSizes
 from datamodules.loading.order import Key
 from datamodules.transforms import plain_resize
 
@@ -77,18 +78,15 @@ class CaptionedDigits(DigitSamples):
         return self.images[index], about(self.captions_of(index), self.random, **more)
 
 
-class DigitSizes:
+class DigitSizes(MixedSizes):
     """Sizing of digits: side and aspect drawn for each, by its key in training and by its number in evaluation.
 
     Args:
-        sizes: Least and greatest side, the square root of the area in pixels, drawn uniformly.
-        aspects: Least and greatest width by height, drawn uniformly on a logarithmic scale.
+        sizes, aspects, patch_size, numbers, seed: See :class:`datamodules.loading.mixed_sizes.MixedSizes`; numbers are
+            those among all digits.
         rendering: "stretched": the scan is resized to the whole image. "placed": it stays square, as large as fits, and
             lies anywhere along the longer side, on black.
-        patch_size: Sides are rounded to multiples of this, 1 to pixels.
         squeezed: Side that images are resized to in the end, whatever their aspect. None: they stay as they are.
-        numbers: Of each sample among all digits, by which evaluation draws. None: training.
-        seed: Seed of training.
     """
 
     def __init__(
@@ -101,16 +99,12 @@ class DigitSizes:
         numbers: np.ndarray | None,
         seed: int,
     ) -> None:
-        self.sizes, self.aspects, self.rendering = sizes, aspects, rendering
-        self.patch_size, self.squeezed, self.numbers, self.seed = patch_size, squeezed, numbers, seed
-
-    def tokens(self, samples: Any, epoch: int, copies: np.ndarray, indices: np.ndarray) -> np.ndarray:
-        grids: np.ndarray = self._pixels(epoch, copies, indices) // self.patch_size
-        return grids.prod(1)
+        super().__init__(sizes, aspects, patch_size, numbers, seed if numbers is None else 0)
+        self.rendering, self.squeezed = rendering, squeezed
 
     def plans(self, samples: Any, keys: Sequence[Key]) -> list[tuple[int, int, float]]:
         """Height, width and place along the longer side, in [0, 1), of each key."""
-        pixels, places = self._pixels(*by_column(keys)).tolist(), self._draw(2, *by_column(keys)).tolist()
+        pixels, places = self.pixels(*by_column(keys)).tolist(), self.draw(2, *by_column(keys)).tolist()
         return [(height, width, place) for (height, width), place in zip(pixels, places, strict=True)]
 
     def made(self, samples: Any, number: int, plan: tuple[int, int, float]) -> Any:
@@ -126,19 +120,6 @@ class DigitSizes:
         else:
             image = plain_resize(scan, (height, width))
         return image if self.squeezed is None else plain_resize(image, (self.squeezed, self.squeezed))
-
-    def _pixels(self, epoch: int, copies: np.ndarray, indices: np.ndarray) -> np.ndarray:
-        """Heights and widths (N, 2)."""
-        low, high = self.sizes
-        sides = low + (high - low) * self._draw(0, epoch, copies, indices)
-        flat, tall = math.log(self.aspects[0]), math.log(self.aspects[1])
-        roots = np.exp((flat + (tall - flat) * self._draw(1, epoch, copies, indices)) / 2)
-        return natural(np.stack([sides / roots, sides * roots], axis=1), self.patch_size) * self.patch_size
-
-    def _draw(self, draw: int, epoch: int, copies: np.ndarray, indices: np.ndarray) -> np.ndarray:
-        if self.numbers is None:
-            return uniform(self.seed, epoch, copies, indices, draw)
-        return uniform(0, 0, np.zeros_like(copies), self.numbers[indices], draw)
 
 
 def captions_of(digit: int) -> list[str]:

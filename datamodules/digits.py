@@ -37,6 +37,7 @@ from datamodules.digit_samples import (
 )
 from datamodules.loading.any_size import AnySize, check_any_size
 from datamodules.loading.captions import Captioned
+from datamodules.loading.mixed_sizes import check_mixed_sizes
 from datamodules.loading.options import IMAGE_OPTIONS, ImageOptions, with_defaults
 from datamodules.loading.seeding import Samples
 from datamodules.preprocessing import Patched, Resize
@@ -145,14 +146,7 @@ class DigitsDataModule(Captioned, ImageDataModule):
         self.labels, self.classes = labels, _class_names(labels)
         self.noise, self.noise_seed, self.float_images = noise, noise_seed, noise > 0
         check_any_size({**options, "token_budget": token_budget, "patch_size": patch_size})
-        if sizes is None and (eval_sizes or eval_aspects or aspects != (1.0, 1.0) or rendering != "stretched"):
-            raise ValueError("sizes is null, with eval_sizes, aspects or a rendering: set sizes as well, [16, 40] say")
-        for name, pair in (("sizes", sizes), ("eval_sizes", eval_sizes)):
-            if pair is not None and not 1 <= pair[0] <= pair[1]:
-                raise ValueError(f"{name} is {tuple(pair)}: expected two sides in pixels, 1 <= low <= high")
-        for name, aspect in (("aspects", aspects), ("eval_aspects", eval_aspects)):
-            if aspect is not None and not 0 < aspect[0] <= aspect[1]:
-                raise ValueError(f"{name} is {tuple(aspect)}: expected two widths by heights, 0 < low <= high")
+        check_mixed_sizes(sizes, aspects, eval_sizes, eval_aspects, rendering=rendering != "stretched")
         if rendering not in get_args(Rendering):
             raise ValueError(f"unknown rendering {rendering!r}: expected {' or '.join(get_args(Rendering))}")
         self.sizes, self.aspects, self.rendering = sizes, aspects, rendering

@@ -21,17 +21,21 @@ import torch
 from torch import Tensor
 
 from datamodules.base import ImageDataModule
-from datamodules.loading.asking import OF_IMAGES, Asker, QuestionedScenes
+from datamodules.loading.any_size import AnySize, check_any_size
+from datamodules.loading.asking import OF_IMAGES, Asker, QuestionedScenes, kinds_and_shares
 from datamodules.loading.conversations import Conversed
+from datamodules.loading.mixed_sizes import check_mixed_sizes
 from datamodules.loading.options import IMAGE_OPTIONS, ImageOptions, with_defaults
 from datamodules.loading.order import mix
+from datamodules.loading.scene_sizes import SceneSizes, SizedScenes
 from datamodules.loading.seeding import Samples
-from datamodules.preprocessing import Resize
+from datamodules.preprocessing import Patched, Resize
 from datamodules.reading.colored_scenes import render_each
 from datamodules.reading.files import ImageFiles
 from datamodules.reading.listing import Split
 from datamodules.reading.scene_questions import KINDS, cells, draw_scene, vocabulary
 from datamodules.shapes_captions import FIRST, HeldOut, pairs
+from datamodules.transforms.any_size import Whole
 
 OF_SUBSET = FIRST["val"] // 2
 """Numbers of a split's images in one subset, of which the other's follow."""
@@ -42,7 +46,7 @@ TRIED = 16
 
 
 class ShapesQuestionsDataModule(Conversed, ImageDataModule):
-    """Rendered shapes with questions. Batches ``(images (N, 3, S, S), conversations)``.
+    """Rendered shapes with questions. Batches ``(images (N, 3, S, S), conversations)``, or of any size.
 
     Conversations are a dict for each sample: ``turns``, ``[["<image> what color is the circle?", "red"]]``; ``images``,
     how many of the batch's are its own; ``kind``; ``choices``, all possible answers, but for captions; ``name``; and in
@@ -58,6 +62,8 @@ class ShapesQuestionsDataModule(Conversed, ImageDataModule):
             "text".
         in_words: Tell each scene in words in the place of its image, in all splits: text alone, for a language model to
             learn what is asked before it sees anything.
+        turns: Questions about each training image, one after another, as far as different ones are drawn: the image is
+            looked at once for all of them.
         objects: Fewest and most objects of a scene, of 1 to 4.
         held_out: Pairs of shape and colour that training images have none of: "hard", two colours for each shape, 12
             of the 36 pairs; "easy", one colour, 6 pairs; "none". An unseen image has at least one such pair, and its
@@ -70,14 +76,29 @@ class ShapesQuestionsDataModule(Conversed, ImageDataModule):
         test_size: Number of test images in each subset.
         images_seed: Seed of the images.
         predict_root: For prediction, a folder of images (or one image) instead of the test images, resized to S; they
-            come without conversations.
+            come without conversations. Images of any size keep theirs, to whole patches.
+        sizes: Least and greatest side of images of mixed sizes, in pixels: that of a square of their area. It is drawn
+            uniformly from these, by a scene's key in training, anew in each epoch, and by ``images_seed`` and its
+            number in evaluation, the same in every run. Scenes are drawn to these sizes, not resized, when they are
+            asked for, 1 to 2 ms each on a core, which ``num_workers`` share; batches are
+            ``(list of images (3, h, w), conversations)``. None: all images have ``image_size``.
+        aspects: Least and greatest width by height of these, drawn likewise, on a logarithmic scale. Places are
+            stretched, so that a corner is the image's own; shapes are not, so that a circle is round. All answers stay
+            true.
+        eval_sizes: The same as ``sizes`` in validation and testing, for sizes that training does not show. None: these.
+        eval_aspects: The same as ``aspects`` for validation and testing. None: those.
+        token_budget: How many patches a batch has at most, on each process, over all images of its samples; a sample of
+            text alone counts as one. None: ``batch_size`` samples.
+        patch_size: Side of a patch in pixels, to multiples of which images of mixed sizes, and all with a
+            ``token_budget``, are rounded.
         mean: Mean of each channel, of images in [0, 1]; the training pixels' unless given.
         std: Standard deviation of each channel, likewise.
         options: See :class:`datamodules.base.ImageDataModule`.
 
     Raises:
         ValueError: For an unknown choice or a number out of range; for kinds that no scene allows; for ``hflip`` with
-            kinds that say left and right.
+            kinds that say left and right; for aspects without sizes, and options that do not go with a
+            ``token_budget``; from the loaders, for a sample of more patches than that.
     """
 
     in_memory = True
@@ -90,6 +111,7 @@ class ShapesQuestionsDataModule(Conversed, ImageDataModule):
         shares: dict[str, float] | None = None,
         text_share: float = 0.0,
         in_words: bool = False,
+        turns: int = 1,
         objects: tuple[int, int] = (1, 4),
         held_out: HeldOut = "hard",
         images_per_sample: int = 1,
@@ -100,6 +122,12 @@ class ShapesQuestionsDataModule(Conversed, ImageDataModule):
         images_seed: int = 0,
         predict_root: str | None = None,
         *,
+        sizes: tuple[int, int] | None = None,
+        aspects: tuple[float, float] = (1.0, 1.0),
+        eval_sizes: tuple[int, int] | None = None,
+        eval_aspects: tuple[float, float] | None = None,
+        token_budget: int | None = None,
+        patch_size: int = 4,
         mean: tuple[float, ...] = (0.3, 0.3, 0.3),
         std: tuple[float, ...] = (0.21, 0.21, 0.21),
         **options: Unpack[ImageOptions],
@@ -119,18 +147,27 @@ class ShapesQuestionsDataModule(Conversed, ImageDataModule):
             raise ValueError(f"image_size is {image_size}: expected at least 1")
         if not 0 <= text_share < 1:
             raise ValueError(f"text_share is {text_share}: expected a share in [0, 1)")
-        self.sizes: dict[Split, int] = {"train": train_size, "val": val_size, "test": test_size}
-        for split, count in self.sizes.items():
+        self.counts: dict[Split, int] = {"train": train_size, "val": val_size, "test": test_size}
+        for split, count in self.counts.items():
             if not 0 <= count <= OF_SUBSET // 2:
                 raise ValueError(f"{split}_size is {count}: expected 0 to {OF_SUBSET // 2} images")
         if images_seed < 0:
             raise ValueError(f"images_seed is {images_seed}: expected 0 or more")
-        self.kinds, self.shares = _kinds(kinds, shares, images_per_sample, objects)
+        self.kinds, self.shares = kinds_and_shares(kinds, shares, images_per_sample, objects)
         if self.hflip and (turned := {"relation", "caption"} & {*self.kinds}):
             raise ValueError(f"hflip is {self.hflip}: expected 0, since {min(turned)} says left and right")
         self.image_size, self.held_out, self.shuffled, self.text_share = image_size, held_out, shuffled, text_share
-        self.in_words = in_words
+        if turns < 1:
+            raise ValueError(f"turns is {turns}: expected at least 1")
+        self.in_words, self.turns = in_words, turns
         self.objects, self.images_seed, self.predict_root = (objects[0], objects[1]), images_seed, predict_root
+        check_any_size({**options, "token_budget": token_budget, "patch_size": patch_size})
+        check_mixed_sizes(sizes, aspects, eval_sizes, eval_aspects)
+        self.sizes, self.aspects, self.token_budget, self.patch_size = sizes, aspects, token_budget, patch_size
+        self.eval_sizes, self.eval_aspects = eval_sizes or sizes, eval_aspects or aspects
+        self.any_size = sizes is not None or token_budget is not None
+        if in_words and self.any_size:
+            raise ValueError("in_words has no images: leave out sizes and token_budget")
         self.unseen = frozenset(pairs(held_out, 1))
         self.subsets: Sequence[str] = ("seen", "unseen") if self.unseen else ("seen",)
         self._drawn: dict[Split, tuple[list[list[list[list[int]]]], Tensor]] = {}
@@ -141,8 +178,11 @@ class ShapesQuestionsDataModule(Conversed, ImageDataModule):
 
     def samples(self, split: Split) -> Samples | None:
         if split == "predict" and self.predict_root:
-            return ImageFiles.under(self.predict_root, self._evaluated().transform)
-        if not self.sizes.get(split):
+            files = ImageFiles.under(self.predict_root, self._evaluated().transform)
+            if self.any_size:
+                files.sizing = AnySize(self.patch_size, None, Whole("bicubic"))
+            return files
+        if not self.counts.get(split):
             return None
         if split not in self._samples:  # rendered once, and before workers start, which share it
             self._samples[split] = self._rendered(split)
@@ -150,14 +190,28 @@ class ShapesQuestionsDataModule(Conversed, ImageDataModule):
 
     def _rendered(self, split: Split) -> QuestionedScenes:
         shown, numbers = self._shown(split)
-        images = render_each([scene for part in shown for scene in part], self.images_seed, numbers, self.image_size)
-        askers = self._asked(split)
-        if split == "train":
-            return QuestionedScenes(images, askers, None, f"shapes/{split}", self.text_share, self.in_words)
-        parts = numbers.split([len(part) for part in shown])
-        seeds = [[mix(self.images_seed, number, 2) for number in part.tolist()] for part in parts]
-        questions = [asker.deal(some) for asker, some in zip(askers, seeds, strict=True)]
-        return QuestionedScenes(images, askers, questions, f"shapes/{split}", in_words=self.in_words)
+        scenes, askers, questions = [scene for part in shown for scene in part], self._asked(split), None
+        if split != "train":
+            parts = numbers.split([len(part) for part in shown])
+            seeds = [[mix(self.images_seed, number, 2) for number in part.tolist()] for part in parts]
+            questions = [asker.deal(some) for asker, some in zip(askers, seeds, strict=True)]
+        text_share = self.text_share if split == "train" else 0.0
+        asking: Any = askers, questions, f"shapes/{split}", text_share, self.in_words, self.turns
+        if self.any_size:
+            return SizedScenes(scenes, numbers, self.images_seed, self._sizing(split, numbers), self.seed, *asking)
+        return QuestionedScenes(render_each(scenes, self.images_seed, numbers, self.image_size), *asking)
+
+    def _sizing(self, split: Split, numbers: Tensor) -> SceneSizes:
+        """Sizes of the images, in training without their numbers."""
+        training = split == "train"
+        sizes, aspects = (self.sizes, self.aspects) if training else (self.eval_sizes, self.eval_aspects)
+        return SceneSizes(
+            sizes or (self.image_size, self.image_size),
+            aspects,
+            self.patch_size,
+            None if training else numbers.numpy(),
+            self.seed if training else self.images_seed,
+        )
 
     def _scenes(self, split: Split) -> tuple[list[list[list[list[int]]]], Tensor]:
         """Scenes of each subset, and the number (N,) of each: the next one that allows what is asked by the shares.
@@ -174,7 +228,7 @@ class ShapesQuestionsDataModule(Conversed, ImageDataModule):
             number, seen, unseen = FIRST[split] + subset * OF_SUBSET, pairs(self.held_out, 0), pairs(self.held_out, 1)
             found.append([])
             rng = random.Random(mix(self.images_seed, number, 3))
-            for kind, cell in rng.choices(wanted, weights, k=self.sizes[split]):
+            for kind, cell in rng.choices(wanted, weights, k=self.counts[split]):
                 scene: list[list[int]] = []
                 for tried in range(WITHOUT):
                     of_number = random.Random(mix(self.images_seed, number))
@@ -223,7 +277,7 @@ class ShapesQuestionsDataModule(Conversed, ImageDataModule):
         return vocabulary([*self.kinds, *more], self.objects[1], self.unseen)
 
     def sample_count(self) -> int:
-        return self.sizes["train"]
+        return self.counts["train"]
 
     def priors(self, subset: int | None = None) -> dict[str, dict[str, float]]:
         """Test accuracy by kind of what sees no image: of constant answers, exact ones to captions.
@@ -241,7 +295,7 @@ class ShapesQuestionsDataModule(Conversed, ImageDataModule):
         """
         samples = self.samples("test")
         if not isinstance(samples, QuestionedScenes) or samples.questions is None:
-            raise ValueError(f"test_size is {self.sizes['test']}: expected test images, for which priors are")
+            raise ValueError(f"test_size is {self.counts['test']}: expected test images, for which priors are")
         likeliest = self._likeliest()
         parts = samples.questions if subset is None else [samples.questions[subset]]
         by_kind: dict[str, list[tuple[str, str]]] = {kind: [] for kind in self.kinds}
@@ -258,7 +312,7 @@ class ShapesQuestionsDataModule(Conversed, ImageDataModule):
     def _likeliest(self) -> dict[str, str]:
         """The likeliest answer in training to each question's text."""
         likely: defaultdict[str, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
-        for asker in self._asked("train") if self.sizes["train"] else []:
+        for asker in self._asked("train") if self.counts["train"] else []:
             for index, row in enumerate(asker.chances[:4096].tolist()):
                 for (kind, cell), chance in zip(asker.sorts, row, strict=True):
                     some = asker.cells_of(index, kind)[cell] if chance else []
@@ -268,15 +322,11 @@ class ShapesQuestionsDataModule(Conversed, ImageDataModule):
 
     # The images.
 
-    def _evaluated(self) -> Resize:
-        return Resize(
-            channels=3,
-            image_size=self.image_size,
-            interpolation="bicubic",
-            mean=self.mean,
-            std=self.std,
-            binarize=self.binarize,
-            seed=self.seed,
+    def _evaluated(self) -> Resize | Patched:
+        same: Any = {"channels": 3, "interpolation": "bicubic", "mean": self.mean, "std": self.std}
+        same |= {"binarize": self.binarize, "seed": self.seed}
+        return (
+            Patched(patch_size=self.patch_size, **same) if self.any_size else Resize(image_size=self.image_size, **same)
         )
 
     def preprocessing(self) -> dict[str, Any]:
@@ -284,33 +334,6 @@ class ShapesQuestionsDataModule(Conversed, ImageDataModule):
         return self._evaluated().stated()
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the images in its batches."""
-        return 3, self.image_size, self.image_size
-
-
-def _kinds(
-    kinds: Sequence[str] | None, shares: dict[str, float] | None, images_per_sample: int, objects: Sequence[int]
-) -> tuple[list[str], dict[str, float]]:
-    """The kinds of questions and their weights in training, checked."""
-    possible = [*KINDS, *["images"] * (images_per_sample == 2)]
-    chosen = possible if kinds is None else list(kinds)
-    if unknown := [kind for kind in chosen if kind not in possible]:
-        hint = " (images needs images_per_sample 2)" if "images" in unknown else ""
-        raise ValueError(f"unknown kinds {', '.join(unknown)}: expected some of {', '.join(possible)}{hint}")
-    if not chosen or len({*chosen}) < len(chosen):
-        raise ValueError(f"kinds is {chosen}: expected at least one, and none twice")
-    if "relation" in chosen and kinds is not None and objects[1] == 1:
-        raise ValueError("kinds has relation with scenes of one object: expected objects of at least 2, or other kinds")
-    if kinds is None and objects[1] == 1:
-        chosen = [kind for kind in chosen if kind != "relation"]
-    weights = dict.fromkeys(chosen, 1.0)
-    for kind, weight in (shares or {}).items():
-        if kind not in weights:
-            raise ValueError(f"shares has {kind!r}: expected some of the kinds, {', '.join(chosen)}")
-        if not 0 <= weight < float("inf"):
-            raise ValueError(f"shares has {weight} for {kind}: expected a weight of 0 or more")
-        weights[kind] = float(weight)
-    if not sum(weights.values()):
-        raise ValueError("shares are all 0: expected a weight above 0 for a kind at least")
-    return chosen, weights
+    def image_shape(self) -> tuple[int, int, int] | None:
+        """(C, H, W) of the images in its batches; None where they differ."""
+        return None if self.any_size else (3, self.image_size, self.image_size)

@@ -508,7 +508,11 @@ def test_digits_of_files_are_predicted_at_their_own_size(tmp_path):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"sizes": None}, "sizes is null, with eval_sizes, aspects or a rendering"),
+        ({"sizes": None}, "sizes is null, with aspects: set sizes as well"),
+        (
+            {"sizes": None, "rendering": "placed", "eval_sizes": (8, 9)},
+            "with aspects and eval_sizes and rendering: set",
+        ),
         ({"sizes": (20, 16)}, r"sizes is \(20, 16\): expected two sides"),
         ({"eval_sizes": (0, 16)}, r"eval_sizes is \(0, 16\)"),
         ({"aspects": (0.0, 1.0)}, r"aspects is \(0.0, 1.0\)"),

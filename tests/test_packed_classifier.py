@@ -8,12 +8,14 @@ import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
+import yaml
 from lightning import Trainer
 from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader
 
 import zoo.weights
 from zoo import PackedViTClassifier
+from zoo.cli.recipes import recipes
 from zoo.packed_vit import PackedViT, patchify
 
 TINY = {"backbone": "vit_tiny_patch16_224", "image_size": 16, "patch_size": 4, "in_channels": 1, "num_classes": 10}
@@ -159,6 +161,31 @@ def test_weights_of_naflexvit_give_its_features(name, tmp_path):
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
 
 
+def test_the_recipe_of_navit_has_its_network_and_its_resolutions():
+    recipe = yaml.safe_load(recipes()["packed_vit/navit_b16_imagenet"].read_text())
+    given, data = recipe["model"]["init_args"], recipe["data"]["init_args"]
+    module = PackedViTClassifier(**given | {"width": 24, "depth": 2, "heads": 2, "num_classes": 3, "head_std": 0.02})
+    network = module.backbone
+    assert (network.position, network.position_grid, network.prefix) == ("fractional", (24, 24), 0)
+    assert network.attn_pool is not None
+    for block in network.blocks:
+        assert block.attn.qkv.bias is None
+        assert not any("bias" in name for norm in (block.norm1, block.norm2) for name, _ in norm.named_parameters())
+        assert block.attn.q_norm.weight.shape == block.attn.k_norm.weight.shape == (12,)
+    assert [side**2 for side in (64 // 16, 384 // 16)] == data["tokens"]
+    assert data["patch_size"] == network.patch_size[0] == 16
+    images = [torch.randn(3, 64, 96), torch.randn(3, 128, 32), torch.randn(3, 384, 384)]
+    with torch.no_grad():
+        together, alone = module.eval()(images), torch.cat([module([image]) for image in images])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+    module.train()
+    assert network.patch_drop == 0.5
+    _, packing = network.forward_features(module.tokenizer(images))
+    assert packing.counts == (12, 8, 288)
+    whole = PackedViTClassifier(**given)
+    assert sum(parameter.numel() for parameter in whole.backbone.blocks.parameters()) == pytest.approx(85e6, rel=0.01)
+
+
 # Mistakes.
 
 
@@ -193,7 +220,11 @@ def test_images_of_another_kind_are_named():
 def test_a_network_that_is_given_is_as_it_was_built():
     network = PackedViT("vit_tiny_patch16_224", patch_size=4, image_size=16, width=24, depth=1, heads=2, rotary=True)
     assert PackedViTClassifier(network, num_classes=3).backbone is network
-    for options, named in (({"window": 2, "merge": 3}, "window, merge"), ({"grad_checkpointing": True}, "grad_check")):
+    for options, named in (
+        ({"window": 2, "merge": 3}, "window, merge"),
+        ({"grad_checkpointing": True}, "grad_check"),
+        ({"class_token": False, "qkv_bias": False}, "class_token, qkv_bias"),
+    ):
         with pytest.raises(ValueError, match=f"^{named}.* cannot be set on a PackedViT that is given: build it so$"):
             PackedViTClassifier(network, num_classes=3, **options)
     plain = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=24, depth=1, num_heads=2)

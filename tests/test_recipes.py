@@ -168,7 +168,7 @@ def small(name: str, root: Path, monkeypatch) -> list[str]:
         model += small_aligner(recipe)
     if name.startswith("vlm/"):
         model += small_reader(recipe)
-    if name == "packed_vit/imagefolder":
+    if "tokens" in recipe["data"]["init_args"]:
         data += ["--data.token_budget=64", "--data.tokens=[4,16]"]
     if recipe["model"]["init_args"].get("iw_samples"):
         model += ["--model.iw_samples=2"]
@@ -258,7 +258,9 @@ def test_recipe_is_complete_and_says_where_it_comes_from(name):
     recipe = yaml.safe_load(text)
     assert f"zoo fit -c {name}" in header
     if budget := recipe["data"]["init_args"].get("token_budget"):
-        assert f"Total batch size by tokens: at most {budget:,} patches" in header
+        total = budget * recipe["trainer"].get("devices", 1)
+        assert f"Total batch size by tokens: at most {total:,} patches" in header
+        assert ("imagenet" not in name) or ("arXiv" in header and "Not ours" in header)
         return
     batch = recipe["data"]["init_args"]["batch_size"] * recipe["trainer"].get("devices", 1)
     batch *= recipe["trainer"].get("accumulate_grad_batches", 1)

@@ -643,3 +643,24 @@ def test_scenes_in_words_say_what_the_images_show_in_an_order_of_chance():
     orders = {told.samples("train")[index][1]["turns"][0][0].partition(". ")[0] for _ in range(60)}
     assert len(orders) == 6
     assert {"top", "left"} <= {word for text in told.captions() for word in text.split()}
+
+
+def test_several_questions_about_a_training_image_are_different_and_of_it_alone():
+    module = ShapesQuestionsDataModule(train_size=60, val_size=4, test_size=0, turns=4, text_share=0.1)
+    samples = module.samples("train")
+    counts: Counter[int] = Counter()
+    for index in range(60):
+        turns = samples[index][1]["turns"]  # drawn anew each time
+        counts[len(turns)] += 1
+        prompts = [prompt.removeprefix("<image> ") for prompt, _ in turns]
+        assert len({*prompts}) == len(prompts)
+        if len(turns) > 1:
+            assert [prompt.count("<image>") for prompt, _ in turns] == [1] + [0] * (len(turns) - 1)
+        scene = samples.askers[0].scenes[index]
+        possible = {(q.prompt, q.answer) for kind in KINDS.values() for q in kind(scene, samples.askers[0].unseen)}
+        if len(turns) > 1:
+            assert {(prompt.removeprefix("<image> "), answer) for prompt, answer in turns} <= possible
+    assert counts[4] > 20
+    assert all(len(module.samples("val")[index][1]["turns"]) == 1 for index in range(8))
+    with pytest.raises(ValueError, match="turns is 0: expected at least 1"):
+        ShapesQuestionsDataModule(turns=0)

@@ -1,5 +1,6 @@
 """Figures of a ViT: closed forms and independent ones, every family whose attention can be seen, and the command."""
 
+import copy
 import itertools
 import json
 import math
@@ -16,9 +17,11 @@ from test_families import ATTENDING, FAMILIES, SHOWN, small
 from test_predict_checkpoint import saved
 
 from datamodules import DigitsDataModule
-from zoo import FPNDetector, MAEPretrainer, ViTClassifier, weights
+from zoo import FPNDetector, MAEPretrainer, PackedViTClassifier, ViTClassifier, weights
 from zoo.cli import main, plots
 from zoo.common.inspection import Dots, Tiles
+from zoo.packed_vit import PackedViT
+from zoo.packed_vit import blocks as packed_blocks
 from zoo.vit import analysis, block_attentions
 from zoo.vit.analysis import analyze, attention_distance, attention_on_prefix, patch_filters, position_similarity
 
@@ -288,6 +291,77 @@ def test_the_transformer_of_each_module_is_found(made):
     found = analyze(module, [torch.randn(1, *module.input_shape)])
     assert found.absent == {}
     assert found.numbers["network"].startswith("VisionTransformer")
+
+
+# Networks of flat tokens.
+
+PACKED = {"image_size": 16, "patch_size": 4, "width": 24, "depth": 2, "heads": 2}
+
+
+def test_figures_of_a_packed_network_are_those_of_timms_with_its_weights():
+    net = network(img_size=16, patch_size=4, embed_dim=24, num_heads=2, qk_norm=True, reg_tokens=2)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    packed = PackedViT(copy.deepcopy(net)).eval()
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        for own, other in zip(block_attentions(packed, images), block_attentions(net, images), strict=True):
+            torch.testing.assert_close(own, other, atol=2e-6, rtol=1e-5)
+    found, expected = (analyze(each, images.split(1)) for each in (packed, net))
+    assert found.absent == expected.absent == {}
+    assert found.numbers["network"] == "PackedViT"
+    assert found.numbers["prefix_tokens"] == 3
+    assert torch.equal(found.figures["position_similarity"].values, expected.figures["position_similarity"].values)
+    assert torch.equal(found.figures["patch_filters"], expected.figures["patch_filters"])
+    for own, other in zip(found.numbers["attention_distance"], expected.numbers["attention_distance"], strict=True):
+        assert own == pytest.approx(other, rel=1e-4)
+
+
+def test_rotated_attention_weights_are_those_that_the_network_weighs_values_with():
+    packed = PackedViT("vit_tiny_patch16_224", rotary=True, position="none", **PACKED).eval()
+    image, given, values = torch.randn(1, 3, 16, 24), [], []
+    for block in packed.blocks:
+        block.attn.norm.register_forward_pre_hook(lambda _, args: given.append(args[0]))
+        block.norm1.register_forward_hook(
+            lambda _, __, out, attn=block.attn: values.append(packed_blocks.heads(attn, out)[2])
+        )
+    with torch.no_grad():
+        attentions = packed.block_attentions(image)
+    assert attentions[0].shape == (1, 2, 25, 25)
+    for attention, value, outcome in zip(attentions, values, given, strict=True):
+        found = torch.einsum("hqk,khd->qhd", attention[0], value).flatten(1)
+        torch.testing.assert_close(found, outcome, atol=2e-6, rtol=1e-5)
+    assert not packed.training
+    assert analyze(packed).absent["position_similarity"].startswith("PackedViT has no table of position embeddings")
+
+
+def test_factorised_tables_are_similar_as_their_sums_are():
+    packed = PackedViT("vit_tiny_patch16_224", position="fractional", **PACKED)
+    with torch.no_grad():
+        packed.pos_embed_y[0].copy_(torch.eye(24)[:4])
+        packed.pos_embed_x[0].copy_(torch.eye(24)[4:8])
+    numbers = analyze(packed).numbers["position_similarity"]
+    assert numbers == pytest.approx({"same_row": 0.5, "same_column": 0.5, "elsewhere": 0.0}, abs=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"window": 2, "class_token": False, "pool": "avg"}, {"merge": 2}], ids=str)
+def test_a_packed_network_of_windows_or_merged_tokens_is_refused(options):
+    with pytest.raises(ValueError, match="^PackedViT has no attention between all tokens in each block to show"):
+        analyze(PackedViT("vit_tiny_patch16_224", **PACKED, **options))
+
+
+@pytest.mark.usefixtures("_images")
+def test_the_command_shows_images_of_any_size_to_a_packed_classifier(tmp_path):
+    module = PackedViTClassifier("vit_tiny_patch16_224", 10, in_channels=1, position="fractional", **PACKED)
+    stated = DigitsDataModule(token_budget=100, sizes=(16, 24)).preprocessing()
+    checkpoint = saved(module, tmp_path / "p.ckpt", preprocessing=stated)
+    assert main([COMMAND, checkpoint, "some", "--out", "here", "--device=cpu"]) == 0
+    assert all(is_drawing(Path("here", f"{name}.png")) for name in FIGURES)
+    found = numbers(Path("here"))
+    assert (found["images"], found["grid"], found["preprocessing"]["kind"]) == (3, [4, 4], "patched")
+    expected = brute_force([[1.0] * 30] * 30, (5, 6), (4, 4))  # images of 20x24 pixels
+    assert found["uniform_attention_distance"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_module_without_a_transformer_is_refused_by_its_backbone():

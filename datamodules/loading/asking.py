@@ -16,12 +16,16 @@ OF_IMAGES = {"first": 1 / 2, "second": 1 / 2}
 
 
 class Asked(NamedTuple):
-    """A question, its answer, and the scenes that it is about, by index and in their order."""
+    """A question, its answer, and the scenes that it is about, by index and in their order; further questions of them.
+
+    These are pairs of a prompt and an answer.
+    """
 
     kind: str
     prompt: str
     answer: str
     of: list[int]
+    more: tuple[tuple[str, str], ...] = ()
 
 
 class Asker:
@@ -114,6 +118,7 @@ class QuestionedScenes:
         name: What samples are called, before their index.
         text_share: Share of samples that are text alone.
         in_words: Tell scenes in words, in the place of images.
+        turns: Questions about a training image, one after another, as far as different ones are drawn.
     """
 
     def __init__(
@@ -124,39 +129,92 @@ class QuestionedScenes:
         name: str,
         text_share: float = 0.0,
         in_words: bool = False,
+        turns: int = 1,
     ) -> None:
         self.images, self.askers, self.questions, self.text_share = images, askers, questions, text_share
-        self.in_words = in_words
+        self.in_words, self.turns = in_words, turns
         self.random = questions is None
-        self.names = [f"{name}/{index}" for index in range(len(images))]
         self.starts = np.cumsum([0, *(len(asker.scenes) for asker in askers)]).tolist()
+        self.names = [f"{name}/{index}" for index in range(self.starts[-1])]
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.names)
 
     def __getitem__(self, index: int) -> tuple[Any, Said]:
-        subset = sum(start <= index for start in self.starts[1:-1])
+        asked = self.asked(index, random)
+        shown = [] if self.in_words else [self.images[each] for each in asked.of]
+        return shown[0] if len(shown) == 1 else shown or self.images[:0], self.said(index, asked)
+
+    def asked(self, index: int, rng: Any) -> Asked:
+        """The question of a sample, about scenes by their index among all; in training drawn by a generator."""
+        subset = self._subset(index)
         asker, start = self.askers[subset], self.starts[subset]
         if self.questions is not None:
             asked = self.questions[subset][index - start]
-        elif self.text_share and random.random() < self.text_share:
-            asked = Asked("text", *random.choice(sums()), of=[])
+        elif self.text_share and rng.random() < self.text_share:
+            prompt, answer = rng.choice(sums())
+            asked = Asked("text", prompt, answer, [])
         else:
-            asked = asker.ask(index, random)
-        stand_for = (self._told(asker.scenes[each]) if self.in_words else IMAGE_PLACE for each in asked.of)
+            asked = asker.ask(index, rng)
+            others = [asker.ask(index, rng) for _ in range(self.turns - 1)]
+            told = {each.prompt: each.answer for each in others if each.of == asked.of and each.prompt != asked.prompt}
+            asked = asked._replace(more=tuple(told.items()))
+        return asked._replace(of=[start + each for each in asked.of])
+
+    def said(self, index: int, asked: Asked) -> Said:
+        """The conversation of a sample."""
+        subset = self._subset(index)
+        scenes, start = self.askers[subset].scenes, self.starts[subset]
+        stand_for = (self._told(scenes[each - start]) if self.in_words else IMAGE_PLACE for each in asked.of)
         said: Said = {
-            "turns": [[" ".join([*stand_for, asked.prompt]), asked.answer]],
+            "turns": [[" ".join([*stand_for, asked.prompt]), asked.answer], *map(list, asked.more)],
             "kind": asked.kind,
             "name": self.names[index],
         }
-        if (possible := choices(asked.kind, asker.most)) is not None:
+        if (possible := choices(asked.kind, self.askers[subset].most)) is not None:
             said["choices"] = possible
         if self.questions is not None:
             said["subset"] = subset
-        shown = [] if self.in_words else [self.images[start + each] for each in asked.of]
-        return shown[0] if len(shown) == 1 else shown or self.images[:0], said
+        return said
 
     def _told(self, scene: Any) -> str:
         """Words for all objects of a scene; in training in an order of chance, as an image has none."""
         order = random.sample(scene, len(scene)) if self.random else scene
         return " and ".join(map(phrase, order)) + "."
+
+    def _subset(self, index: int) -> int:
+        return sum(start <= index for start in self.starts[1:-1])
+
+
+def kinds_and_shares(
+    kinds: Sequence[str] | None, shares: Mapping[str, float] | None, images_per_sample: int, objects: Sequence[int]
+) -> tuple[list[str], dict[str, float]]:
+    """The kinds of questions and their weights in training, checked.
+
+    Args:
+        kinds, shares, images_per_sample, objects: See the data module.
+
+    Raises:
+        ValueError: For kinds that there are not, or that such scenes do not allow; for weights out of range.
+    """
+    possible = [*KINDS, *["images"] * (images_per_sample == 2)]
+    chosen = possible if kinds is None else list(kinds)
+    if unknown := [kind for kind in chosen if kind not in possible]:
+        hint = " (images needs images_per_sample 2)" if "images" in unknown else ""
+        raise ValueError(f"unknown kinds {', '.join(unknown)}: expected some of {', '.join(possible)}{hint}")
+    if not chosen or len({*chosen}) < len(chosen):
+        raise ValueError(f"kinds is {chosen}: expected at least one, and none twice")
+    if "relation" in chosen and kinds is not None and objects[1] == 1:
+        raise ValueError("kinds has relation with scenes of one object: expected objects of at least 2, or other kinds")
+    if kinds is None and objects[1] == 1:
+        chosen = [kind for kind in chosen if kind != "relation"]
+    weights = dict.fromkeys(chosen, 1.0)
+    for kind, weight in (shares or {}).items():
+        if kind not in weights:
+            raise ValueError(f"shares has {kind!r}: expected some of the kinds, {', '.join(chosen)}")
+        if not 0 <= weight < float("inf"):
+            raise ValueError(f"shares has {weight} for {kind}: expected a weight of 0 or more")
+        weights[kind] = float(weight)
+    if not sum(weights.values()):
+        raise ValueError("shares are all 0: expected a weight above 0 for a kind at least")
+    return chosen, weights

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from datamodules._lightning import LightningDataModule
-from datamodules.loading.any_size import FlatImages
+from datamodules.loading.any_size import FlatImages, collate_flat
 
 IMAGE_PLACE = "<image>"
 """Mark in a prompt where an image stands."""
@@ -75,7 +75,8 @@ class Conversed(LightningDataModule):
 
     def collate(self) -> Any:
         flat = self.any_size or self.token_budget is not None
-        return partial(collate, others=super().collate(), flat=flat, shape=self.image_shape)  # type: ignore[misc]
+        others = collate_flat if flat else super().collate()  # type: ignore[misc]
+        return partial(collate, others=others, flat=flat, shape=self.image_shape)
 
     def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
         moved = super().transfer_batch_to_device(_pixels(batch), device, dataloader_idx)

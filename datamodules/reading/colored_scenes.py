@@ -54,8 +54,14 @@ Off the edges of the straight ones it is a bound of the distance.
 """
 
 
-def render(scenes: Tensor, seed: int, numbers: Tensor, image_size: int = UNIT, moved: float = MOVED) -> Tensor:
-    """Draws scenes to uint8 images (N, 3, S, S).
+def render(
+    scenes: Tensor, seed: int, numbers: Tensor, image_size: int | tuple[int, int] = UNIT, moved: float = MOVED
+) -> Tensor:
+    """Draws scenes to uint8 images (N, 3, S, S), or (N, 3, H, W).
+
+    In an image that is no square, places are stretched to it and shapes are not: each is as large as in a square of the
+    shorter side. So what is left, right, above or below stays that, a corner is the image's own, a circle is round, and
+    objects lie no nearer to each other.
 
     Args:
         scenes: int64 (N, objects, 4): shape, colour, size and place of each object, by number in the tables above.
@@ -63,18 +69,19 @@ def render(scenes: Tensor, seed: int, numbers: Tensor, image_size: int = UNIT, m
         seed: Seed of what is random in an image: exact place, size, angle, tint and paleness of each object, background
             and noise.
         numbers: int64 (N,): the scenes' numbers, which make their images differ.
-        image_size: Side S in pixels.
-        moved: How far a centre is moved from its place at most, of 32 pixels.
+        image_size: Side S in pixels, or height and width.
+        moved: How far a centre is moved from its place at most, of 32 pixels, which are stretched alike.
     """
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
     chunks = zip(scenes.split(CHUNK), numbers.split(CHUNK), strict=True)
-    parts = [_render(some, seed, these.tolist(), image_size, moved) for some, these in chunks]
-    return torch.cat(parts) if parts else torch.empty(0, 3, image_size, image_size, dtype=torch.uint8)
+    parts = [_render(some, seed, these.tolist(), size, moved) for some, these in chunks]
+    return torch.cat(parts) if parts else torch.empty(0, 3, *size, dtype=torch.uint8)
 
 
 def render_each(
-    scenes: Sequence[Sequence[Sequence[int]]], seed: int, numbers: Tensor, image_size: int = UNIT
+    scenes: Sequence[Sequence[Sequence[int]]], seed: int, numbers: Tensor, image_size: int | tuple[int, int] = UNIT
 ) -> Tensor:
-    """Draws scenes of several numbers of objects, each in a place of its own, to uint8 images (N, 3, S, S).
+    """Draws scenes of several numbers of objects, each in a place of its own, to uint8 images as :func:`render`.
 
     Centres are moved by half as much as in :func:`render`, so that objects in places that meet hide little of others.
 
@@ -82,22 +89,23 @@ def render_each(
         scenes: N scenes, each a list of objects as there.
         seed, numbers, image_size: See :func:`render`.
     """
-    images = torch.empty(len(scenes), 3, image_size, image_size, dtype=torch.uint8)
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    images = torch.empty(len(scenes), 3, *size, dtype=torch.uint8)
     lengths = torch.tensor([len(scene) for scene in scenes])
     for length in lengths.unique().tolist():
         rows = (lengths == length).nonzero().flatten()
         some = torch.tensor([scenes[row] for row in rows.tolist()], dtype=torch.int64)
-        images[rows] = render(some, seed, numbers[rows], image_size, MOVED / 2)
+        images[rows] = render(some, seed, numbers[rows], size, MOVED / 2)
     return images
 
 
-def _render(scenes: Tensor, seed: int, numbers: list[int], image_size: int, moved: float) -> Tensor:
-    objects = scenes.shape[1]
+def _render(scenes: Tensor, seed: int, numbers: list[int], size: tuple[int, int], moved: float) -> Tensor:
+    objects, (height, width), short = scenes.shape[1], size, min(size)
     draws = torch.empty(len(numbers), objects, 4)
     tints = torch.empty(len(numbers), objects, 3)
     pales = torch.empty(len(numbers), objects, 1)
     greys = torch.empty(len(numbers), 1, 1, 1)
-    images = torch.empty(len(numbers), 3, image_size, image_size)
+    images = torch.empty(len(numbers), 3, height, width)
     for i, number in enumerate(numbers):  # one by one, so that a scene's draws are its own
         rng = np.random.default_rng((seed, number))
         draws[i] = torch.from_numpy(rng.uniform(-1, 1, draws[i].shape))
@@ -107,21 +115,23 @@ def _render(scenes: Tensor, seed: int, numbers: list[int], image_size: int, move
         images[i] = torch.from_numpy(rng.standard_normal(images[i].shape, dtype=np.float32))
     images.mul_(GRAIN).add_(greys)
     colors, radii, places = (torch.tensor(list(table.values())) for table in (COLORS, SIZES, PLACES))
-    pixels = (torch.arange(image_size) + 0.5) * (UNIT / image_size)
+    outlines = list(SHAPES.values())
+    x, y = ((torch.arange(side) + 0.5) * (UNIT / short) for side in (width, height))
+    stretch = torch.tensor([width / short, height / short])
     for k in range(objects):
-        shape, color, size, place = scenes[:, k].unbind(1)
-        center = places[place] + moved * draws[:, k, :2]
-        radius = (radii[size] * (1 + SCALED * draws[:, k, 2]))[:, None, None]
+        shape, color, extent, place = scenes[:, k].unbind(1)
+        center = (places[place] + moved * draws[:, k, :2]) * stretch
+        radius = (radii[extent] * (1 + SCALED * draws[:, k, 2]))[:, None, None]
         angle = TURNED * draws[:, k, 3].double()[:, None, None]
         cos, sin = angle.cos().float(), angle.sin().float()
-        right = (pixels - center[:, :1])[:, None, :] / radius
-        down = (pixels - center[:, 1:])[:, :, None] / radius
+        right = (x - center[:, :1])[:, None, :] / radius
+        down = (y - center[:, 1:])[:, :, None] / radius
         u, v = right * cos + down * sin, down * cos - right * sin
         distance = torch.empty_like(u)
-        for number, outline in enumerate(SHAPES.values()):
+        for number in shape.unique().tolist():
             of_it = shape == number
-            distance[of_it] = outline(u[of_it], v[of_it])
-        covered = (0.5 - distance * radius * (image_size / UNIT)).clamp(0, 1)[:, None]
+            distance[of_it] = outlines[number](u[of_it], v[of_it])
+        covered = (0.5 - distance * radius * (short / UNIT)).clamp(0, 1)[:, None]
         full = (colors[color] + TINT * tints[:, k]).clamp(0, 1)
         tint = (full + pales[:, k] * (1 - full))[:, :, None, None]
         images = covered * tint + (1 - covered) * images

@@ -5,7 +5,7 @@ loads network and images, draws, and writes the files.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,3 +49,18 @@ class Inspection(NamedTuple):
     network: str  # a name of timm's that it takes, for help and messages
     figures: Sequence[str]  # names of all figures that there may be
     run: Callable[..., Findings]  # of a module, and an iterable of images (1, C, H, W) as it takes them, or None
+
+
+@runtime_checkable
+class GivesAttention(Protocol):
+    """A network that computes its attention weights itself, for ``zoo analyze-vit``; timm's are looked into."""
+
+    @property
+    def attends_to_all(self) -> bool:
+        """True if each block computes one attention between all tokens."""
+
+    def block_attentions(self, images: "Tensor") -> "list[Tensor]":
+        """Weights (B, heads, N, N) of each block, of images (B, C, H, W); the patches are the last of the N tokens."""
+
+    def position_table(self) -> "Tensor | None":
+        """Position embeddings (rows, columns, D) of patches, None without."""

@@ -55,6 +55,8 @@ class PackedViTClassifier(TakesImages, Classifier):
             None: the backbone's own.
         class_token: Whether there is a class token. None: as the backbone has it.
         reg_tokens: Register tokens (Darcet et al. 2024). None: the backbone's own.
+        qk_norm: Whether queries and keys are normalised (Dehghani et al. 2023, ViT-22B). None: as the backbone has it.
+        qkv_bias: Whether queries, keys and values have biases. None: as the backbone has it.
         norm_eps: Epsilon of LayerNorm. None: as ``weights`` were trained, if they say so, or else the backbone's own.
         drop_path: Stochastic depth, the largest probability to drop a residual branch of an image.
         layer_scale: Initial LayerScale value (Touvron et al. 2021). None: the backbone's own.
@@ -105,6 +107,8 @@ class PackedViTClassifier(TakesImages, Classifier):
         pool: Pool | None = None,
         class_token: bool | None = None,
         reg_tokens: int | None = None,
+        qk_norm: bool | None = None,
+        qkv_bias: bool | None = None,
         norm_eps: float | None = None,
         drop_path: float = 0.0,
         layer_scale: float | None = None,
@@ -161,6 +165,8 @@ class PackedViTClassifier(TakesImages, Classifier):
             "pool": pool,
             "class_token": class_token,
             "reg_tokens": reg_tokens,
+            "qk_norm": qk_norm,
+            "qkv_bias": qkv_bias,
             "drop_path": drop_path or None,
             "layer_scale": layer_scale,
             "merge": merge,
@@ -168,7 +174,8 @@ class PackedViTClassifier(TakesImages, Classifier):
             "grad_checkpointing": grad_checkpointing,
         }
         if isinstance(backbone, PackedViT):
-            if asked := [name for name, value in options.items() if value not in (None, False, ())]:
+            unset = {"rotary": False, "global_blocks": (), "grad_checkpointing": False}
+            if asked := [name for name, value in options.items() if value != unset.get(name)]:
                 raise ValueError(f"{', '.join(asked)} cannot be set on a PackedViT that is given: build it so")
             self.backbone = backbone
         else:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from zoo.common.backbones import create_backbone
 from zoo.common.packed.packing import Grid, Packing, Patches, patchify
+from zoo.packed_vit.attention import AttentionWeights
 from zoo.packed_vit.blocks import attention_pooled, run_blocks
 from zoo.packed_vit.dropping import check_drop, kept_tokens, own_drop
 from zoo.packed_vit.layouts import PackedLayout
@@ -37,7 +38,7 @@ NORMS: dict[str, Any] = {"rms": RmsNorm}
 MLPS: dict[str, Any] = {"gelu": Mlp, "swiglu": SwiGLU}
 
 
-class PackedViT(nn.Module):
+class PackedViT(AttentionWeights):
     """Vision transformer over flat tokens of images of any size. ``forward(images)`` gives features (B, num_features).
 
     Args:
@@ -63,12 +64,10 @@ class PackedViT(nn.Module):
             the backbone's own.
         class_token: Whether there is a class token. None: as the backbone has it.
         reg_tokens: Register tokens. None: the backbone's own.
-        qk_norm: Whether queries and keys are normalised. None: as the backbone has it.
+        qk_norm, qkv_bias: Whether queries and keys are normalised, and have biases. None: as the backbone has it.
         layer_scale: Initial LayerScale value. None: the backbone's own.
-        merge: Tokens of an image merged in each block, or, as a float below 1, their share of its patches; 0 and None
-            merge none. See :mod:`zoo.packed_vit.merging`.
-        patch_drop: Share of an image's patches left out in training, see :mod:`zoo.packed_vit.dropping`. None: the
-            backbone's own.
+        merge: Tokens merged in each block, or below 1 their share of an image's: see :mod:`zoo.packed_vit.merging`.
+        patch_drop: Share of patches left out in training: see :mod:`zoo.packed_vit.dropping`. None: the backbone's own.
         drop_path: Stochastic depth, the largest probability to drop a residual branch of an image.
         grad_checkpointing: Recompute blocks in the backward pass.
 
@@ -106,6 +105,7 @@ class PackedViT(nn.Module):
         class_token: bool | None = None,
         reg_tokens: int | None = None,
         qk_norm: bool | None = None,
+        qkv_bias: bool | None = None,
         layer_scale: float | None = None,
         merge: int | float | None = None,
         patch_drop: float | None = None,
@@ -139,6 +139,7 @@ class PackedViT(nn.Module):
             class_token=class_token,
             reg_tokens=reg_tokens,
             qk_norm=qk_norm,
+            qkv_bias=qkv_bias,
             init_values=layer_scale,
             drop_path_rate=drop_path,
         )

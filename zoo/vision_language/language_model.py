@@ -5,8 +5,10 @@ Llama (Touvron et al. 2023, arXiv 2302.13971, section 2.2) puts together RMSNorm
 arXiv 2104.09864); queries may share keys and values in groups (Ainslie et al. 2023, arXiv 2305.13245). With the same
 weights it computes the same: see :mod:`zoo.vision_language.layouts`.
 
-Deviations: initial weights are GPT-2's (Radford et al. 2019, section 2.3): normal with a deviation of 0.02, and
-1 / sqrt(2 depth) of it where a branch ends, so that the sum of all branches does not grow with the depth. Input and
+Deviations: initial weights are normal with a deviation of 1 / sqrt(width), and 1 / sqrt(2 depth) of it where a branch
+ends, so that the sum of all branches does not grow with the depth (Radford et al. 2019, "GPT-2", section 2.3). GPT-2's
+0.02 is that of a width of 2,500: at a width of 128 attention begins so flat with it that looking up what stands beside
+a word is not learned in thousands of steps. Input and
 output embeddings are tied (Press and Wolf 2017, arXiv 1608.05859), as is usual for small models; Llama's are not.
 """
 
@@ -134,11 +136,12 @@ class CausalTransformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """GPT-2's initial weights: the deeper the network, the smaller what a block adds. Norms begin with ones."""
-        residual = 0.02 * (2 * len(self.blocks)) ** -0.5
+        """Sets initial weights: the deeper the network, the smaller what a block adds. Norms begin with ones."""
+        inner = self.width**-0.5
+        residual = inner * (2 * len(self.blocks)) ** -0.5
         for name, layer in self.named_modules():
             if isinstance(layer, nn.Linear | nn.Embedding):
-                nn.init.normal_(layer.weight, std=residual if name.endswith((".attn.proj", ".mlp.fc2")) else 0.02)
+                nn.init.normal_(layer.weight, std=residual if name.endswith((".attn.proj", ".mlp.fc2")) else inner)
             elif isinstance(layer, nn.RMSNorm):
                 nn.init.ones_(layer.weight)
 

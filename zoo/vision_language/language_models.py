@@ -34,6 +34,7 @@ def create_language_model(given: str | nn.Module | None, tokenizer: Tokenizer, h
             key_heads=hparams.language_key_heads,
             mlp_width=hparams.language_mlp_width,
             context_length=hparams.context_length,
+            rope_theta=hparams.language_rope_theta,
             dropout=hparams.language_dropout,
         )
     model: Any = HuggingFaceLanguageModel(given) if isinstance(given, str) else given

@@ -91,6 +91,7 @@ class VisionLanguageModel(
         language_heads: Attention heads of a block.
         language_key_heads: Heads of keys and values, each shared by several heads. None: as many as those.
         language_mlp_width: Hidden width of its MLPs. None: 8/3 of its width.
+        language_rope_theta: Base of its rotations; a small one tells near positions better apart, and fewer of them.
         language_dropout: Dropout of the small language model.
         turn: Text of a turn before its answer, with a place {} for the prompt.
         system: Text before the first turn.
@@ -150,6 +151,7 @@ class VisionLanguageModel(
         language_heads: int = 4,
         language_key_heads: int | None = None,
         language_mlp_width: int | None = None,
+        language_rope_theta: float = 10000.0,
         language_dropout: float = 0.0,
         turn: str = "{} ",
         system: str = "",

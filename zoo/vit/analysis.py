@@ -25,7 +25,7 @@ from torchvision.utils import make_grid
 
 from zoo.common import pictures
 from zoo.common.backbones import backbone_of
-from zoo.common.inspection import Dots, Findings, Tiles
+from zoo.common.inspection import Dots, Findings, GivesAttention, Tiles
 from zoo.vit.attention import attention_maps, block_attentions, shows_attention
 
 FILTERS = 28
@@ -108,12 +108,16 @@ def position_similarity(backbone: Any) -> Tensor:
     Raises:
         ValueError: For a network without a table of position embeddings, as with rotary or relative positions alone.
     """
-    table = None if isinstance(backbone, VisionTransformerRelPos) else backbone.pos_embed
+    height, width = backbone.patch_embed.grid_size
+    if isinstance(backbone, GivesAttention):
+        found = backbone.position_table()
+        table = None if found is None else found.flatten(0, 1)[None]
+    else:
+        table = None if isinstance(backbone, VisionTransformerRelPos) else backbone.pos_embed
     if table is None:
         raise ValueError(
             f"{type(backbone).__name__} has no table of position embeddings: its positions are rotary, relative or none"
         )
-    height, width = backbone.patch_embed.grid_size
     positions = F.normalize(table.detach()[0, -height * width :].double(), dim=-1)
     return (positions @ positions.T).clamp(-1, 1).float().view(height, width, height, width)
 

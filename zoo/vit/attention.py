@@ -12,6 +12,8 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_relpos import RelPosAttention, VisionTransformerRelPos
 from torch import Tensor
 
+from zoo.common.inspection import GivesAttention
+
 # Networks of tokens that keep their number, and the attention in them whose weights, between all tokens, are what its
 # output is made of. Others weigh channels, windows or pooled tokens, mix their heads, or subtract two attentions.
 TRANSFORMERS = (VisionTransformer, Eva, Beit, VisionTransformerRelPos)
@@ -20,6 +22,8 @@ ATTENTIONS = (Attention, AttentionRope, EvaAttention, BeitAttention, RelPosAtten
 
 def shows_attention(backbone: Any) -> bool:
     """Tells whether each block of a backbone computes one attention between all tokens, which can be seen."""
+    if isinstance(backbone, GivesAttention):
+        return backbone.attends_to_all
     if not isinstance(backbone, TRANSFORMERS):
         return False
     # A class of one's own that is derived from these may compute something else.
@@ -36,6 +40,8 @@ def block_attentions(backbone: Any, images: Tensor) -> list[Tensor]:
     """
     if not shows_attention(backbone):
         raise ValueError(f"{type(backbone).__name__} has no attention between all tokens in each block to show")
+    if isinstance(backbone, GivesAttention):
+        return backbone.block_attentions(images)
     attentions: list[Tensor] = []
     parts = [block.attn for block in backbone.blocks]
     fused = [part.fused_attn for part in parts]

@@ -131,6 +131,8 @@ def _of_timm(source: str, weights: str | None) -> tuple[Any, str, Any]:
 
 def _images(module: Any, files: list[str], stated: Any, limit: int, device: str) -> "Iterator[Tensor]":
     """Images as the module takes them, one at a time: those of detectors have their own sizes."""
+    from torch import Tensor
+
     import datamodules.preprocessing
     from zoo.common import batch as batches
     from zoo.common.protocols import ChecksImages
@@ -141,7 +143,8 @@ def _images(module: Any, files: list[str], stated: Any, limit: int, device: str)
         module.check_images(preprocessing.input_shape)
     for number, (image, _) in enumerate(islice(listed(files), limit)):
         sample = preprocessing.collate([preprocessing.read(image, number)])
-        yield batches.images(preprocessing.to_float(sample)).to(device)
+        found = batches.images_of_any_size(preprocessing.to_float(sample))
+        yield (found if isinstance(found, Tensor) else found[0][None]).to(device)
 
 
 def _write(inspection: Inspection, found: Findings, out: Path, about: dict[str, Any]) -> None:

@@ -69,7 +69,7 @@ class AnswerEvaluation(Evaluation):
         rows = module.rows(found.turns, found.counts, counts, found.names)
         logits = module.read_rows(rows, features)
         loss, answers = (loaders.metric(module, f"{stage}_{name}", dataloader_idx) for name in ("loss", "answers"))
-        loss.update(module.loss(logits, rows), len(found.turns))
+        loss.update(module.loss(logits, rows), len(rows.targets))  # a mean over tokens, whatever the batches
         answers.update(right_answers(logits, rows), found.kinds, found.subsets)
         if stage == "test":
             self._control(found, features.split(list(counts)), answers)

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from zoo.common.ranges import check_ranges
+from zoo.common.ranges import check_above, check_ranges
 from zoo.common.tokenizers import Tokenizer
 from zoo.vision_language.hugging_face import HuggingFaceLanguageModel
 from zoo.vision_language.language_model import CausalTransformer
@@ -26,6 +26,7 @@ def create_language_model(given: str | nn.Module | None, tokenizer: Tokenizer, h
         names = ("width", "depth", "heads", "key_heads", "mlp_width")
         check_ranges(**{f"language_{name}": (hparams[f"language_{name}"], 1, None) for name in names})
         check_ranges(language_dropout=(hparams.language_dropout, 0, 1))
+        check_above(language_rope_theta=(hparams.language_rope_theta, 0, float("inf")))
         return CausalTransformer(
             tokenizer.vocab_size,
             width=hparams.language_width,

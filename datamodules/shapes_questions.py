@@ -46,7 +46,7 @@ TRIED = 16
 
 
 class ShapesQuestionsDataModule(Conversed, ImageDataModule):
-    """Rendered shapes with questions. Batches ``(images (N, 3, S, S), conversations)``, or of any size.
+    """Rendered shapes with questions. Batches ``(images (N, 3, S, S), conversations)``.
 
     Conversations are a dict for each sample: ``turns``, ``[["<image> what color is the circle?", "red"]]``; ``images``,
     how many of the batch's are its own; ``kind``; ``choices``, all possible answers, but for captions; ``name``; and in

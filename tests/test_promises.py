@@ -110,6 +110,32 @@ PROMISES = [
             "checkpoints::test_a_trainers_checkpoints_are_whole_safe_and_continued",
         ),
     ),
+    Promise(
+        ("any timm network with tokens or maps", "of any timm network, or of one that packs"),
+        "a network of every module file of timm: tokens with the grid of their image, or refused in a line",
+        (
+            "vision_tokens::test_the_tables_have_every_family_of_timm",
+            "vision_tokens::test_tokens_of_every_family_have_the_grid_of_their_image",
+            "vision_tokens::test_networks_that_give_neither_tokens_nor_maps_are_refused_but_for_a_layer",
+        ),
+    ),
+    Promise(
+        ("tokens (T, in_width) of images of any grids", "B images (C, H, W) of any sizes"),
+        "packings of several grids, with and without a prefix, by every connector; a packed tower; a whole model",
+        (
+            "connectors::test_packed_images_are_as_one_by_one_and_what_stands_for_no_patch_is_left_out",
+            "vision_tokens::test_a_packed_tower_gives_what_timms_network_gives",
+            "vision_language_training::test_images_of_any_size_reach_it_through_a_packed_tower",
+        ),
+    ),
+    Promise(
+        ("of any module with a ``backbone``", "timm's Swin in any module with a `backbone`"),
+        "towers of an aligner, a classifier and another model; Swin among the families",
+        (
+            "vision_language_training::test_a_tower_comes_of_an_aligner_or_a_classifier",
+            "families::test_a_classifier_on_any_family",
+        ),
+    ),
     Promise(("can name any class",), "not a promise but a warning, with a command that refuses them", ()),
     Promise(
         ("what any recipe's model costs", "of any module and without its weights", "a network of any size"),
@@ -132,6 +158,12 @@ PROMISES = [
             "before any of them is decoded",
             "off by any amount",
             "any class where there is none",
+            "[any size](any_size.md)); not the rotations",
+            "another sample's images and without any",
+            "a batch without any image",
+            "at any time sorts",
+            "shapes and colours without any",
+            "If there are any, one object",
         ),
         "says something of one thing, and nothing of a kind",
         (),

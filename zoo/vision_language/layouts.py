@@ -50,7 +50,7 @@ def from_llama(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_llama(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a causal language model by the names of ``LlamaForCausalLM``, output weights in any case.
+    """Tensors of a causal language model by the names of ``LlamaForCausalLM``, always with output weights.
 
     Raises:
         ValueError: For missing and unexpected keys, with their names.

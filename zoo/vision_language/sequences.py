@@ -176,7 +176,7 @@ def lay_out(made: Sequence[Tokens], pad_id: int, row_length: int | None = None, 
         made: Sequences, in the order of the samples; those of images that were cut have fewer places than tokens.
         pad_id: Token that rows are filled up with.
         row_length: Most tokens of a row of several sequences. None: each has a row of its own.
-        most: How far such rows are filled up at most, where they are not longer themselves. None: any.
+        most: How far such rows are filled up at most, where they are not longer themselves. None: as far as it takes.
 
     Returns:
         On the CPU.

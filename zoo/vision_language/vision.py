@@ -192,7 +192,7 @@ def dry_run(backbone: nn.Module, image_size: int | tuple[int, int], layer: int |
     """The packing of one image's tokens, and their width, found by running a black image in evaluation mode.
 
     Args:
-        backbone: See :func:`image_tokens`; on any device, the meta device too, on which it costs nothing.
+        backbone: See :func:`image_tokens`; on the meta device it costs nothing.
         image_size: Side in pixels, or (height, width).
         layer: See :func:`image_tokens`.
 

@@ -58,15 +58,18 @@ MODULES = {
 class Images(LightningDataModule):
     """16 images: two steps of four on two processes, in each of two epochs."""
 
-    def __init__(self, size, boxes, texts):
+    def __init__(self, size, boxes, texts, asked):
         super().__init__()
         generator = torch.Generator().manual_seed(0)
         box = torch.tensor([[4.0, 4.0, 20.0, 28.0]])
         images = torch.rand(16, 3, size, size, generator=generator)
         targets = [{"boxes": box, "labels": torch.tensor([i % 3])} if boxes else i % 4 for i in range(16)]
         targets = [f"number {i}" for i in range(16)] if texts else targets
+        if asked:
+            targets = [{"turns": [["<image> what is it?", f"number {i}"]], "images": 1} for i in range(16)]
         self.items = list(zip(images, targets))
-        self.collate = (lambda batch: (torch.stack([x for x, _ in batch]), [y for _, y in batch])) if boxes else None
+        listed = boxes or asked
+        self.collate = (lambda batch: (torch.stack([x for x, _ in batch]), [y for _, y in batch])) if listed else None
 
     def preprocessing(self):
         return {"kind": "somebody's own"}
@@ -103,7 +106,7 @@ def train(name, strategy, out, **options):
         enable_model_summary=False, logger=CSVLogger(out, name="", version=""), log_every_n_steps=1,
         gradient_clip_val=1.0,
     )
-    data = Images(module.input_shape[1], hasattr(module, "detect"), hasattr(module, "encode_text"))
+    data = Images(module.input_shape[1], hasattr(module, "detect"), hasattr(module, "encode_text"), name == "language")
     guard(trainer).fit(module, data, weights_only=True, **options)
     trainer.test(module, data, ckpt_path=f"{out}/step=4.ckpt", weights_only=True, verbose=False)
     tested = {key: value.item() for key, value in trainer.callback_metrics.items() if key.startswith("test/loss")}
@@ -135,7 +138,7 @@ def train(*names: str) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_every_module_trains_as_under_ddp_on_half_of_its_weights():
-    names = ["vit", "compiled", "cross", "gumbel", "detector", "two_stages", "efficientnet", "aligner"]
+    names = ["vit", "compiled", "cross", "gumbel", "detector", "two_stages", "efficientnet", "aligner", "language"]
     train(*names)
     for name in names:
         for rank in (0, 1):

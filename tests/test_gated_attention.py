@@ -137,7 +137,7 @@ def test_the_block_is_idefics_with_its_weights(attention):
     }
     state = {name: weight for name, weight in theirs.state_dict().items() if not name.startswith("alpha")}
     renamed = {f"{names[name.rpartition('.')[0]]}.weight": weight for name, weight in state.items()}
-    renamed |= {"gate": theirs.alpha_cross_attn.detach()[0], "mlp_gate": theirs.alpha_dense.detach()[0]}
+    renamed |= {"gate": theirs.alpha_cross_attn.detach(), "mlp_gate": theirs.alpha_dense.detach()}
     ours.load_state_dict(renamed)
     tokens, context = some(2, 6, WIDTH), some(2, 5, CONTEXT, seed=2)
     mask = image_mask(BEGINS, OWNERS)

@@ -105,7 +105,7 @@ class GatedCrossAttentionBlock(nn.Module):
             if mlp == "squared_relu"
             else SwiGLU(width, hidden, bias=False)
         )
-        self.gate, self.mlp_gate = nn.Parameter(torch.zeros(())), nn.Parameter(torch.zeros(()))
+        self.gate, self.mlp_gate = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))  # FSDP2 splits no scalars
 
     def forward(self, tokens: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
         """Text tokens (B, L, width) that have read image tokens.

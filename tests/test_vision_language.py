@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from zoo import VisionLanguageModel
 from zoo.common.conversations import read
 from zoo.common.tokenizers import ByteTokenizer, WordTokenizer
+from zoo.vision_language.answers import AnswerAccuracy
 from zoo.vision_language.evaluation import log_likelihoods, right_answers, shuffled, without_images
 
 WORDS = ["what", "color", "is", "it", "?", "red", "blue", "circle", "square", "and", "this", "describe", "the", "."]
@@ -140,6 +141,11 @@ def test_packing_and_padding_change_no_loss(connector):
     module.backbone.eval()
     packed = logits_of(module, (images, turns))
     torch.testing.assert_close(packed, whole, atol=1e-5, rtol=1e-5)
+    losses = []
+    for mode in (True, False):
+        module.train(mode).backbone.eval()
+        losses.append(module.loss(*module.answer_logits(read((images, turns)))).item())
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
     alone = [
         logits_of(module.eval(), (images[:1], turns[:1])),
         logits_of(module, (images[:0], turns[1:2])),
@@ -233,6 +239,26 @@ def test_samples_beyond_the_context_are_named_and_cut_only_if_asked():
     module = model(context_length=16, cut=True)
     assert module.training_step((images, turns), 0).isfinite()
     assert module.cut_samples == 1
+    logits, rows = module.eval().answer_logits(read((images, turns)))
+    said = torch.nn.functional.one_hot(rows.targets, logits.shape[1]).float()  # all that is left of them is right
+    assert right_answers(said, rows).tolist() == [True, True, False]  # but the last answer is not all there
+
+
+def test_a_choice_as_likely_as_another_is_none_and_what_is_never_written_is_passed_over():
+    tokenizer = WordTokenizer(9, ["red", "blue"])  # 7 and 8 stand for nothing
+    table = torch.zeros(9, 9)
+    table[2, 5], table[2, 7], table[5, 3] = 2.0, 4.0, 9.0
+    small = model(tokenizer=tokenizer, language_model=Bigrams(table), context_length=16)
+    logits, rows = text(small, [[("", "red")]])
+    assert right_answers(logits, rows).tolist() == [False]
+    assert right_answers(logits, rows, small.unwritten).tolist() == [True]
+    found = {}
+    for answer, other in (("red", "blue"), ("zebra", "lion"), ("blue", "red")):  # two words that it does not know
+        entry = {"turns": [["", answer]], "images": 0, "choices": [answer, other]}
+        answers = AnswerAccuracy(controls=("choice",))
+        small._choose(read(([], [entry])), [[]], [], answers)
+        found[answer] = answers.compute()["choice_acc"].item()
+    assert found == {"red": 1.0, "zebra": 0.0, "blue": 0.0}
 
 
 @pytest.mark.parametrize(

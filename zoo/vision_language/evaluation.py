@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.common import loaders
+from zoo.common.batch import to_device
 from zoo.common.conversations import IMAGE_PLACE, ConversationBatch, read
 from zoo.common.evaluation import Evaluation
 from zoo.common.log import in_words
@@ -70,7 +71,7 @@ class AnswerEvaluation(Evaluation):
         logits = module.read_rows(rows, features)
         loss, answers = (loaders.metric(module, f"{stage}_{name}", dataloader_idx) for name in ("loss", "answers"))
         loss.update(module.loss(logits, rows), len(rows.targets))  # a mean over tokens, whatever the batches
-        answers.update(right_answers(logits, rows), found.kinds, found.subsets)
+        answers.update(right_answers(logits, rows, self._unwritten()), found.kinds, found.subsets)
         if stage == "test":
             self._control(found, features.split(list(counts)), answers)
         loaders.log(module, {f"{stage}/loss": loss})
@@ -103,7 +104,7 @@ class AnswerEvaluation(Evaluation):
         logits, rows = self.logits_of(turns, images, tokens)
         kinds = None if batch.kinds is None else [batch.kinds[sample] for sample in samples]
         subsets = None if batch.subsets is None else [batch.subsets[sample] for sample in samples]
-        answers.update(right_answers(logits, rows), kinds, subsets, way)
+        answers.update(right_answers(logits, rows, self._unwritten()), kinds, subsets, way)
 
     def _choose(
         self,
@@ -117,26 +118,23 @@ class AnswerEvaluation(Evaluation):
         asked = [sample for sample, some in enumerate(choices) if some]
         if not asked:
             return
-        turns, owners = [], []
-        for sample in asked:
+        turns: list[Turns] = []
+        owners, seen, first = [], [], []
+        for number, sample in enumerate(asked):
             *before, (prompt, answer) = batch.turns[sample]
             others = [choice for choice in choices[sample] or () if choice != answer]
+            first.append(len(turns))
             turns += [[*before, (prompt, choice)] for choice in (answer, *others)]
-            owners += [sample] * (1 + len(others))
-        logits, rows = self.logits_of(turns, [owned[sample] for sample in owners], images)
-        likely = log_likelihoods(logits, rows)
-        most = max(owners.count(sample) for sample in asked)
-        table = likely.new_full((len(asked) * most,), -torch.inf)
-        firsts = list(accumulate((owners.count(sample) for sample in asked[:-1]), initial=0))
-        cells = [
-            row * most + place
-            for row, (sample, _) in enumerate(zip(asked, firsts, strict=True))
-            for place in range(owners.count(sample))
-        ]
-        table = table.index_copy(0, torch.tensor(cells, device=table.device), likely).view(len(asked), most)
+            owners += [number] * (1 + len(others))
+            seen += [owned[sample]] * (1 + len(others))
+        likely = log_likelihoods(*self.logits_of(turns, seen, images))
+        own, numbers = (to_device(torch.tensor(each), likely.device) for each in (first, owners))
+        others_likely = likely.index_fill(0, own, -torch.inf)
+        best = likely.new_full((len(asked),), -torch.inf).scatter_reduce(0, numbers, others_likely, "amax")
         kinds = None if batch.kinds is None else [batch.kinds[sample] for sample in asked]
         subsets = None if batch.subsets is None else [batch.subsets[sample] for sample in asked]
-        answers.update(table.argmax(1) == 0, kinds, subsets, CHOICE)
+        # As likely as another, of the same unknown word for example, is no choice.
+        answers.update(likely[own] > best, kinds, subsets, CHOICE)
 
     def logits_of(
         self, turns: Sequence[Turns], images: Sequence[Sequence[int]], tokens: Sequence[Tensor]
@@ -155,6 +153,11 @@ class AnswerEvaluation(Evaluation):
         rows = module.rows(turns, [len(some) for some in images], [len(tokens[i]) for i in order])
         return module.read_rows(rows, features), rows
 
+    def _unwritten(self) -> Tensor:
+        """Tokens (V,) that are never written, bool, on the module's device."""
+        module: Any = self
+        return to_device(module.unwritten, module.device)
+
     def end_evaluation(self, stage: str) -> None:
         """Logs accuracies, in each loader by itself."""
         for index in loaders.numbers(self._trainer):  # type: ignore[attr-defined]
@@ -164,10 +167,20 @@ class AnswerEvaluation(Evaluation):
             answers.reset()
 
 
-def right_answers(logits: Tensor, rows: Rows) -> Tensor:
-    """Verdicts (B,) bool on the answers of B samples, of the logits (A, V) of their tokens: all of them likeliest."""
-    wrong = (logits.argmax(1) != rows.targets).to(torch.int64)
-    return wrong.new_zeros(rows.samples).index_add(0, rows.owners, wrong) == 0
+def right_answers(logits: Tensor, rows: Rows, unwritten: Tensor | None = None) -> Tensor:
+    """Verdicts (B,) bool on the answers of B samples, of the logits (A, V) of their tokens: all of them likeliest.
+
+    A sample that was cut is answered wrong: its answer is not all there.
+
+    Args:
+        logits: (A, V).
+        rows: Whose they are.
+        unwritten: (V,) bool, true for tokens that are never written. None: none.
+    """
+    written = logits if unwritten is None else logits.masked_fill(unwritten, -torch.inf)
+    wrong = (written.argmax(1) != rows.targets).to(torch.int64)
+    right = wrong.new_zeros(rows.samples).index_add(0, rows.owners, wrong) == 0
+    return right if rows.cut is None else right.index_fill(0, rows.cut, False)
 
 
 def log_likelihoods(logits: Tensor, rows: Rows) -> Tensor:

@@ -61,17 +61,21 @@ class ReadsConversations(ReadsTexts):
             check_format(self.layout, self.tokenizer)
             self._format_is_checked = True
         made: list[Tokens] = []
+        wholes: list[Tokens] = []
         kept: list[int] = []
         first = done = 0
         for number, (each, count) in enumerate(zip(turns, images, strict=True)):
             of_images = image_tokens[first : first + count]
             whole = sequence(self.tokenizer, each, of_images, self.layout)
+            wholes.append(whole)
             made.append(self._fitting(whole, names[number] if names else f"sample {number}", of_images))
             kept += range(done, done + made[-1].ids.count(PLACE))
             first, done = first + count, done + sum(of_images)
         most = self.hparams.context_length
         packed = most if self.training and self.hparams.packed else None
         rows = lay_out(made, self.tokenizer.pad_id or 0, packed, most)
+        if short := [index for index, (each, whole) in enumerate(zip(made, wholes, strict=True)) if each is not whole]:
+            rows = rows._replace(cut=torch.tensor(short, dtype=torch.int64))
         if len(kept) < done:
             rows = rows._replace(kept=torch.tensor(kept, dtype=torch.int64))
         return rows.to(self.device)

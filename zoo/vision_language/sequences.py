@@ -53,6 +53,7 @@ class Rows(NamedTuple):
         owners: (A,) int64, the sample of each.
         samples: How many samples there are.
         kept: (T,) int64, which of the batch's image tokens go there, where some samples were cut. None: all.
+        cut: (C,) int64, the samples that were cut. None: none.
     """
 
     tokens: Tensor
@@ -64,6 +65,7 @@ class Rows(NamedTuple):
     owners: Tensor
     samples: int
     kept: Tensor | None = None
+    cut: Tensor | None = None
 
     def to(self, device: torch.device) -> "Rows":
         """The same rows on a device."""

@@ -91,10 +91,10 @@ def table(found: Mapping[str, Runs], data: ShapesQuestionsDataModule, subset: st
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs", "vision_language_shapes"))
-    parser.add_argument("--seeds", type=int, default=3, help="how many, from 0")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     arguments, options = parser.parse_known_args()
-    seeds = {f"seed{n}": [f"--seed_everything={n}", f"--data.seed={n}"] for n in range(arguments.seeds)}
+    seeds = {f"seed{n}": [f"--seed_everything={n}", f"--data.seed={n}"] for n in arguments.seeds}
     try:
         found = {name: trained(name, arguments.out, seeds, arguments.jobs, options) for name in CHAIN}
     except Mistake as mistake:

@@ -91,6 +91,8 @@ def answer(question: str, objects: list[dict[str, str]]) -> str:
     def yes(true: bool) -> str:
         return "yes" if true else "no"
 
+    if match := re.fullmatch(r"what (color|shape) is the object at the (top|bottom) (left|right)\?", question):
+        return only(objects, row=match[2], column=match[3])[match[1]]
     if match := re.fullmatch(r"what color is the (\w+)\?", question):
         return only(objects, shape=match[1])["color"]
     if match := re.fullmatch(r"what shape is the (\w+) object\?", question):
@@ -305,8 +307,12 @@ def test_what_sees_nothing_is_told_by_kind_and_by_text(usual):
         assert priors["color"]["constant"] < 0.3
     found = [asked(entry) for entry in entries(usual, "test") if entry["kind"] == "color" and entry["subset"] == 0]
     assert usual.priors(0)["color"]["constant"] == Counter(said for _, said in found).most_common(1)[0][1] / len(found)
-    # A shape of an unseen pair never has that colour in training, by which alone it would be found out.
-    assert usual.priors(1)["color"]["text"] == 0
+    # A shape of an unseen pair never has that colour in training, by which alone it would be found out; a place may.
+    found = [asked(entry) for entry in entries(usual, "test") if entry["kind"] == "color" and entry["subset"] == 1]
+    by_place = Counter((prompt, said) for prompt, said in found if "object at the" in prompt)
+    most = {prompt: max(n for (other, _), n in by_place.items() if other == prompt) for prompt, _ in by_place}
+    assert 0 < by_place.total() < len(found)
+    assert usual.priors(1)["color"]["text"] <= sum(most.values()) / len(found)
 
 
 def test_of_a_text_in_training_no_answer_is_much_likelier_than_others():
@@ -463,6 +469,9 @@ def about(entry: dict[str, Any], scene: list[Any], strange: list[dict[str, str]]
     """Checks that a question about an image with an unseen pair is about it, where its kind lets it."""
     question, said = asked(entry)
     shapes, colors = {each["shape"] for each in strange}, {each["color"] for each in strange}
+    if place := re.search(r"object at the (\w+) (\w+)\?", question):
+        assert having(strange, row=place[1], column=place[2])
+        return
     mentioned = {singular(word.strip("?")) for word in question.split()}
     if entry["kind"] in ("color", "relation", "comparison"):
         assert mentioned & shapes

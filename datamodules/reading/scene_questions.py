@@ -42,21 +42,23 @@ class Question(NamedTuple):
 
 
 def color(scene: Scene, unseen: Pairs) -> list[Question]:
-    """Colours of the shapes that occur once."""
-    return [
-        Question(TINTS[scene[k][1]], f"what color is the {NAMES[scene[k][0]]}?", TINTS[scene[k][1]])
-        for k in _of_interest(scene, unseen)
-        if _count(scene, 0, scene[k][0]) == 1
-    ]
+    """Colours of objects, told by their places, and by their shapes where these occur once."""
+    found = []
+    for k in _of_interest(scene, unseen):
+        named, tint = scene[k][0], TINTS[scene[k][1]]
+        ways = [_at(scene[k]), *[NAMES[named]] * (_count(scene, 0, named) == 1)]
+        found += [Question(tint, f"what color is the {way}?", tint) for way in ways]
+    return found
 
 
 def shape(scene: Scene, unseen: Pairs) -> list[Question]:
-    """Shapes of the colours that occur once."""
-    return [
-        Question(NAMES[scene[k][0]], f"what shape is the {TINTS[scene[k][1]]} object?", NAMES[scene[k][0]])
-        for k in _of_interest(scene, unseen)
-        if _count(scene, 1, scene[k][1]) == 1
-    ]
+    """Shapes of objects, told by their places, and by their colours where these occur once."""
+    found = []
+    for k in _of_interest(scene, unseen):
+        name, tinted = NAMES[scene[k][0]], scene[k][1]
+        ways = [_at(scene[k]), *[f"{TINTS[tinted]} object"] * (_count(scene, 1, tinted) == 1)]
+        found += [Question(name, f"what shape is the {way}?", name) for way in ways]
+    return found
 
 
 def count(scene: Scene, unseen: Pairs) -> list[Question]:
@@ -188,9 +190,10 @@ def vocabulary(kinds: Collection[str], most: int, unseen: Pairs) -> list[str]:
     of_two = list(permutations(NAMES, 2))
     pairs = [pair for pair in product(range(len(NAMES)), range(len(TINTS))) if pair not in unseen]
     each = [phrase([*pair, *rest]) for pair, rest in product(pairs, product(range(len(MEASURES)), range(len(CORNERS))))]
+    there = [f"object at the {corner}" for corner in CORNERS]
     by_kind = {
-        "color": [f"what color is the {name}?" for name in NAMES],
-        "shape": [f"what shape is the {tint} object?" for tint in TINTS],
+        "color": [f"what color is the {each}?" for each in (*NAMES, *there)],
+        "shape": [f"what shape is the {each}?" for each in (*(f"{tint} object" for tint in TINTS), *there)],
         "count": [f"how many {of} are there?" for of in ("objects", *PLURALS, *(f"{tint} objects" for tint in TINTS))],
         "relation": [f"is the {a} {side} the {b}?" for (a, b), side in product(of_two, SIDES)],
         "comparison": [
@@ -233,6 +236,10 @@ def _of_interest(scene: Scene, unseen: Pairs) -> list[int]:
     """Objects of pairs that are held out; all, if there are none."""
     every = range(len(scene))
     return [k for k in every if (scene[k][0], scene[k][1]) in unseen] or list(every)
+
+
+def _at(told: Sequence[int]) -> str:
+    return f"object at the {CORNERS[told[3]]}"
 
 
 def _count(scene: Scene, part: int, value: int) -> int:

@@ -88,6 +88,14 @@ def table(found: Mapping[str, Runs], data: ShapesQuestionsDataModule, subset: st
     return lines
 
 
+def times(found: Mapping[str, Runs]) -> list[str]:
+    """Lines of markdown: wall time of each link with its tests, the start of its process included."""
+    rows = [
+        f"| `{CHAIN[name][0]}` | {spread_text([run['seconds'] for run in found[name].values()], 0)} |" for name in CHAIN
+    ]
+    return ["| run | seconds |", "|---|---|", *rows]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs", "vision_language_shapes"))
@@ -104,6 +112,7 @@ def main() -> int:
     lines = [f"{head}{version('lightning')}, no GPU"]
     for subset in data.subsets:
         lines += ["", *table(found, data, subset)]
+    lines += ["", *times(found)]
     text = "\n".join(lines) + "\n"
     (arguments.out / "table.md").write_text(text, encoding="utf-8")
     print(text, end="")

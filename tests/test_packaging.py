@@ -114,3 +114,19 @@ def test_the_oldest_versions_are_the_lower_bounds():
     lines = (ROOT / "tests" / "oldest.txt").read_text().splitlines()
     pins = dict(line.removesuffix(".*").split("==") for line in lines if not line.startswith("#"))
     assert pins == bounds
+
+
+def test_extras_that_are_said_to_be_installed_are_this_projects():
+    """Of what stands behind "pip install" with brackets: this distribution's name, and extras that it has."""
+    files = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "configs").rglob("*.yaml")]
+    files += [file for name in ("zoo", "datamodules", "benchmarks") for file in (ROOT / name).rglob("*.py")]
+    said = [
+        (name, extra.strip(), file.relative_to(ROOT).as_posix())
+        for file in files
+        for name, extras in re.findall(r"pip install (?:-\S+ )*'?([\w.-]+)\[([\w, -]+)\]", file.read_text("utf-8"))
+        for extra in extras.split(",")
+    ]
+    assert len(said) > 10
+    assert [
+        each for each in said if each[0] != PROJECT["name"] or each[1] not in PROJECT["optional-dependencies"]
+    ] == []

@@ -398,11 +398,14 @@ def test_weights_of_an_aligner_start_towers_and_teacher(tmp_path):
 
 @pytest.fixture(scope="module")
 def learned() -> ImageTextFusion:
-    """A model of 200 steps, in which learning rates rise and fall, on the eight pairs."""
+    """A model of 400 steps, in which learning rates rise and fall, on the eight pairs: fourteen seeds learn all of it.
+
+    Of 200 steps, half of the seeds do, and which of them is up to the rounding of a machine.
+    """
     model = fusion(mask_rate=0.3)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
-    for step in range(200):
-        optimizer.param_groups[0]["lr"] = 5e-3 * min(1, (step + 1) / 20, 2 - step / 100)
+    for step in range(400):
+        optimizer.param_groups[0]["lr"] = 5e-3 * min(1, (step + 1) / 20, 2 - step / 200)
         optimizer.zero_grad()
         sum(model.losses(batch()).values()).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

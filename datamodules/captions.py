@@ -6,15 +6,12 @@ is a missing ``test`` if there is no ``val`` either: by image, with all of its c
 the images' names.
 """
 
-import os
 from pathlib import Path
 from typing import Any, Literal, Unpack, get_args
 
 import numpy as np
 
-from datamodules._lightning import rank_zero_info, rank_zero_warn
 from datamodules.classification import CLASSIFICATION_OPTIONS, ClassificationOptions
-from datamodules.files import FilesDataModule
 from datamodules.loading.captions import About, Captioned, about
 from datamodules.loading.options import with_defaults
 from datamodules.loading.shares import shares
@@ -22,6 +19,7 @@ from datamodules.reading import caption_tables
 from datamodules.reading.captions import EXPECTED, Captions, read
 from datamodules.reading.files import ImageFiles, OnError
 from datamodules.reading.pixels import ToTensor
+from datamodules.sources import SourcedDataModule
 
 Choice = Literal["one", "all"]
 
@@ -50,7 +48,7 @@ class CaptionedFiles(ImageFiles):
         return None if image is None else (image, said)
 
 
-class CaptionsDataModule(Captioned, FilesDataModule):
+class CaptionsDataModule(Captioned, SourcedDataModule):
     """Images of your own with captions. See the top of this file for what a split may be.
 
     Batches ``(images (B, C, H, W), [{"captions": ["a cat on a mat"], "image_id": 12}, ...])`` with plain Python values.
@@ -140,35 +138,9 @@ class CaptionsDataModule(Captioned, FilesDataModule):
             raise ValueError(f"{type(self).__name__} has no train, and so no captions to fit to: set it to a source")
         return [caption for index in range(len(samples)) for caption in samples.captions_of(index)]
 
-    def sample_count(self) -> int:
-        return len(self._of("train") or ())
-
-    def setup(self, stage: str) -> None:
-        """Reads what a stage needs, for training that of the test too, so that what is wrong is said before it starts.
-
-        One line says what was taken.
-        """
-        splits = {"fit": ("train", "val", "test"), "validate": ("val",), "test": ("test",)}.get(stage, ())
-        if splits:
-            rank_zero_info("data: " + ", ".join(f"{split} {self._taken(split)}" for split in splits))
-        if stage == "fit":
-            self._warn_of_overlap()
-
-    def _taken(self, split: str) -> str:
-        files = self._of(split)
-        if not isinstance(files, CaptionedFiles):
-            return "none"
-        texts = int((files.captions.stops - files.captions.starts).sum())
-        origin = self.sources.get(split, "held out of train")
-        return f"{len(files):,} images with {texts:,} captions ({origin})"
-
-    def _warn_of_overlap(self) -> None:
-        """Warns of training images that are in the sources of validation or test as well."""
-        paths = {split: _paths(self._of(split)) for split in self.sources}
-        training = paths.pop("train", set())
-        for split, evaluated in paths.items():
-            if shared := sorted(training & evaluated):
-                rank_zero_warn(f"{len(shared):,} images of {split} are training images as well, {shared[0]} the first")
+    def _counted(self, samples: Any) -> str:
+        texts = int((samples.captions.stops - samples.captions.starts).sum())
+        return f"{len(samples):,} images with {texts:,} captions"
 
     def _listed(self, split: str) -> dict[str, ImageFiles | None]:
         held_out = self._held_out(self.sources)
@@ -199,7 +171,3 @@ class CaptionsDataModule(Captioned, FilesDataModule):
             random=training,
             decoder=self.decoder,
         )
-
-
-def _paths(files: ImageFiles | None) -> set[str]:
-    return set() if files is None else {os.path.join(files.root.absolute(), name) for name in files.names.tolist()}

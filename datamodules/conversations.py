@@ -5,7 +5,6 @@ held out of the training conversations, and so is a missing ``test`` if there is
 conversations that it is in, chosen by ``split_seed`` and the images' names.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Unpack
@@ -14,9 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datamodules._lightning import rank_zero_info, rank_zero_warn
 from datamodules.classification import CLASSIFICATION_OPTIONS, ClassificationOptions
-from datamodules.files import FilesDataModule
 from datamodules.loading.any_size import AnySize, by_column, fitted
 from datamodules.loading.conversations import IMAGE_PLACE, Conversed, Said
 from datamodules.loading.options import with_defaults
@@ -27,6 +24,7 @@ from datamodules.reading import caption_tables
 from datamodules.reading.conversations import EXPECTED, Conversations, read
 from datamodules.reading.files import ImageFiles, OnError
 from datamodules.reading.pixels import ToTensor
+from datamodules.sources import SourcedDataModule
 
 
 class ConversationFiles:
@@ -131,7 +129,7 @@ class ConversationSizing:
         return rows, self.each.grids(samples.files.sizes[images], epoch, draws, indices[rows])
 
 
-class ConversationsDataModule(Conversed, FilesDataModule):
+class ConversationsDataModule(Conversed, SourcedDataModule):
     """Images of your own with conversations. See the top of this file for what a split may be.
 
     Batches ``(images (N, C, H, W), [{"turns": [["<image> what is this?", "a cat"]], "images": 1, "name": "12"}, ...])``
@@ -206,35 +204,12 @@ class ConversationsDataModule(Conversed, FilesDataModule):
         turns = [pair for index in range(len(samples)) for pair in samples.told.of(index)["turns"]]
         return [text.replace(IMAGE_PLACE, " ").strip() for pair in turns for text in pair]
 
-    def sample_count(self) -> int:
-        return len(self._of("train") or ())
+    def _counted(self, samples: Any) -> str:
+        return f"{len(samples):,} conversations about {len(samples.files):,} images"
 
-    def setup(self, stage: str) -> None:
-        """Reads what a stage needs, for training that of the test too, so that what is wrong is said before it starts.
-
-        One line says what was taken.
-        """
-        fit: tuple[str, ...] = ("train", "val", "test")
-        splits = {"fit": fit, "validate": fit[1:2], "test": fit[2:]}.get(stage, ())
-        if splits:
-            rank_zero_info("data: " + ", ".join(f"{split} {self._taken(split)}" for split in splits))
-        if stage == "fit":
-            self._warn_of_overlap()
-
-    def _taken(self, split: str) -> str:
-        samples: Any = self._of(split)
-        if samples is None:
-            return "none"
-        origin = self.sources.get(split, "held out of train")
-        return f"{len(samples):,} conversations about {len(samples.files):,} images ({origin})"
-
-    def _warn_of_overlap(self) -> None:
-        """Warns of training images that are in the files of validation or test as well."""
-        paths = {split: _paths(self._of(split)) for split in self.sources if split != "predict"}
-        training = paths.pop("train", set())
-        for split, evaluated in paths.items():
-            if shared := sorted(training & evaluated):
-                rank_zero_warn(f"{len(shared):,} images of {split} are training images as well, {shared[0]} the first")
+    def _images(self, samples: Any) -> ImageFiles:
+        files: ImageFiles = samples.files
+        return files
 
     # The files of a split.
 
@@ -296,10 +271,3 @@ class ConversationsDataModule(Conversed, FilesDataModule):
         """Warns of each split of which more images than before could not be read."""
         files = {split: each.files if isinstance(each, ConversationFiles) else each for split, each in samples.items()}
         super().report_unreadable(files)
-
-
-def _paths(samples: Any) -> set[str]:
-    if not isinstance(samples, ConversationFiles):
-        return set()
-    files = samples.files
-    return {os.path.join(files.root.absolute(), name) for name in files.names.tolist()}

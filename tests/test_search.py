@@ -6,8 +6,12 @@ Each run is a process, and all but one of them are forked.
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -20,10 +24,11 @@ from torch.utils.data import DataLoader
 from datamodules import DigitsDataModule
 from zoo._lightning import LightningDataModule, LightningModule
 from zoo.cli import main
+from zoo.cli import sweep as sweeps
 from zoo.cli.commands.sweep import axis
 from zoo.cli.mistakes import Mistake
 from zoo.cli.plots import lines
-from zoo.cli.sweep import sweep, sweep_seeds, write_json
+from zoo.cli.sweep import apart, sweep, sweep_seeds, taking_runs_along, write_json
 from zoo.efficientnet import CompoundScaling, EfficientNetClassifier, search
 
 RECIPE = "efficientnet/digits_scaling"
@@ -185,6 +190,49 @@ def test_runs_read_a_copy_of_the_recipe_which_may_be_edited_meanwhile():
     with pytest.raises(Mistake, match=r"^one failed: runs/recipe0.yaml, line \d: .*max_epoch"):
         sweep([config], [], {"one": []}, out)
     assert (out / "recipe0.yaml").read_text() == Path(config).read_text()
+
+
+@pytest.mark.parametrize(("number", "raised"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
+def test_no_run_begins_after_a_signal_to_end(tmp_path, number, raised):
+    """Runs that follow each other in a thread of a pool, which is waited for."""
+    child = "import pathlib, sys, time; pathlib.Path(sys.argv[1]).touch(); time.sleep(60 if sys.argv[2] else 0)"
+    begun, faults = tmp_path / "begun", []
+
+    def in_turn(waits: str) -> list[int]:
+        found = []
+        for number in range(3):
+            try:
+                found.append(apart([sys.executable, "-c", child, str(begun), waits], tmp_path / f"{number}.log"))
+            except Mistake as mistake:
+                faults.append(str(mistake))
+        return found
+
+    def signals() -> None:
+        while not begun.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+        while number == signal.SIGINT and not sweeps._ended.is_set():
+            time.sleep(0.01)
+        for process in tuple(sweeps._running) if number == signal.SIGINT else ():  # as a terminal does
+            process.send_signal(number)
+
+    before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
+    sender = threading.Thread(target=signals)
+    futures = []
+
+    def wait() -> None:
+        with taking_runs_along(), ThreadPoolExecutor(1) as pool:
+            futures.append(pool.submit(in_turn, "waits"))
+            sender.start()
+            futures[0].result()
+
+    with pytest.raises(raised):
+        wait()
+    sender.join()
+    assert [status != 0 for status in futures[0].result()] == [True]
+    assert faults == ["ended before it began"] * 2
+    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == before
+    assert in_turn("") == [0, 0, 0]  # another sweep of this process
 
 
 def test_a_sweep_keeps_to_one_recipe_and_its_options():

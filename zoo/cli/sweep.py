@@ -19,6 +19,8 @@ if TYPE_CHECKING:  # what is imported inside of functions would slow every comma
     import subprocess
 
 _running: set["subprocess.Popen[bytes]"] = set()
+_ended = threading.Event()
+_starting = threading.RLock()  # a signal finds its own thread anywhere
 
 
 def sweep(
@@ -114,21 +116,32 @@ def sweep_seeds(
 
 @contextmanager
 def taking_runs_along() -> Iterator[None]:
-    """Makes SIGTERM end the runs, too: one that went on alone would write into the folder of its successor."""
+    """Makes SIGTERM and Ctrl-C end the runs, too, and lets none begin after them.
+
+    One that went on alone would write into the folder of its successor; and whoever waits for the runs at hand, as a
+    pool does, would wait for those that follow in their turn as well.
+    """
 
     def end(number: int, frame: Any) -> None:
-        for process in tuple(_running):
-            process.terminate()
-        raise SystemExit(128 + number)
+        with _starting:
+            _ended.set()
+            for process in tuple(_running) if number == signal.SIGTERM else ():  # Ctrl-C reaches them by itself
+                process.terminate()
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, end)
+    heard = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else a shell has put the process aside
+        heard.append(signal.SIGINT)
+    before = {number: signal.signal(number, end) for number in heard}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        _ended.clear()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def run_apart(
@@ -160,12 +173,19 @@ def logged_to(folder: Path, name: str) -> list[str]:
 
 
 def apart(command: Sequence[str], log: Path, env: Mapping[str, str] | None = None) -> int:
-    """Runs a command to its end, and returns its status; what it prints goes to ``log``."""
+    """Runs a command to its end, and returns its status; what it prints goes to ``log``.
+
+    Raises:
+        Failure: If all runs have been ended: see :func:`taking_runs_along`.
+    """
     import subprocess
 
     with log.open("w", encoding="utf-8") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=env)
-        _running.add(process)
+        with _starting:
+            if _ended.is_set():
+                raise Failure("ended before it began")
+            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=env)
+            _running.add(process)
         try:
             return process.wait()
         finally:
